@@ -1,0 +1,170 @@
+"""Attention over pages and over packed sequences, with RoPE. The scale is 1.0 throughout (DIA.md).
+
+A page pool is `[pages, kv_heads, page_size, head_dim]`, one for K and one for V; token `t` of a sequence lives in
+page `block_table[sequence, t // page_size]` at offset `t % page_size`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_workspace(rows: int, heads: int, head_dim: int, max_length: int, device: torch.device) -> None:
+    """Scratch memory that `rope_attention` and `cross_attention` need for that many rows: none in torch."""
+    return None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split RoPE in fp32, cast back. x: `[n, heads, head_dim]`; cos, sin: `[n, head_dim / 2]` float32."""
+    first, second = x.float().chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def _gather(pages: Tensor, block_table: Tensor, length: int) -> Tensor:
+    """`[kv_heads, length, head_dim]`: the first `length` tokens of one sequence."""
+    size = pages.shape[2]
+    used = pages[block_table[: -(-length // size)].long()]
+    return used.transpose(0, 1).reshape(pages.shape[1], -1, pages.shape[3])[:, :length]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q: `[heads, n, head_dim]`, k, v: `[kv_heads, m, head_dim]` -> `[heads, n, head_dim]`."""
+    groups = q.shape[0] // k.shape[0]
+    if mask is None:
+        folded = q.reshape(k.shape[0], groups * q.shape[1], q.shape[2])
+        return F.scaled_dot_product_attention(folded[None], k[None], v[None], scale=1.0)[0].reshape(q.shape)
+    k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=1.0)[0]
+
+
+def rope_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    workspace: object = None,
+) -> Tensor:
+    """One decode step of causal self-attention: rotate q and k, write k and v to their page, attend `0..position`.
+
+    qkv: `[rows, (heads + 2 * kv_heads) * head_dim]`, q first; cos, sin: `[max_positions, head_dim / 2]` float32;
+    k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`, written in place at `positions[row]`;
+    block_table: `[rows, max_pages]` int32; positions: `[rows]` int32, the new token's index: the row attends to
+    `positions[row] + 1` tokens. At -1 the row is inert: nothing is written and its `out` is 0.
+    out: `[rows, heads * head_dim]`. q and k are rotated in fp32 and rounded once to their dtype; scores, softmax
+    and the weighted sum are accumulated in fp32.
+    """
+    kv_heads, page_size, head_dim = k_pages.shape[1:]
+    heads = out.shape[1] // head_dim
+    q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split((heads, kv_heads, kv_heads), 1)
+    at = positions.long().clamp(min=0)
+    q, k = _rotate(q, cos[at], sin[at]), _rotate(k, cos[at], sin[at])
+    for row, position in enumerate(positions.tolist()):
+        if position < 0:
+            out[row] = 0
+            continue
+        page, offset = block_table[row, position // page_size], position % page_size
+        k_pages[page, :, offset] = k[row]
+        v_pages[page, :, offset] = v[row]
+        keys, values = (_gather(pages, block_table[row], position + 1) for pages in (k_pages, v_pages))
+        out[row] = _attend(q[row][:, None], keys, values).reshape(-1)
+    return out
+
+
+def cross_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    out: Tensor,
+    workspace: object = None,
+) -> Tensor:
+    """One decode step of cross-attention over the text, conditional rows only. No RoPE.
+
+    q, out: `[batch, heads * head_dim]`; k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`;
+    block_table: `[batch, max_pages]` int32; lengths: `[batch]` int32, tokens of text; at 0 `out` is 0.
+    """
+    head_dim = k_pages.shape[3]
+    heads = q.view(q.shape[0], -1, head_dim)
+    for row, length in enumerate(lengths.tolist()):
+        if length == 0:
+            out[row] = 0
+            continue
+        keys, values = (_gather(pages, block_table[row], length) for pages in (k_pages, v_pages))
+        out[row] = _attend(heads[row][:, None], keys, values).reshape(-1)
+    return out
+
+
+def rope(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    kv_heads: int,
+    k_pages: Tensor | None = None,
+    v_pages: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """Prefill: rotates q and k of `qkv` in place; with pages given, also stores k and v in them.
+
+    qkv: `[tokens, (heads + 2 * kv_heads) * head_dim]`; cos, sin: `[max_positions, head_dim / 2]` float32;
+    positions: `[tokens]` int32; k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`;
+    slots: `[tokens]` int64, `page * page_size + offset` of each token, -1 to store nothing.
+    """
+    head_dim = 2 * cos.shape[1]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    turning = heads[:, : heads.shape[1] - kv_heads]
+    turning.copy_(_rotate(turning, cos[positions.long()], sin[positions.long()]))
+    if k_pages is not None and v_pages is not None and slots is not None:
+        page_size = k_pages.shape[2]
+        keep = slots >= 0
+        page, offset = slots[keep] // page_size, slots[keep] % page_size
+        k_pages[page, :, offset] = heads[keep, -2 * kv_heads : -kv_heads]
+        v_pages[page, :, offset] = heads[keep, -kv_heads:]
+    return qkv
+
+
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    out: Tensor,
+    *,
+    causal: bool,
+    block_table: Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+) -> Tensor:
+    """Prefill attention of several sequences of different lengths, packed one after another.
+
+    q: `[tokens, heads, head_dim]`, any strides with a contiguous last axis; starts: `[sequences + 1]` int32, where
+    each sequence's queries begin; out: `[tokens, heads * head_dim]`.
+    Packed (`block_table is None`): k, v: `[tokens, kv_heads, head_dim]`, cut by `starts` as q is.
+    Paged: k, v: `[pages, kv_heads, page_size, head_dim]`; block_table: `[sequences, max_pages]` int32;
+    kv_lengths: `[sequences]` int32, tokens in the cache, those of this call included. A sequence without keys gives 0.
+    causal: the queries are the last ones of their sequence; query `i` of `n` sees keys `0 .. kv_length - n + i`.
+    """
+    bounds = starts.tolist()
+    lengths = kv_lengths.tolist() if kv_lengths is not None else [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    for sequence, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        n, m = end - begin, lengths[sequence]
+        if n == 0:
+            continue
+        if m == 0:
+            out[begin:end] = 0
+            continue
+        if block_table is None:
+            keys, values = k[begin:end].transpose(0, 1), v[begin:end].transpose(0, 1)
+        else:
+            keys, values = (_gather(pages, block_table[sequence], m) for pages in (k, v))
+        mask = None
+        if causal and n > 1:
+            mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+        result = _attend(q[begin:end].transpose(0, 1), keys, values, mask)
+        out[begin:end] = result.transpose(0, 1).reshape(n, -1)
+    return out

@@ -1,0 +1,71 @@
+"""Projections with what surrounds them: RMSNorm before, SiLU gate or residual after.
+
+Shapes: `rows` activations of width `hidden`; weights are `[out_features, in_features]`, packed once at load.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """`out = x / sqrt(mean(x^2) + eps) * weight`, in fp32, rounded once to `out.dtype`.
+
+    x, out: `[rows, hidden]`; weight: `[hidden]`. Formula: Zhang & Sennrich 2019, with the cast after the weight.
+    """
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return out.copy_(wide.mul_(scale).mul_(weight.float()) if wide is not x else wide * scale * weight.float())
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm(x, weight, eps, torch.empty_like(x))
+
+
+def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """`out = rms_norm(x) @ weight.T`: the QKV projection and the cross-attention query projection.
+
+    x: `[rows, hidden]`; norm_weight: `[hidden]`; weight: `[features, hidden]`; out: `[rows, features]`.
+    """
+    return out.copy_(F.linear(_normed(x, norm_weight, eps), weight))
+
+
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> Tensor:
+    """`residual[:m] += x @ weight.T`; rows from `m` on, if any, get `constant` added instead. In place.
+
+    x: `[m, in_features]`; weight: `[hidden, in_features]`; residual: `[rows, hidden]`, `rows >= m`;
+    constant: `[hidden]`, required exactly when `rows > m` (the unconditional rows' cross-attention, DIA.md).
+    """
+    m = x.shape[0]
+    residual[:m] += F.linear(x, weight)
+    if residual.shape[0] > m:
+        if constant is None:
+            raise ValueError(f"constant: needed, residual has {residual.shape[0]} rows and x only {m}")
+        residual[m:] += constant
+    return residual
+
+
+def glu(x: Tensor, out: Tensor) -> Tensor:
+    """`out = silu(gate) * up` where `gate, up = x.chunk(2, -1)`, in fp32, rounded once.
+
+    x: `[rows, 2 * intermediate]`, gate first; out: `[rows, intermediate]`.
+    """
+    gate, up = x.float().chunk(2, -1)
+    return out.copy_(F.silu(gate) * up)
+
+
+def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """`out = silu(gate) * up` of `rms_norm(x) @ weight.T`: RMSNorm, gate and up projections, activation.
+
+    x: `[rows, hidden]`; weight: `[2 * intermediate, hidden]`, gate rows first; out: `[rows, intermediate]`.
+    """
+    return glu(F.linear(_normed(x, norm_weight, eps), weight), out)
+
+
+def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """Final RMSNorm and the heads of all channels: `out = (rms_norm(x) @ weight.T)` as float32.
+
+    x: `[rows, hidden]`; weight: `[channels * vocab, hidden]`; out: `[rows, channels, vocab]` float32, holding
+    values rounded to `x.dtype` (DIA.md: the head's result is rounded, all that follows is float32).
+    """
+    return out.copy_(F.linear(_normed(x, norm_weight, eps), weight).view(out.shape))

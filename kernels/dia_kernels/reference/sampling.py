@@ -1,0 +1,142 @@
+"""From two rows of logits to one code per channel: guidance, filters, EOS rule, draw.
+
+Every sum that decides something is a sum of integers, so its order does not matter and a kernel can match it exactly.
+"""
+
+import torch
+from torch import Tensor
+
+WEIGHT_ONE = 1 << 30  # fixed-point weight of the likeliest candidate
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> Tensor:
+    """First word of Philox4x32-10 for 64-bit keys and counters `(c0, c1, 0, 0)`, as int64 in `[0, 2^32)`.
+
+    seed, c0, c1: int tensors of one shape; the key is the low and the high word of the seed (its sign bit included).
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; `triton.language.philox` is the same.
+    """
+    seed = seed.to(torch.int64)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    c0, c1 = c0.to(torch.int64) & _MASK, c1.to(torch.int64) & _MASK
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    for _ in range(10):
+        hi0, lo0 = _mul32(_M0, c0)
+        hi1, lo1 = _mul32(_M1, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0
+
+
+def _mul32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of the 64-bit product, without leaving int64."""
+    low = a * (b & 0xFFFF)
+    high = a * (b >> 16) + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def _keep_top_k(scores: Tensor, top_k: Tensor) -> Tensor:
+    """Mask of the `top_k` largest entries of the last axis; ties go to the lower id; 0 keeps all."""
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
+    return (rank < top_k[:, None, None]) | (top_k[:, None, None] <= 0)
+
+
+def sample_weights(
+    logits: Tensor,
+    guidance_scale: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    *,
+    eos: int,
+) -> Tensor:
+    """The distribution that `sample` draws from, as integer weights `[batch, channels, vocab]` (int64).
+
+    An id's probability is its weight divided by the sum over `vocab`. Arguments as in `sample`. Steps, as in DIA.md:
+
+    1. guided slots (`rows == 2 * batch` and `guidance_scale != 1`): `guided = cond + scale * (cond - uncond)`; with
+       `top_k > 0` the conditional logits of the `top_k` best guided ids stay, without it `guided` itself goes on;
+    2. ids above `eos` on channel 0, from `eos` on elsewhere: out;
+    3. channel 0: if `eos` is the argmax it stays alone, otherwise it is out;
+    4. unguided slots: the `top_k` best stay;
+    5. greedy (`temperature == 0`): the argmax gets all the weight. Otherwise weights are
+       `round(exp((score - max) / temperature) * 2^30)` and an id stays when the weights of all ids before it, best
+       first, sum to at most `top_p` of the total.
+
+    Ties are broken by the lower id throughout. If no candidate is left, id 0 gets the weight (argmax of nothing).
+    """
+    batch = guidance_scale.shape[0]
+    channels, vocab = logits.shape[1:]
+    cond = logits[:batch]
+    minus_inf = torch.tensor(-torch.inf, device=logits.device)
+    scores = cond.clone()
+    guided = torch.zeros(batch, dtype=torch.bool, device=logits.device)
+    if logits.shape[0] == 2 * batch:
+        guided = guidance_scale != 1
+        mixed = cond + guidance_scale[:, None, None] * (cond - logits[batch:])
+        kept = torch.where(_keep_top_k(mixed, top_k), torch.where(top_k[:, None, None] > 0, cond, mixed), minus_inf)
+        scores = torch.where(guided[:, None, None], kept, scores)
+
+    ids = torch.arange(vocab, device=logits.device)
+    limit = torch.full((channels, 1), eos, device=logits.device)
+    limit[0] += 1
+    scores = torch.where(ids < limit, scores, minus_inf)
+    first = scores[:, 0]
+    eos_wins = first.argmax(-1, keepdim=True) == eos
+    scores[:, 0] = torch.where((ids == eos) == eos_wins, first, minus_inf)
+    scores = torch.where(guided[:, None, None] | _keep_top_k(scores, top_k), scores, minus_inf)
+
+    best = scores.argmax(-1, keepdim=True)
+    greedy = (temperature == 0)[:, None, None]
+    heat = torch.where(greedy, 1.0, temperature[:, None, None])
+    gap = scores - scores.gather(-1, best)
+    weights = torch.exp(gap / heat).mul(WEIGHT_ONE).round().nan_to_num(nan=0.0).to(torch.int64)
+    weights = torch.where((ids == best), WEIGHT_ONE, weights * ~greedy)
+
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    ranked = weights.gather(-1, order)
+    before = ranked.cumsum(-1) - ranked
+    budget = (top_p[:, None, None] * ranked.sum(-1, keepdim=True).float()).to(torch.int64)
+    stays = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, (before <= budget) | (top_p >= 1)[:, None, None])
+    return weights * stays
+
+
+def sample(
+    logits: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    guidance_scale: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    out: Tensor,
+    *,
+    eos: int,
+) -> Tensor:
+    """Draws one code per slot and channel.
+
+    logits: `[rows, channels, vocab]` float32; rows is batch (no guidance) or 2 * batch: conditional rows first.
+    row: `[batch]` int32, index of the row being sampled, the step in the random key; a slot with `row < 0` is inert.
+    seed: `[batch]` int64; guidance_scale: `[batch]` float32, 1 for none; temperature: `[batch]` float32, 0 for greedy;
+    top_k: `[batch]` int32, 0 for all; top_p: `[batch]` float32 in (0, 1]; out: `[batch, channels]` int32.
+    The draw is `floor(u * total)` on the cumulative integer weights in id order, `u` the 32-bit Philox word of
+    (seed, row, channel): the same seed gives the same code whatever else is in the batch.
+    """
+    weights = sample_weights(logits, guidance_scale, temperature, top_k, top_p, eos=eos)
+    batch, channels, _ = weights.shape
+    channel = torch.arange(channels, device=logits.device).expand(batch, channels)
+    bits = philox(seed[:, None].expand(batch, channels), row[:, None].expand(batch, channels), channel)
+    edges = weights.cumsum(-1)
+    total = edges[..., -1]
+    target = bits * (total >> 32) + _high32(bits, total & _MASK)
+    drawn = (edges <= target[..., None]).sum(-1).to(torch.int32)
+    return out.copy_(torch.where((row >= 0)[:, None], drawn, out))
+
+
+def _high32(a: Tensor, b: Tensor) -> Tensor:
+    """`(a * b) >> 32` for unsigned 32-bit values held in int64, without overflow."""
+    low = (a & 0xFFFF) * b
+    return ((a >> 16) * b + (low >> 16)) >> 16
