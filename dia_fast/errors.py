@@ -1,0 +1,21 @@
+"""Every exception that dia_fast raises on purpose.
+
+Each message says what was wrong, with which value, and what would work. The command line prints it as one line and exits
+with status 2; whatever else escapes is a bug in dia_fast.
+"""
+
+
+class DiaFastError(Exception):
+    """Base of all errors below."""
+
+
+class InputError(DiaFastError, ValueError):
+    """An argument, a text or an audio file that cannot be used."""
+
+
+class CheckpointError(DiaFastError, RuntimeError):
+    """A configuration, a file or a tensor of a checkpoint that is missing, damaged or not supported."""
+
+
+class OutOfPages(DiaFastError, RuntimeError):
+    """The key-value cache has no pages left for a request."""
