@@ -1,9 +1,16 @@
-"""Where every kernel is launched: one narrow place that tests, the codegen report and the traffic meter can listen at."""
+"""Where every kernel is launched and configured: one narrow place that tests, codegen report and traffic meter listen at."""
 
-from collections.abc import Callable
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 Launcher = Callable[..., Any]
+Rule = Callable[..., dict[str, int]]
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
@@ -16,3 +23,72 @@ _active: Launcher = _launch
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
     """Launches `kernel` over `grid`; `meta` are constexpr arguments and compile options."""
     return _active(kernel, grid, *args, **meta)
+
+
+@contextmanager
+def listening(listener: Callable[[Launcher, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Calls `listener(launch, kernel, grid, args, meta)` in place of each launch; it may call `launch` or not.
+
+    Listeners nest: `launch` is what would have happened without this one.
+    """
+    global _active
+    outer = _active
+    _active = lambda kernel, grid, *args, **meta: listener(outer, kernel, grid, args, meta)  # noqa: E731
+    try:
+        yield
+    finally:
+        _active = outer
+
+
+def architecture(device: torch.device) -> str:
+    """What kernels for tensors on `device` are compiled for: `sm_90`, `gfx942`, ... or `interpreter`."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return f"sm_{arch}" if isinstance(arch, int) else str(arch)
+
+
+def configuration(op: str, rule: Rule, dtype: torch.dtype, device: torch.device, **shape: int) -> dict[str, int]:
+    """Block sizes and compile options for one launch of `op`.
+
+    rule: a pure function `rule(dtype, architecture, **shape)`, the default. The first entry of the table named by
+    `DIA_KERNELS_TABLE` (JSON, see `read_table`) that fits the op, the dtype, the architecture and the shape is laid
+    over it. Pure and cached: nothing here measures or touches the device.
+    """
+    return dict(_configuration(op, rule, dtype, architecture(device), os.environ.get("DIA_KERNELS_TABLE"), **shape))
+
+
+@functools.lru_cache(maxsize=4096)
+def _configuration(op: str, rule: Rule, dtype: torch.dtype, arch: str, table: str | None, **shape: int) -> dict[str, int]:
+    chosen = rule(dtype, arch, **shape)
+    facts = {"dtype": str(dtype).removeprefix("torch."), "arch": arch, **shape}
+    for entry in read_table(table).get(op, ()) if table else ():
+        where = entry.get("where", {})
+        if any(key not in facts for key in where):
+            raise ValueError(f"{table}: {op}: 'where' may name {', '.join(facts)}, not {', '.join(set(where) - set(facts))}")
+        if all(facts[key] == value for key, value in where.items()):
+            unknown = set(entry["use"]) - set(chosen)
+            if unknown:
+                raise ValueError(f"{table}: {op}: 'use' may set {', '.join(chosen)}, not {', '.join(sorted(unknown))}")
+            return {**chosen, **entry["use"]}
+    return chosen
+
+
+@functools.lru_cache(maxsize=8)
+def read_table(path: str) -> dict[str, list[dict[str, Any]]]:
+    """A user's table of configurations: `{op: [{"where": {"arch": "sm_90", "rows": 1}, "use": {"BLOCK_N": 8}}]}`.
+
+    `where` names facts of the launch (`dtype`, `arch` and the op's shape); a fact left out fits anything. Raises
+    ValueError naming the file if it is not such a table.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            table = json.load(file)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON: {error}") from error
+    entries = [entry for value in table.values() for entry in value] if isinstance(table, dict) else [None]
+    if not all(isinstance(entry, dict) and set(entry) <= {"where", "use"} and "use" in entry for entry in entries):
+        raise ValueError(f'{path}: expected {{op: [{{"where": {{...}}, "use": {{...}}}}, ...]}}')
+    return table
