@@ -1,0 +1,55 @@
+"""rms_norm: `out = x / sqrt(mean(x^2) + eps) * weight`, in fp32, rounded once. Prefill only; decode fuses it.
+
+One program per row; the row is read once and kept in registers. Moves 2 * hidden elements a row, plus the weight.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dia_kernels import launch
+
+
+@triton.jit
+def _rms_norm(
+    x_ptr,  # [rows, HIDDEN]
+    weight_ptr,  # [HIDDEN]
+    out_ptr,  # [rows, HIDDEN]
+    eps,
+    stride_xm,
+    stride_om,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    inside = h < HIDDEN
+    x = tl.load(x_ptr + row * stride_xm + h, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + h, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / HIDDEN + eps.to(tl.float32))
+    tl.store(out_ptr + row * stride_om + h, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
+    """As `dia_kernels.reference.rms_norm`; x and out `[rows, hidden]` with a contiguous last axis, hidden <= 32768."""
+    rows, hidden = x.shape
+    if x.stride(-1) != 1 or out.stride(-1) != 1:
+        raise ValueError(f"x, out: the last axis must be contiguous, strides are {x.stride()} and {out.stride()}")
+    if hidden > 32768:
+        raise ValueError(f"x: hidden size {hidden} is above 32768, the largest row one program keeps in registers")
+    if rows:
+        block = triton.next_power_of_2(hidden)
+        launch.run(
+            _rms_norm,
+            (rows,),
+            x,
+            weight,
+            out,
+            eps,
+            x.stride(0),
+            out.stride(0),
+            HIDDEN=hidden,
+            BLOCK_H=block,
+            num_warps=max(1, min(8, block // 512)),
+        )
+    return out

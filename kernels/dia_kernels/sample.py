@@ -1,0 +1,174 @@
+"""sample: from two rows of logits to one code per channel, in one launch.
+
+    guided = cond + scale * (cond - uncond);  candidates = conditional logits of the top_k best guided ids
+    EOS rule on channel 0;  weights = floor(exp((score - max) / temperature) * 2^30 + 0.5);  top_p;  one Philox draw
+
+One program per (slot, channel); a row of logits is read once and stays in registers. The top_k and top_p borders are
+found by bisection over the bits of the float's ordered integer image: exact, no sort. Weights are integers, so sums do
+not depend on their order and the result equals the torch reference.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dia_kernels import launch
+
+WEIGHT_ONE = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def _ordered(x):
+    """uint32 that orders as the float does: flip all bits of negatives, the sign bit of the others; -0.0 is 0.0."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
+    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+
+
+@triton.jit
+def _keep_top_k(key, real, top_k):
+    """Mask of the top_k largest keys, ties to the lower id. Real keys are never 0 (that would be a NaN's image)."""
+    border = tl.zeros([], tl.uint32)
+    for bit in tl.static_range(31, -1, -1):
+        trial = border | (1 << bit)
+        count = tl.sum((real & (key >= trial)).to(tl.int32), 0)
+        border = tl.where(count >= top_k, trial, border)
+    above = real & (key > border)
+    level = real & (key == border)
+    room = top_k - tl.sum(above.to(tl.int32), 0)
+    return above | (level & (tl.cumsum(level.to(tl.int32), 0) <= room))
+
+
+@triton.jit
+def _keep_top_p(key, weight, budget):
+    """Mask of the ids whose predecessors' weights, best first, sum to at most budget."""
+    border = tl.zeros([], tl.uint32)
+    for bit in tl.static_range(31, -1, -1):
+        trial = border | (1 << bit)
+        better = tl.sum(tl.where(key > trial, weight, 0), 0)
+        border = tl.where(better > budget, trial, border)
+    # border is the largest key whose betters exceed the budget: the next key is the last one that can stay.
+    last = border + 1
+    level = tl.where(key == last, weight, 0)
+    before = tl.sum(tl.where(key > last, weight, 0), 0) + tl.cumsum(level, 0) - level
+    return (key > last) | ((key == last) & (before <= budget))
+
+
+@triton.jit
+def _eos_rule(score, ids, channel, EOS: tl.constexpr):
+    """Channel 0: EOS alone if it is the argmax, otherwise not at all. Other channels: unchanged."""
+    wins = tl.argmax(score, 0, tie_break_left=True) == EOS
+    return tl.where((channel == 0) & ((ids == EOS) != wins), float("-inf"), score)
+
+
+@triton.jit
+def _sample(
+    logits_ptr,  # [rows, CHANNELS, VOCAB] float32
+    row_ptr,  # [batch] int32
+    seed_ptr,  # [batch] int64
+    scale_ptr,  # [batch] float32
+    temperature_ptr,  # [batch] float32
+    top_k_ptr,  # [batch] int32
+    top_p_ptr,  # [batch] float32
+    out_ptr,  # [batch, CHANNELS] int32
+    batch,
+    CHANNELS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    EOS: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1)
+    row = tl.load(row_ptr + slot)
+    if row < 0:
+        return
+    ids = tl.arange(0, BLOCK_V)
+    real = ids < VOCAB
+    allowed = ids < tl.where(channel == 0, EOS + 1, EOS)
+    top_k = tl.load(top_k_ptr + slot)
+    scale = tl.load(scale_ptr + slot)
+    cond = tl.load(logits_ptr + (slot * CHANNELS + channel) * VOCAB + ids, mask=real, other=float("-inf"))
+
+    guided = False
+    if PAIRED:
+        guided = scale != 1.0
+    if guided:
+        other = tl.load(logits_ptr + ((batch + slot) * CHANNELS + channel) * VOCAB + ids, mask=real, other=0.0)
+        mixed = tl.where(real, cond + scale * (cond - other), float("-inf"))
+        score = mixed
+        if top_k > 0:
+            score = tl.where(_keep_top_k(_ordered(mixed), real, top_k), cond, float("-inf"))
+        score = _eos_rule(tl.where(allowed, score, float("-inf")), ids, channel, EOS)
+    else:
+        score = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS)
+        if top_k > 0:
+            score = tl.where(_keep_top_k(_ordered(score), real, top_k), score, float("-inf"))
+
+    best = tl.argmax(score, 0, tie_break_left=True)
+    temperature = tl.load(temperature_ptr + slot)
+    drawn = best
+    if temperature != 0.0:
+        top_p = tl.load(top_p_ptr + slot)
+        peak = tl.max(score, 0)
+        gap = tl.where(score == float("-inf"), float("-inf"), score - peak)
+        weight = tl.floor(tl.exp(tl.div_rn(gap, tl.zeros_like(gap) + temperature)) * WEIGHT_ONE + 0.5).to(tl.int64)
+        weight = tl.where(ids == best, WEIGHT_ONE, weight)
+        if top_p < 1.0:
+            budget = (top_p * tl.sum(weight, 0).to(tl.float32)).to(tl.int64)
+            weight = tl.where(_keep_top_p(_ordered(score), weight, budget), weight, 0)
+        edges = tl.cumsum(weight, 0)
+        total = tl.sum(weight, 0)
+        c0 = row.to(tl.uint32)
+        zero = c0 * 0
+        bits, _1, _2, _3 = tl.philox(tl.load(seed_ptr + slot), c0, channel.to(tl.uint32), zero, zero)
+        wide = bits.to(tl.int64)
+        low = total & 0xFFFFFFFF
+        target = wide * (total >> 32) + (((wide >> 16) * low + (((wide & 0xFFFF) * low) >> 16)) >> 16)
+        drawn = tl.sum((real & (edges <= target)).to(tl.int32), 0)
+    tl.store(out_ptr + slot * CHANNELS + channel, drawn)
+
+
+def sample(
+    logits: torch.Tensor,
+    row: torch.Tensor,
+    seed: torch.Tensor,
+    guidance_scale: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    eos: int,
+) -> torch.Tensor:
+    """As `dia_kernels.reference.sample`; all tensors contiguous, vocab at most 16384."""
+    rows, channels, vocab = logits.shape
+    batch = out.shape[0]
+    launch.require_contiguous(logits=logits, out=out)
+    if rows not in (batch, 2 * batch):
+        raise ValueError(f"logits: has {rows} rows, needs {batch} or {2 * batch} for {batch} slots")
+    if logits.dtype != torch.float32:
+        raise TypeError(f"logits: float32 needed, got {logits.dtype}")
+    if vocab > 16384:
+        raise ValueError(f"logits: vocab {vocab} is above 16384, the largest row one program keeps in registers")
+    launch.run(
+        _sample,
+        (batch, channels),
+        logits,
+        row,
+        seed,
+        guidance_scale,
+        temperature,
+        top_k,
+        top_p,
+        out,
+        batch,
+        CHANNELS=channels,
+        VOCAB=vocab,
+        BLOCK_V=triton.next_power_of_2(vocab),
+        EOS=eos,
+        PAIRED=rows == 2 * batch,
+        num_warps=4,
+        # A fused multiply-add would move guided scores by an ulp against the reference and with them the top_k border.
+        enable_fp_fusion=False,
+    )
+    return out
