@@ -1,0 +1,93 @@
+"""How to sample: the settings of one generation, checked in one place for every door."""
+
+import math
+import operator
+import secrets
+from dataclasses import dataclass
+from numbers import Real
+
+from dia_fast.errors import InputError
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Checked settings; the defaults are those of Dia's authors and of transformers.
+
+    max_new_tokens: most rows to generate, 1 / 86.13 s each, the 15 that the delay pattern adds included.
+    guidance_scale: 1 to 100; `None` or 1 turns guidance off (half the work, less faithful to the text).
+    temperature: 0 to 100; 0 is greedy. top_p: above 0, at most 1. top_k: 1 or more, `None` for all.
+    do_sample: False takes the likeliest code each time, whatever temperature, top_p, top_k and seed are.
+    seed: 0 to 2^63 - 1, or `None` for a random one (`with_seed` picks it).
+    Raises InputError, naming the setting and its value.
+    """
+
+    max_new_tokens: int = 3072
+    guidance_scale: float | None = 3.0
+    temperature: float = 1.2
+    top_p: float = 0.95
+    top_k: int | None = 45
+    do_sample: bool = True
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "max_new_tokens", _integer("max_new_tokens", self.max_new_tokens, 1, None))
+        if self.guidance_scale is not None:
+            put(self, "guidance_scale", _number("guidance_scale", self.guidance_scale, 1, 100, "None (no guidance) or from 1 to 100"))
+        put(self, "temperature", _number("temperature", self.temperature, 0, 100, "from 0 (greedy) to 100"))
+        top_p = _real("top_p", self.top_p)
+        if not 0 < top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p!r}; 1 keeps every candidate")
+        put(self, "top_p", top_p)
+        if self.top_k is not None:
+            put(self, "top_k", _integer("top_k", self.top_k, 1, None, "None keeps every candidate"))
+        if not isinstance(self.do_sample, bool):
+            raise InputError(f"do_sample must be True or False, not {self.do_sample!r}")
+        if self.seed is not None:
+            put(self, "seed", _integer("seed", self.seed, 0, MAX_SEED, "None draws one"))
+
+    @property
+    def guided(self) -> bool:
+        """Whether a second, unconditional row is computed."""
+        return self.guidance_scale is not None and self.guidance_scale != 1.0
+
+    @property
+    def greedy(self) -> bool:
+        return not self.do_sample or self.temperature == 0.0
+
+
+def random_seed() -> int:
+    """A seed from the system's randomness, short enough to be read out and typed again."""
+    return secrets.randbits(32)
+
+
+def _integer(name: str, value: object, least: int, most: int | None, hint: str = "") -> int:
+    """`value` as a Python int; numpy and torch integers count, bools and floats do not."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[call-overload]
+    except TypeError:
+        raise InputError(f"{name} must be a whole number, not {value!r}") from None
+    if number < least or (most is not None and number > most):
+        wanted = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise InputError(f"{name} must be {wanted}, not {number}" + (f"; {hint}" if hint else ""))
+    return int(number)
+
+
+def _real(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f"{name} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _number(name: str, value: object, least: float, most: float, wanted: str) -> float:
+    number = _real(name, value)
+    if not least <= number <= most:  # also catches NaN
+        raise InputError(f"{name} must be {wanted}, not {value!r}")
+    return number
