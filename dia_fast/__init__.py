@@ -1,1 +1,63 @@
-"""Dia-1.6B text to speech: official weights in, audio out."""
+"""Dia-1.6B text to speech: official weights in, audio out.
+
+    from dia_fast import Dia
+
+    dia = Dia.from_pretrained("nari-labs/Dia-1.6B-0626")
+    dia.generate("[S1] Did you hear that? [S2] Hear what?").save("out.wav")
+
+The names below are imported when they are first used, so `import dia_fast` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dia_fast.api import Dia
+    from dia_fast.audio import Audio
+    from dia_fast.config import DiaConfig
+    from dia_fast.errors import CheckpointError, DiaFastError, InputError, OutOfPages
+    from dia_fast.settings import SamplingSettings
+    from dia_fast.text import TextWarning
+
+    __version__: str
+
+_HOMES = {
+    "Audio": "audio",
+    "CheckpointError": "errors",
+    "Dia": "api",
+    "DiaConfig": "config",
+    "DiaFastError": "errors",
+    "InputError": "errors",
+    "OutOfPages": "errors",
+    "SamplingSettings": "settings",
+    "TextWarning": "text",
+}
+
+__all__ = [
+    "Audio",
+    "CheckpointError",
+    "Dia",
+    "DiaConfig",
+    "DiaFastError",
+    "InputError",
+    "OutOfPages",
+    "SamplingSettings",
+    "TextWarning",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("dia-fast")
+        except PackageNotFoundError:
+            return "0+not-installed"
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dia_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dia_fast.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, "__version__"])
