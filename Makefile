@@ -1,0 +1,62 @@
+# Every target sets up its own virtual environment in .venv; `make help` lists them.
+# Needed on the machine: Python >= 3.10 with pip, and make.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# `pip --python` also serves where the system's Python lacks ensurepip and the environment therefore has no pip.
+INSTALL := $(PYTHON) -m pip --python $(PY) install --quiet --disable-pip-version-check -c constraints.txt
+
+# Workers of the test run. Tensors in tests are tiny, so each worker computes in one thread.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-emulated lint clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --without-pip $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "installing dia-fast and what it needs into $(VENV) (torch is large; this happens once)"
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	@echo "installing what the tests need into $(VENV)"
+	$(INSTALL) -e '.[dev]'
+	# The dac package is compared with, but its dependencies (some 70 packages) are not needed for that.
+	$(INSTALL) argbind einops
+	$(INSTALL) --no-deps descript-audio-codec descript-audiotools
+	@touch $@
+
+demo: $(VENV)/.base ## speak a short dialogue with a random checkpoint (downloads no weights)
+	$(PY) examples/demo.py
+
+test: $(VENV)/.dev ## run the test suite (under 15 minutes on two cores)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.dev ## run the tests that take long or need gigabytes of memory
+	OMP_NUM_THREADS=2 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+# The emulator runs the machine code that Triton compiles for an AMD GPU, on the CPU. It is not part of this repository:
+# EMULATOR is the folder of its pytest plugin, TINYGRAD_REPO the checkout that it needs.
+GFX ?= gfx1100
+test-emulated: $(VENV)/.dev ## run the kernel tests on compiled code (EMULATOR=, TINYGRAD_REPO=, GFX=, PYTEST_ARGS=)
+	@test -n "$(EMULATOR)" -a -n "$(TINYGRAD_REPO)" || \
+		{ echo "say where the emulator and tinygrad are: make test-emulated EMULATOR=folder TINYGRAD_REPO=folder"; exit 2; }
+	OMP_NUM_THREADS=1 TINYGRAD_REPO="$(TINYGRAD_REPO)" PYTHONPATH="$(EMULATOR)" \
+		$(PY) -m pytest -q -p pytest_plugin --triton-emulate $(GFX) tests/kernels $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+clean: ## remove the virtual environment and everything generated
+	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,28 @@
+"""What holds for every test: few threads, no network, the same random numbers in every run."""
+
+import os
+
+# Before torch is imported: the suite runs in several processes, and tiny tensors gain nothing from threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+# Time per example says nothing on a shared machine; pytest-timeout guards against hangs.
+hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> Iterator[None]:
+    """Seeds torch, so that a test draws the same numbers alone and within the suite."""
+    import torch
+
+    torch.manual_seed(0)
+    yield

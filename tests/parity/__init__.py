@@ -1,0 +1,1 @@
+"""Every comparison with an implementation by somebody else."""

@@ -1,0 +1,181 @@
+"""The shape of the tree: which way imports point, how long files and functions get, what a document links to."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE_FOLDERS = ("bench", "dia_fast", "examples", "kernels", "tests")
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".json", ".c", ".sh", ""}
+
+LONGEST_FILE = 400
+LONGEST_FUNCTION = 60
+
+# What a part of the tree must not import; the longest matching prefix of a module's name counts.
+FORBIDDEN = {
+    "dia_kernels": ("dia_fast", "bench", "tests"),
+    "dia_fast": ("dia_fast.integrations", "dia_fast.cli", "bench", "tests"),
+    "dia_fast.integrations": ("dia_fast.cli", "bench", "tests"),
+    "dia_fast.cli": ("bench", "tests"),
+    "examples": ("dia_kernels", "bench", "tests"),
+}
+# The torch references run where Triton cannot be installed.
+FORBIDDEN["dia_kernels.reference"] = (*FORBIDDEN["dia_kernels"], "triton")
+# Other people's implementations are what tests compare with, and what integrations serve.
+GUESTS = ("transformers", "dac", "audiotools", "dia")
+
+
+def python_files() -> list[Path]:
+    return sorted(path for folder in SOURCE_FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] == "kernels":
+        parts = parts[1:]
+    if parts[-1] == "__init__":
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+def is_inside(module: str, package: str) -> bool:
+    # `cli_speak` belongs to the command line as `cli` does.
+    return module == package or module.startswith((package + ".", package + "_"))
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Yields (line, absolute name) of everything imported anywhere in a module, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if is_package else module.split(".")[:-1]
+                package = package[: len(package) - node.level + 1]
+                base = ".".join([*package, base] if base else package)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def forbidden_imports(source: str, module: str, is_package: bool = False) -> list[str]:
+    layer = max((name for name in FORBIDDEN if is_inside(module, name)), key=len, default=None)
+    if layer is None:
+        return []
+    return [
+        f"{module}:{line} imports {name}"
+        for line, name in imports(ast.parse(source), module, is_package)
+        if any(is_inside(name, package) for package in FORBIDDEN[layer])
+    ]
+
+
+def test_dependencies_point_one_way() -> None:
+    found = []
+    for path in python_files():
+        found += forbidden_imports(path.read_text(encoding="utf-8"), module_name(path), path.name == "__init__.py")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "allowed"),
+    [
+        ("dia_kernels.rope", "from dia_fast.config import DiaConfig", False),
+        ("dia_kernels.rope", "import dia_kernels.launch", True),
+        ("dia_kernels.reference.linear", "import triton.language as tl", False),
+        ("dia_kernels.rope", "import triton", True),
+        ("dia_fast.engine", "from dia_fast import cli", False),
+        ("dia_fast.engine", "from .cli_speak import run", False),
+        ("dia_fast.engine", "from . import integrations", False),
+        ("dia_fast.engine", "def f():\n    import tests.checkpoints", False),
+        ("dia_fast.engine", "import dia_kernels", True),
+        ("dia_fast.cli", "from dia_fast.engine import generate", True),
+        ("dia_fast.cli_speak", "from dia_fast.cli import main", True),
+        ("dia_fast.integrations.server", "from dia_fast import cli", False),
+        ("bench.decode_step", "from tests import checkpoints", True),
+    ],
+)
+def test_the_import_check_itself(module: str, line: str, allowed: bool) -> None:
+    assert (not forbidden_imports(line, module)) == allowed
+
+
+def test_guests_are_imported_only_when_asked_for() -> None:
+    """`import dia_fast` works on the base install: optional packages are imported inside functions."""
+    found = []
+    for path in python_files():
+        module = module_name(path)
+        if not module.startswith(("dia_fast", "dia_kernels", "examples")) or is_inside(module, "dia_fast.integrations"):
+            continue
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        top = ast.Module(body=[node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], type_ignores=[])
+        for line, name in imports(top, module, path.name == "__init__.py"):
+            if name.split(".")[0] in GUESTS:
+                found.append(f"{module}:{line} imports {name}")
+    assert not found, "\n".join(found)
+
+
+def test_files_stay_short() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files()}
+    long = [f"{path.relative_to(ROOT)}: {lines} lines" for path, lines in lengths.items() if lines > LONGEST_FILE]
+    assert not long, "\n".join(long)
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from the first statement after the docstring to the end: long signatures and docstrings are welcome."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_functions_stay_short() -> None:
+    long = []
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and body_lines(node) > LONGEST_FUNCTION:
+                long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {body_lines(node)} lines")
+    assert not long, "\n".join(long)
+
+
+def text_files() -> list[Path]:
+    top = [path for path in ROOT.iterdir() if path.is_file()]
+    folders = [ROOT / folder for folder in (*SOURCE_FOLDERS, ".ci", "docs")]
+    below = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    skipped = {"__pycache__", "results", ".git"}
+    return sorted(path for path in top + below if path.suffix in TEXT_SUFFIXES and not skipped & set(path.parts))
+
+
+def test_no_paths_of_one_machine() -> None:
+    names = "|".join(("work", "root", "home", "opt", "tmp", "mnt", "Users"))
+    machine_path = re.compile(rf"(?<![\w.~$}})*/-])/(?:{names})/\w")
+    found = []
+    for path in text_files():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if machine_path.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not found, "\n".join(found)
+
+
+def test_links_between_documents_resolve() -> None:
+    broken = []
+    for path in text_files():
+        if path.suffix != ".md":
+            continue
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
+            if "://" not in target and not (path.parent / target).exists():
+                broken.append(f"{path.relative_to(ROOT)}: {target}")
+    assert not broken, "\n".join(broken)
+
+
+def test_readme_names_make_targets_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        named = set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.MULTILINE))
+        assert named, document
+        assert named <= targets, f"{document} names {sorted(named - targets)}"
+
+
+def test_packages_are_marked_as_typed() -> None:
+    assert (ROOT / "dia_fast" / "py.typed").is_file()
+    assert (ROOT / "kernels" / "dia_kernels" / "py.typed").is_file()
