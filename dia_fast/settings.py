@@ -35,7 +35,8 @@ class SamplingSettings:
         put = object.__setattr__
         put(self, "max_new_tokens", _integer("max_new_tokens", self.max_new_tokens, 1, None))
         if self.guidance_scale is not None:
-            put(self, "guidance_scale", _number("guidance_scale", self.guidance_scale, 1, 100, "None (no guidance) or from 1 to 100"))
+            wanted = "None (no guidance) or from 1 to 100"
+            put(self, "guidance_scale", _number("guidance_scale", self.guidance_scale, 1, 100, wanted))
         put(self, "temperature", _number("temperature", self.temperature, 0, 100, "from 0 (greedy) to 100"))
         top_p = _real("top_p", self.top_p)
         if not 0 < top_p <= 1:

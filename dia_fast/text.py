@@ -1,7 +1,7 @@
 """A transcript becomes a list of bytes: UTF-8, with one id for each speaker tag.
 
-`[S1]` is id 1 and `[S2]` is id 2; id 0 pads. Nothing is put in front or behind. What cannot work is an `InputError`; what is
-known to sound bad is a `TextWarning` and goes on.
+`[S1]` is id 1 and `[S2]` is id 2; id 0 pads. Nothing is put in front or behind. What cannot work is an `InputError`; what
+is known to sound bad is a `TextWarning` and goes on.
 """
 
 import re
@@ -13,7 +13,7 @@ SPEAKER_IDS = {"[S1]": 1, "[S2]": 2}
 MAX_BYTES = 1024
 """Bytes the model reads, tags counted as one each: the encoder's positions."""
 ABSURD_BYTES = 1 << 16
-"""Above this a text is taken for a mistake (a book, a binary file) instead of being cut down to its first 1024 bytes."""
+"""A longer text is taken for a mistake (a book, a binary file) instead of being cut to its first 1024 bytes."""
 
 _CHARACTERS_PER_SECOND = 15  # unhurried English
 _GOOD_SECONDS = 20  # the authors' advice; longer texts are spoken hastily and stray from the script
@@ -29,8 +29,8 @@ class TextWarning(UserWarning):
 def encode_text(text: str | bytes, *, max_length: int = MAX_BYTES) -> list[int]:
     """Ids of one transcript, 1 to `max_length` of them, each in 1..255.
 
-    text: a `str`, or `bytes` holding UTF-8. A longer one is cut at exactly `max_length` ids, even inside a character, as
-    transformers and the original do; `text_warnings` says so beforehand.
+    text: a `str`, or `bytes` holding UTF-8. A longer one is cut at exactly `max_length` ids, even inside a character,
+    as transformers and the original do; `text_warnings` says so beforehand.
     Raises InputError: not text, not UTF-8, a NUL or a raw byte 1 or 2, nothing to say, or longer than `ABSURD_BYTES`.
     """
     data = checked_text(text).encode()
@@ -47,8 +47,8 @@ def checked_text(text: str | bytes) -> str:
             text = bytes(text).decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"text is not valid UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} ({error.reason}); "
-                "decode it with its own encoding first and pass a str"
+                f"text is not valid UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} "
+                f"({error.reason}); decode it with its own encoding first and pass a str"
             ) from None
     if not isinstance(text, str):
         raise InputError(f"text must be a str (or UTF-8 bytes), not {type(text).__name__}")
@@ -57,8 +57,8 @@ def checked_text(text: str | bytes) -> str:
         _check_size(len(text.encode("utf-8")))
     except UnicodeEncodeError as error:
         raise InputError(
-            f"text holds a lone surrogate, U+{ord(text[error.start]):04X} at position {error.start}, which UTF-8 cannot "
-            "express; it usually comes from a file read with the wrong encoding"
+            f"text holds a lone surrogate, U+{ord(text[error.start]):04X} at position {error.start}, which UTF-8 "
+            "cannot express; it usually comes from a file read with the wrong encoding"
         ) from None
     for number, meaning in _RESERVED.items():
         place = text.find(chr(number))
@@ -70,14 +70,14 @@ def checked_text(text: str | bytes) -> str:
     if not text.strip():
         raise InputError("text is empty: there is nothing to say; write for example '[S1] Hello there. [S2] Hi.'")
     if not _TAG.sub("", text).strip():
-        raise InputError(f"text has only speaker tags ({text.strip()[:40]!r}): put words after them, as in '[S1] Hello there.'")
+        raise InputError(f"text has only speaker tags ({text.strip()[:40]!r}): put words after them, as in '[S1] Hello.'")
     return text
 
 
 def text_warnings(text: str | bytes, *, max_length: int = MAX_BYTES, prompt_seconds: float = 0.0) -> list[str]:
     """What is known to sound bad about a text, one sentence each; an empty list if nothing is.
 
-    prompt_seconds: length of the audio prompt whose transcript the text begins with; it does not count as speech to come.
+    prompt_seconds: length of the audio prompt whose transcript the text begins with; that part is not spoken again.
     Raises InputError as `encode_text` does.
     """
     text = checked_text(text)
@@ -98,16 +98,18 @@ def text_warnings(text: str | bytes, *, max_length: int = MAX_BYTES, prompt_seco
     size = len(spoken.encode()) + len(tags)
     seconds = len(spoken) / _CHARACTERS_PER_SECOND - prompt_seconds
     if size > max_length:
-        found.append(f"the text takes {size} bytes and the model reads {max_length}: the rest is left out; split the text")
+        found.append(f"the text takes {size} bytes and the model reads {max_length}: the rest is left out; split it")
     elif seconds > _GOOD_SECONDS:
         found.append(
-            f"the text is about {seconds:.0f} s of speech, and beyond {_GOOD_SECONDS} s it is spoken hastily and words get "
-            "lost: split the text"
+            f"the text is about {seconds:.0f} s of speech, and beyond {_GOOD_SECONDS} s it is spoken hastily and "
+            "words get lost: split it"
         )
     return found
 
 
-def warn_about(text: str | bytes, *, max_length: int = MAX_BYTES, prompt_seconds: float = 0.0, stacklevel: int = 2) -> None:
+def warn_about(
+    text: str | bytes, *, max_length: int = MAX_BYTES, prompt_seconds: float = 0.0, stacklevel: int = 2
+) -> None:
     """Issues each of `text_warnings` as a `TextWarning`; `stacklevel` 1 blames the caller, 2 its caller."""
     for sentence in text_warnings(text, max_length=max_length, prompt_seconds=prompt_seconds):
         warnings.warn(sentence, TextWarning, stacklevel=stacklevel + 1)
@@ -123,6 +125,6 @@ def join_prompt(prompt_text: str, text: str) -> str:
 def _check_size(size: int) -> None:
     if size > ABSURD_BYTES:
         raise InputError(
-            f"text is {size} bytes long, and the model reads {MAX_BYTES}: split it into passages of 5 to 20 s of speech "
-            "(about 75 to 300 characters)"
+            f"text is {size} bytes long, and the model reads {MAX_BYTES}: split it into passages of 5 to 20 s of "
+            "speech (about 75 to 300 characters)"
         )

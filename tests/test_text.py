@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dia_fast.errors import InputError
 from dia_fast.text import ABSURD_BYTES, MAX_BYTES, TextWarning, encode_text, join_prompt, text_warnings, warn_about
 
-GOOD = "[S1] Dia is an open weights text to dialogue model. [S2] You get full control over scripts and voices. [S1] Wow."
+GOOD = "[S1] Dia is a text to dialogue model. [S2] You get full control over scripts and voices. [S1] Wow."
 
 # Characters of every UTF-8 length; no surrogates, and none of the three that mean something else inside the model.
 spoken = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00\x01\x02"), min_size=1, max_size=200)
@@ -80,7 +80,7 @@ def test_what_sounds_bad_is_said_once(text: str, expected: str) -> None:
     assert expected in found[0]
 
 
-@pytest.mark.parametrize("text", [GOOD, "\n [S1] Leading space is fine.", GOOD + " [S2]", "[S1] One [speaker] (laughs) alone."])
+@pytest.mark.parametrize("text", [GOOD, "\n [S1] Leading space.", GOOD + " [S2]", "[S1] One [speaker] (laughs) alone."])
 def test_good_texts_pass_in_silence(text: str) -> None:
     assert text_warnings(text) == []
 
