@@ -92,3 +92,10 @@ def read_table(path: str) -> dict[str, list[dict[str, Any]]]:
     if not all(isinstance(entry, dict) and set(entry) <= {"where", "use"} and "use" in entry for entry in entries):
         raise ValueError(f'{path}: expected {{op: [{{"where": {{...}}, "use": {{...}}}}, ...]}}')
     return table
+
+
+def require_contiguous(**tensors: torch.Tensor) -> None:
+    """Raises a ValueError that names the first tensor whose layout is not contiguous."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: has strides {tensor.stride()} for shape {tuple(tensor.shape)}; pass .contiguous()")

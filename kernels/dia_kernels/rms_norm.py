@@ -15,9 +15,9 @@ def _rms_norm(
     x_ptr,  # [rows, HIDDEN]
     weight_ptr,  # [HIDDEN]
     out_ptr,  # [rows, HIDDEN]
-    eps,
     stride_xm,
     stride_om,
+    EPS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -26,7 +26,7 @@ def _rms_norm(
     inside = h < HIDDEN
     x = tl.load(x_ptr + row * stride_xm + h, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + h, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x, 0) / HIDDEN + eps.to(tl.float32))
+    scale = tl.rsqrt(tl.sum(x * x, 0) / HIDDEN + EPS)
     tl.store(out_ptr + row * stride_om + h, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -45,9 +45,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
             x,
             weight,
             out,
-            eps,
             x.stride(0),
             out.stride(0),
+            EPS=eps,
             HIDDEN=hidden,
             BLOCK_H=block,
             num_warps=max(1, min(8, block // 512)),
