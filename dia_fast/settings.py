@@ -5,6 +5,7 @@ import operator
 import secrets
 from dataclasses import dataclass
 from numbers import Real
+from typing import SupportsIndex
 
 from dia_fast.errors import InputError
 
@@ -67,15 +68,15 @@ def random_seed() -> int:
 def _integer(name: str, value: object, least: int, most: int | None, hint: str = "") -> int:
     """`value` as a Python int; numpy and torch integers count, bools and floats do not."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
             raise TypeError
-        number = operator.index(value)  # type: ignore[call-overload]
+        number = operator.index(value)
     except TypeError:
         raise InputError(f"{name} must be a whole number, not {value!r}") from None
     if number < least or (most is not None and number > most):
         wanted = f"at least {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} must be {wanted}, not {number}" + (f"; {hint}" if hint else ""))
-    return int(number)
+    return number
 
 
 def _real(name: str, value: object) -> float:

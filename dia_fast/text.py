@@ -1,7 +1,7 @@
 """A transcript becomes a list of bytes: UTF-8, with one id for each speaker tag.
 
-`[S1]` is id 1 and `[S2]` is id 2; id 0 pads. Nothing is put in front or behind. What cannot work is an `InputError`; what
-is known to sound bad is a `TextWarning` and goes on.
+`[S1]` is id 1 and `[S2]` is id 2; id 0 pads. Nothing is put in front or behind. What cannot work is an `InputError`;
+what is known to sound bad is a `TextWarning` and goes on.
 """
 
 import re
@@ -70,7 +70,7 @@ def checked_text(text: str | bytes) -> str:
     if not text.strip():
         raise InputError("text is empty: there is nothing to say; write for example '[S1] Hello there. [S2] Hi.'")
     if not _TAG.sub("", text).strip():
-        raise InputError(f"text has only speaker tags ({text.strip()[:40]!r}): put words after them, as in '[S1] Hello.'")
+        raise InputError(f"text has only speaker tags ({text.strip()[:40]!r}): put words after them: '[S1] Hello.'")
     return text
 
 
