@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from dia_fast.errors import CheckpointError
 
@@ -23,25 +23,29 @@ OLD_GENERATION = (
     "Use its successor, nari-labs/Dia-1.6B-0626."
 )
 
+# fmt: off
 # Written by transformers into every configuration; none of them changes what Dia computes when it generates.
-_GENERIC = frozenset(
-    "architectures attn_implementation chunk_size_feed_forward dtype experts_implementation finetuning_task id2label "
-    "initializer_range is_decoder is_encoder_decoder label2id model_type name_or_path output_attentions "
-    "output_hidden_states problem_type return_dict task_specific_params tie_word_embeddings tokenizer_class torch_dtype "
-    "torchscript transformers_version use_cache use_return_dict".split()
-)
+_GENERIC = {
+    "architectures", "attn_implementation", "chunk_size_feed_forward", "dtype", "experts_implementation",
+    "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id",
+    "model_type", "name_or_path", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "task_specific_params", "tie_word_embeddings", "tokenizer_class", "torch_dtype", "torchscript",
+    "transformers_version", "use_cache", "use_return_dict",
+}
 # What transformers 4 kept of the generation settings in a model's configuration; the front door has its own.
-_GENERATION = frozenset(
-    "bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample early_stopping "
-    "encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
-    "guidance_scale length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams "
-    "num_return_sequences output_scores prefix remove_invalid_values repetition_penalty return_dict_in_generate "
-    "sep_token_id suppress_tokens temperature tf_legacy_loss top_k top_p typical_p use_bfloat16".split()
-)
+_GENERATION = {
+    "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample",
+    "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "guidance_scale", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "output_scores", "prefix", "remove_invalid_values",
+    "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "temperature",
+    "tf_legacy_loss", "top_k", "top_p", "typical_p", "use_bfloat16",
+}
+# fmt: on
 _STACK_EXTRAS = frozenset(
     {"hidden_act", "rope_parameters", "rope_scaling", "rope_theta", "cross_attention_hidden_size"}
 )
-_TOP = frozenset({"encoder_config", "decoder_config", "delay_pattern", "norm_eps"})
+_TOP = {"encoder_config", "decoder_config", "delay_pattern", "norm_eps"}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -133,7 +137,7 @@ class DiaConfig:
             )
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any]) -> "DiaConfig":
         """Read the contents of a `config.json`, whichever library wrote it. A field that is absent has its default.
 
         Raises CheckpointError for the first generation of Dia, for another model, for a field of a wrong type and
@@ -163,7 +167,7 @@ class DiaConfig:
         return cls(EncoderConfig(**encoder), DecoderConfig(**decoder), tuple(delays))
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
+    def from_file(cls, path: str | Path) -> "DiaConfig":
         """Read a `config.json`. Raises CheckpointError, naming the file, if it is missing, broken or unsupported."""
         path = Path(path)
         try:
@@ -246,7 +250,7 @@ def _token(where: str, value: Any) -> int:
     return _integer(where, value, minimum=0)
 
 
-def _refuse_unknown(where: str, data: Mapping[str, Any], known: frozenset[str] | set[str]) -> None:
+def _refuse_unknown(where: str, data: Mapping[str, Any], known: set[str]) -> None:
     """Unknown fields that say "off" are harmless: None, False, 0 and empty containers pass."""
     for name, value in data.items():
         if value and not name.startswith("_") and name not in known | _GENERIC | _GENERATION:
