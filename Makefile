@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# `pip --python` also serves where the system's Python lacks ensurepip and the environment therefore has no pip.
-INSTALL := $(PYTHON) -m pip --python $(PY) install --quiet --disable-pip-version-check -c constraints.txt
+# A system Python without ensurepip makes environments without pip; its own pip serves them then (pip >= 22.3).
+PIP = $$($(PY) -m pip --version >/dev/null 2>&1 && echo $(PY) -m pip || echo $(PYTHON) -m pip --python $(PY))
+INSTALL = $(PIP) install --quiet --disable-pip-version-check -c constraints.txt
 
 # Workers of the test run. Tensors in tests are tiny, so each worker computes in one thread.
 WORKERS ?= 2
@@ -19,20 +20,20 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/.created:
-	$(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --without-pip $(VENV)
+	@$(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --without-pip $(VENV)
 	@touch $@
 
 $(VENV)/.base: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "installing dia-fast and what it needs into $(VENV) (torch is large; this happens once)"
-	$(INSTALL) -e .
+	@$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base
 	@echo "installing what the tests need into $(VENV)"
-	$(INSTALL) -e '.[dev]'
-	# The dac package is compared with, but its dependencies (some 70 packages) are not needed for that.
-	$(INSTALL) argbind einops
-	$(INSTALL) --no-deps descript-audio-codec descript-audiotools
+	@$(INSTALL) -e '.[dev]'
+	@# The dac package is compared with, but its dependencies (some 70 packages) are not needed for that.
+	@$(INSTALL) argbind einops
+	@$(INSTALL) --no-deps descript-audio-codec descript-audiotools
 	@touch $@
 
 demo: $(VENV)/.base ## speak a short dialogue with a random checkpoint (downloads no weights)
