@@ -35,12 +35,14 @@ FORMATS = {
 @dataclass(frozen=True, eq=False, repr=False)
 class Audio:
     """Mono sound. `samples`: float32 `[n]`, full scale is -1 to 1. `sample_rate`: samples per second.
+    `seed`: of generated sound, the seed that speaks it again.
 
     In a notebook it shows as a player. Raises InputError if samples are not one-dimensional, or hold NaN or infinity.
     """
 
     samples: Samples
     sample_rate: int
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         samples = _as_float32(self.samples)
@@ -60,7 +62,7 @@ class Audio:
 
     def resampled(self, sample_rate: int) -> "Audio":
         """The same sound at another rate (soxr, high quality)."""
-        return Audio(convert(self.samples, self.sample_rate, sample_rate), sample_rate)
+        return Audio(convert(self.samples, self.sample_rate, sample_rate), sample_rate, self.seed)
 
     def to_bytes(self, format: str = "wav") -> bytes:
         """The contents of a `wav`, `flac`, `ogg` or `mp3` file. Louder than full scale is clipped.
