@@ -1,0 +1,308 @@
+"""Dia's encoder and decoder over the op set of `dia_kernels`. DIA.md of the design says what is computed.
+
+Two ways through the decoder. `decode_step` is the one that costs: one row of every request, all of its work in
+`8 * layers + 3` op calls on buffers of a `DecodeState`, so that it can be captured in a graph. The others, `encode`,
+`prefill` and `forward_logits`, take a whole sequence of one request at a time, so that what a request computes does
+not depend on what else is in the batch; their large matrix products are torch's.
+
+The unconditional branch reads a text of zeros. All its encoder positions are equal, so whatever the attention weights
+are, its cross-attention adds the same vector everywhere: `DecoderLayer.uncond_cross`, computed once by `finalize`.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dia_fast.cache import BlockTable, PagePool
+from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.packing import packed_shapes
+from dia_fast.state import DecodeState, cross_pages
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class EncoderLayer(nn.Module):
+    """Packed weights of one layer, `[out, in]`: qkv is q|k|v, gate_up is gate|up."""
+
+    self_norm: Tensor
+    qkv: Tensor
+    o: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            _declare(self, name, shape)
+
+
+class DecoderLayer(EncoderLayer):
+    """As in the encoder, with cross-attention (cross_kv is k|v) and what it adds to unconditional rows, `[hidden]`."""
+
+    cross_norm: Tensor
+    cross_q: Tensor
+    cross_kv: Tensor
+    cross_o: Tensor
+    uncond_cross: Tensor
+
+
+class Stack(nn.Module):
+    """Embedding, layers and final norm of the encoder or the decoder; the decoder also has a head."""
+
+    embedding: Tensor
+    norm: Tensor
+    head: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, shapes: Shapes, layer: type[EncoderLayer], count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer(_below(shapes, f"layers.{index}.")) for index in range(count))
+        for name, shape in shapes.items():
+            if not name.startswith("layers."):
+                _declare(self, name, shape)
+
+
+class DiaModel(nn.Module):
+    """The model; its `state_dict` holds the packed weights by the names of `packing.packed_shapes`.
+
+    config: sizes. ops: an op set, see `dia_kernels.get_ops`. The new model has no memory: give it weights with `load`.
+    """
+
+    def __init__(self, config: DiaConfig, ops: ModuleType) -> None:
+        super().__init__()
+        shapes = packed_shapes(config)
+        self.config, self.ops = config, ops
+        self.encoder = Stack(_below(shapes, "encoder."), EncoderLayer, config.encoder.num_hidden_layers)
+        self.decoder = Stack(_below(shapes, "decoder."), DecoderLayer, config.decoder.num_hidden_layers)
+
+    def load(self, weights: Mapping[str, Tensor]) -> "DiaModel":
+        """Takes the packed weights as they are, without a copy, and computes what follows from them."""
+        self.load_state_dict(weights, strict=True, assign=True)
+        self.requires_grad_(False)
+        self.finalize()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.embedding.dtype
+
+    @torch.inference_mode()
+    def finalize(self) -> None:
+        """Computes the rotation tables and the unconditional constants; call it when the weights have changed.
+
+        The constants are computed in float32 and rounded once: an error in them would push every step the same way.
+        """
+        for stack, config in ((self.encoder, self.config.encoder), (self.decoder, self.config.decoder)):
+            cos, sin = rope_table(config, self.device)
+            stack.register_buffer("cos", cos, persistent=False)
+            stack.register_buffer("sin", sin, persistent=False)
+        memory = self._encode([0], torch.float32)
+        config = self.config.decoder
+        groups = config.cross_num_attention_heads // config.cross_num_key_value_heads
+        for layer in self._decoder_layers():
+            values = F.linear(memory, layer.cross_kv.chunk(2)[1].float()).view(-1, config.cross_head_dim)
+            added = F.linear(values.repeat_interleave(groups, 0).view(1, -1), layer.cross_o.float())[0]
+            layer.register_buffer("uncond_cross", added.to(self.dtype), persistent=False)
+
+    @torch.inference_mode()
+    def decode_step(self, s: DecodeState) -> None:
+        """One step of every slot: forms its next row from what was sampled and samples the row after it.
+
+        Exactly `8 * layers + 3` op calls; nothing is allocated (the torch ops aside) and nothing is waited for.
+        """
+        ops, stack, config = self.ops, self.decoder, self.config.decoder
+        eps, eos = config.norm_eps, config.eos_token_id
+        ops.embed_codes(
+            s.sampled, s.forced, s.row, s.first_row, s.end_row, s.eos_row, s.delay, stack.embedding,
+            s.codes, s.positions, s.finished, s.x, eos=eos, pad=config.pad_token_id,
+        )  # fmt: skip
+        for i, layer in enumerate(self._decoder_layers()):
+            keys, values = s.pool.keys[i], s.pool.values[i]
+            ops.rms_norm_linear(s.x, layer.self_norm, layer.qkv, eps, s.qkv)
+            ops.rope_attention(
+                s.qkv, stack.cos, stack.sin, keys, values, s.blocks.table, s.positions, s.attended, s.workspace
+            )
+            ops.linear_residual(s.attended, layer.o, s.x)
+            ops.rms_norm_linear(s.x_cond, layer.cross_norm, layer.cross_q, eps, s.cross_q)
+            keys, values = s.cross_pool.keys[i], s.cross_pool.values[i]
+            ops.cross_attention(
+                s.cross_q, keys, values, s.cross_blocks.table, s.text_lengths, s.cross_attended, s.cross_workspace
+            )
+            ops.linear_residual(s.cross_attended, layer.cross_o, s.x, layer.uncond_cross if s.guided else None)
+            ops.rms_norm_glu(s.x, layer.mlp_norm, layer.gate_up, eps, s.gated)
+            ops.linear_residual(s.gated, layer.down, s.x)
+        ops.codebook_logits(s.x, stack.norm, stack.head, eps, s.logits)
+        ops.sample(
+            s.logits, s.row, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, eos=eos
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def encode(self, text_ids: Sequence[int]) -> Tensor:
+        """The encoder's output for one text: `[len(text_ids), encoder hidden]`."""
+        return self._encode(text_ids, self.dtype)
+
+    @torch.inference_mode()
+    def store_text(self, text_ids: Sequence[int], pool: PagePool, slots: Tensor) -> None:
+        """Encodes a text and writes the cross-attention keys and values of every layer to the pages of its row.
+
+        slots: `[len(text_ids)]` int64, see `BlockTable.slots`.
+        """
+        memory = self.encode(text_ids)
+        config = self.config.decoder
+        page, offset = slots // pool.shape.page_size, slots % pool.shape.page_size
+        for layer, keys, values in zip(self._decoder_layers(), pool.keys, pool.values, strict=True):
+            both = F.linear(memory, layer.cross_kv).view(len(text_ids), -1, config.cross_head_dim)
+            keys[page, :, offset], values[page, :, offset] = both.chunk(2, 1)
+
+    @torch.inference_mode()
+    def prefill(self, rows: Tensor, s: DecodeState, slot: int) -> None:
+        """Computes the keys and values of the first rows of a slot's grid, of its unconditional row too.
+
+        rows: `[rows, channels]` integer codes. The slot's text and pages must be there.
+        """
+        owners = [slot, slot + s.batch] if s.guided else [slot]
+        slots = torch.cat([s.blocks.slots(owner, rows.shape[0]) for owner in owners])
+        lane = slice(slot, slot + 1)
+        text = (s.cross_pool, s.cross_blocks.table[lane], s.text_lengths[lane])
+        self._decode_rows(rows.to(self.device), text, s.guided, (s.pool, slots))
+
+    @torch.inference_mode()
+    def forward_logits(
+        self, text_ids: Sequence[Sequence[int]], rows: Tensor, guidance: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Teacher forcing: what the model predicts after each of the given rows.
+
+        text_ids: one text per request; rows: `[batch, steps, channels]` integer codes of the delayed grid, from row 0.
+        Returns `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32; without guidance uncond is None.
+        """
+        config, total = self.config.decoder, rows.shape[1]
+        shape = cross_pages(self.config)
+        size = (len(text_ids), total, config.num_channels, config.vocab_size)
+        branches = [torch.empty(size, device=self.device) for _ in range(2 if guidance else 1)]
+        for request, ids in enumerate(text_ids):
+            pool = PagePool(shape, shape.pages(len(ids)), self.dtype, self.device)
+            blocks = BlockTable(pool, 1, len(ids), self.device)
+            blocks.grow(0, len(ids))
+            self.store_text(ids, pool, blocks.slots(0, len(ids)))
+            length = torch.tensor([len(ids)], dtype=torch.int32, device=self.device)
+            x = self._decode_rows(rows[request].to(self.device), (pool, blocks.table, length), guidance, None)
+            logits = F.linear(self._normed(x, self.decoder.norm, config.norm_eps), self.decoder.head)
+            for branch, part in zip(branches, logits.split(total), strict=True):
+                branch[request] = part.view(size[1:])
+        return branches[0], branches[1] if guidance else None
+
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        return cast(list[DecoderLayer], self.decoder.layers)
+
+    def _encode(self, text_ids: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """`encode` in a given dtype, weights converted one at a time where they have another."""
+        stack, config = self.encoder, self.config.encoder
+        ids = torch.tensor(text_ids, dtype=torch.int64).to(self.device)
+        positions = torch.arange(len(text_ids), dtype=torch.int32, device=self.device)
+        starts = torch.tensor([0, len(text_ids)], dtype=torch.int32).to(self.device)
+        x = stack.embedding[ids].to(dtype)
+        for layer in cast(list[EncoderLayer], stack.layers):
+            self._self_attention(x, layer, stack, config, positions, starts)
+            self._mlp(x, layer, config.norm_eps)
+        return self._normed(x, stack.norm, config.norm_eps)
+
+    def _decode_rows(
+        self, rows: Tensor, text: tuple[PagePool, Tensor, Tensor], guided: bool, store: tuple[PagePool, Tensor] | None
+    ) -> Tensor:
+        """The decoder over the whole grid of one request, its unconditional copy behind it: `[n or 2 * n, hidden]`.
+
+        rows: `[n, channels]`; text: pages, block table `[1, max_pages]` and length `[1]` of the text; store: where the
+        keys and values of self-attention go, as a pool and slots `[n or 2 * n]`.
+        """
+        ops, stack, config = self.ops, self.decoder, self.config.decoder
+        total, branches = rows.shape[0], 2 if guided else 1
+        positions = torch.arange(total, dtype=torch.int32, device=self.device).repeat(branches)
+        starts = torch.arange(branches + 1, dtype=torch.int32, device=self.device) * total
+        pool, table, length = text
+        x = self._embed(rows).repeat(branches, 1)
+        for i, layer in enumerate(self._decoder_layers()):
+            pages = (store[0].keys[i], store[0].values[i], store[1]) if store is not None else ()
+            self._self_attention(x, layer, stack, config, positions, starts, pages, causal=True)
+            q = F.linear(self._normed(x[:total], layer.cross_norm, config.norm_eps), layer.cross_q)
+            q = q.view(total, -1, config.cross_head_dim)
+            attended = q.new_empty(total, layer.cross_q.shape[0])
+            ops.ragged_attention(
+                q, pool.keys[i], pool.values[i], starts[:2], attended,
+                causal=False, block_table=table, kv_lengths=length,
+            )  # fmt: skip
+            x[:total] += F.linear(attended, layer.cross_o)
+            x[total:] += layer.uncond_cross
+            self._mlp(x, layer, config.norm_eps)
+        return x
+
+    def _embed(self, rows: Tensor) -> Tensor:
+        """Sum of the table rows of all channels, in float32 and in channel order, rounded once: `[n, hidden]`."""
+        channels, vocab = self.config.decoder.num_channels, self.config.decoder.vocab_size
+        index = rows.long() + torch.arange(channels, device=self.device) * vocab
+        total = self.decoder.embedding[index[:, 0]].float()
+        for channel in range(1, channels):
+            total += self.decoder.embedding[index[:, channel]]
+        return total.to(self.dtype)
+
+    def _self_attention(
+        self,
+        x: Tensor,
+        layer: EncoderLayer,
+        stack: Stack,
+        config: EncoderConfig | DecoderConfig,
+        positions: Tensor,
+        starts: Tensor,
+        pages: tuple[Tensor, ...] = (),
+        causal: bool = False,
+    ) -> None:
+        """Adds self-attention to the packed sequences of `x`, `[n, hidden]`, in place; stores k and v in `pages`."""
+        head_dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        qkv = _linear(self._normed(x, layer.self_norm, config.norm_eps), layer.qkv)
+        self.ops.rope(qkv, stack.cos, stack.sin, positions, kv_heads, *pages)
+        q, k, v = qkv.view(x.shape[0], -1, head_dim).split((heads, kv_heads, kv_heads), 1)
+        attended = x.new_empty(x.shape[0], heads * head_dim)
+        self.ops.ragged_attention(q, k, v, starts, attended, causal=causal)
+        x += _linear(attended, layer.o)
+
+    def _mlp(self, x: Tensor, layer: EncoderLayer, eps: float) -> None:
+        """Adds the MLP to `x`, `[n, hidden]`, in place."""
+        both = _linear(self._normed(x, layer.mlp_norm, eps), layer.gate_up)
+        x += _linear(self.ops.glu(both, both.new_empty(x.shape[0], both.shape[1] // 2)), layer.down)
+
+    def _normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return cast(Tensor, self.ops.rms_norm(x, weight.to(x.dtype), eps, torch.empty_like(x)))
+
+
+def rope_table(config: EncoderConfig | DecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[max_position_embeddings + 1, head_dim / 2]` float32; one more row than positions, because a
+    request of the greatest length forms its last row there.
+
+    Frequencies and angles are float32, as in transformers: at scale 1.0 the difference to float64 would show.
+    Source: Su et al. 2021, "RoFormer".
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    angles = torch.arange(config.max_position_embeddings + 1)[:, None].float() * (1.0 / config.rope_theta**exponents)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype))
+
+
+def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The entries under a prefix, without it."""
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _declare(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    module.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
