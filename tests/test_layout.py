@@ -148,9 +148,11 @@ def test_functions_stay_short() -> None:
     assert not long, "\n".join(long)
 
 
-@pytest.mark.parametrize(("decorator", "lines", "allowed"), [("", 60, True), ("", 61, False), ("@triton.jit\n", 80, True)])
+@pytest.mark.parametrize(
+    ("decorator", "lines", "allowed"), [("", 60, True), ("", 61, False), ("@triton.jit", 80, True)]
+)
 def test_the_length_check_itself(decorator: str, lines: int, allowed: bool) -> None:
-    source = f'{decorator}def f():\n    """Two\n    lines."""\n' + "    x = 1\n" * lines
+    source = f'{decorator}\ndef f():\n    """Two\n    lines."""\n' + "    x = 1\n" * lines
     assert (not long_functions(source)) == allowed
 
 
