@@ -1,6 +1,6 @@
 """Paged key-value memory: pools of pages, and who holds which.
 
-One page id stands for a page in every layer. The device sees pools and block tables only; ids are handed out on the host.
+One page id stands for a page in every layer. The device sees pools and block tables only; the host hands out ids.
 """
 
 from collections.abc import Iterable
@@ -97,9 +97,9 @@ class BlockTable:
         return max(self.pool.shape.pages(tokens) - len(self._held[row]), 0)
 
     def grow(self, row: int, tokens: int) -> None:
-        """Gives the row the pages it lacks for `tokens` tokens. Raises OutOfPages and changes nothing if there are none.
+        """Gives the row the pages it lacks for `tokens` tokens; writes to the device without waiting for it.
 
-        Writes to the device without waiting for it.
+        Raises OutOfPages, and changes nothing, if too few are free.
         """
         missing = self.missing(row, tokens)
         if not missing:

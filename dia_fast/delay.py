@@ -16,7 +16,7 @@ def delayed_rows(frames: Tensor, delay: Sequence[int], bos: int) -> Tensor:
     """The part of the grid that an audio prompt determines: `[frames + max(delay) + 1, channels]` int32.
 
     frames: `[frames, channels]` integer codes, no rows for none. Entries before a channel starts are `bos`, entries
-    after the last given frame are `FREE`. Rows `0 .. frames` have no free channel 0; rows `0 .. frames - 1` none at all.
+    after the last given frame are `FREE`: none in rows `0 .. frames - 1`, none in channel 0 of row `frames`.
     """
     total = frames.shape[0]
     rows = torch.full((total + max(delay) + 1, len(delay)), FREE, dtype=torch.int32)

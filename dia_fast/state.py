@@ -1,7 +1,7 @@
 """The buffers of a decode step, allocated once and then only written in place.
 
-Everything a step reads or writes lies here, in the weights or in the page pools, at addresses that never change, so that
-a captured graph serves every later step. The host learns nothing from a step unless it asks.
+Everything a step reads or writes lies here, in the weights or in the page pools, at addresses that never change, so
+that a captured graph serves every later step. The host learns nothing from a step unless it asks.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def cross_pages(config: DiaConfig) -> PageShape:
 
 
 class DecodeState:
-    """State and scratch of `batch` slots. Slot `b` owns row `b` and, when guided, row `batch + b`, the unconditional one.
+    """State and scratch of `batch` slots. Slot `b` owns row `b` and, when guided, the unconditional row `batch + b`.
 
     A slot is inert while `row[b] < 0` or `finished[b] != 0`. Dtypes and meanings: `dia_kernels.reference.embed_codes`
     for the grid, `sample` for the settings.
@@ -72,7 +72,8 @@ class DecodeState:
         self.positions, self.text_lengths = integers(self.rows, fill=-1), integers(batch)
 
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.guidance_scale, self.temperature, self.top_p = torch.ones(3, batch, device=device)
+        self.guidance_scale, self.temperature = torch.ones(batch, device=device), torch.ones(batch, device=device)
+        self.top_p = torch.ones(batch, device=device)
         self.top_k = integers(batch)
 
         attention, cross = decoder.num_attention_heads, decoder.cross_num_attention_heads
