@@ -46,6 +46,8 @@ _STACK_EXTRAS = frozenset(
     {"hidden_act", "rope_parameters", "rope_scaling", "rope_theta", "cross_attention_hidden_size"}
 )
 _TOP = {"encoder_config", "decoder_config", "delay_pattern", "norm_eps"}
+# So that a mistyped number is an error, not a list of a billion layers.
+_LARGEST = {"num_hidden_layers": 1000, "num_channels": 1000}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -221,6 +223,8 @@ def _check_stack(where: str, stack: EncoderConfig | DecoderConfig) -> None:
             _number(f"{where}.{item.name}", value)
         else:
             _integer(f"{where}.{item.name}", value, minimum=0 if item.name in _TOKENS else 1)
+            if value > _LARGEST.get(item.name, 1 << 31):
+                raise CheckpointError(f"config: {where}.{item.name} is {value}, more than any real model has")
     if stack.head_dim % 2:
         raise CheckpointError(f"{where}.head_dim is {stack.head_dim}; rotary embeddings need an even one")
     for prefix in ("", "cross_") if isinstance(stack, DecoderConfig) else ("",):

@@ -1,0 +1,240 @@
+"""Write checkpoints: `save_pretrained` in the transformers layout, and conversion between the two official layouts.
+
+Weights are written one packed tensor at a time into a folder beside the destination, which takes its name only when it
+is complete: whatever goes wrong, the destination is either whole or not there.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dia_fast.checkpoint import DTYPES, open_checkpoint
+from dia_fast.config import DiaConfig
+from dia_fast.errors import CheckpointError, InputError
+from dia_fast.layouts import Placement, placements
+from dia_fast.packing import packed_shapes, parameter_count
+from dia_fast.tensor_files import SAFETENSORS_DTYPES
+
+MAX_SHARD_BYTES = 5_000_000_000
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    place: Placement
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.place.shape).numel() * self.dtype.itemsize
+
+
+def save_pretrained(
+    folder: str | Path,
+    config: DiaConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write packed weights as a checkpoint that transformers loads; returns the folder.
+
+    weights: by packed name, on any device, floating point; they are written in their own dtype, in shards of at most
+    `max_shard_bytes` (a larger tensor gets its own), beside config.json and generation_config.json.
+    Raises CheckpointError if a weight is missing or misshapen, if the folder exists and is not empty, or if writing
+    fails; then nothing is left behind.
+    """
+    for name, shape in packed_shapes(config).items():
+        if name not in weights:
+            raise CheckpointError(f"weight {name} is missing, so the model cannot be saved")
+        if tuple(weights[name].shape) != shape:
+            raise CheckpointError(f"weight {name} has shape {list(weights[name].shape)}; expected {list(shape)}")
+    dtypes = {name: tensor.dtype for name, tensor in weights.items()}
+
+    def fetch(name: str) -> Tensor:
+        return weights[name].detach().cpu()
+
+    return write_checkpoint(folder, config, dtypes, fetch, max_shard_bytes=max_shard_bytes)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    layout: str = "transformers",
+    *,
+    dtype: torch.dtype | None = None,
+    pickled: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Rewrite a checkpoint in the "transformers" or the "original" layout, from whichever it has; returns the folder.
+
+    dtype: of the written weights; None keeps what is stored. The original layout is one `model.safetensors`, or, if
+    `pickled`, one `pytorch_model.bin` (which is built in memory). Values are exact unless `dtype` is narrower.
+    Raises CheckpointError as `open_checkpoint` and `save_pretrained` do.
+    """
+    if layout not in ("transformers", "original"):
+        raise InputError(f"layout {layout!r} is unknown; 'transformers' and 'original' can be written")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"weights cannot be written as {dtype}; float32, float16 and bfloat16 can")
+    if pickled and layout != "original":
+        raise InputError("only the original layout can be written as a pickle")
+    checkpoint = open_checkpoint(source, revision=revision, local_files_only=local_files_only)
+    dtypes = {name: dtype or checkpoint.stored_dtype(name) for name in packed_shapes(checkpoint.config)}
+
+    def fetch(name: str) -> Tensor:
+        return checkpoint.load_packed(name, dtypes[name])
+
+    limit = max_shard_bytes if layout == "transformers" else None
+    return write_checkpoint(
+        destination, checkpoint.config, dtypes, fetch, layout=layout, max_shard_bytes=limit, pickled=pickled
+    )
+
+
+def write_checkpoint(
+    folder: str | Path,
+    config: DiaConfig,
+    dtypes: Mapping[str, torch.dtype],
+    fetch: Callable[[str], Tensor],
+    *,
+    layout: str = "transformers",
+    max_shard_bytes: int | None = MAX_SHARD_BYTES,
+    pickled: bool = False,
+) -> Path:
+    """Write a checkpoint whose weights are made or read one by one; returns the folder.
+
+    dtypes: of every packed weight by name. fetch: called with such a name, some of them twice, returns the packed weight,
+    on the CPU, in that dtype. Otherwise as `save_pretrained` and `convert`.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not an empty folder; name a new one, nothing is overwritten")
+    # Where dtypes differ, wide ones first: every tensor then starts at a multiple of its item size.
+    order = {name: i for i, name in enumerate(packed_shapes(config))}
+    entries = [_Entry(name, place, dtypes[place.packed]) for name, place in placements(config, layout).items()]
+    entries.sort(key=lambda entry: (-entry.dtype.itemsize, order[entry.place.packed], entry.place.first))
+    partial = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        partial.chmod(0o777 & ~_umask())
+        if pickled:
+            # Clones: a view would be saved with the whole weight that it is cut from.
+            state = {entry.name: piece.clone() for entry, piece in _cut(entries, fetch)}
+            torch.save(state, partial / "pytorch_model.bin")
+        else:
+            _write_shards(partial, config, entries, fetch, max_shard_bytes)
+        for name, content in _metadata(config, layout, entries).items():
+            _write_json(partial / name, content)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {folder}: {error.strerror or error}") from error
+    finally:
+        if partial is not None and partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _write_shards(
+    folder: Path,
+    config: DiaConfig,
+    entries: list[_Entry],
+    fetch: Callable[[str], Tensor],
+    max_shard_bytes: int | None,
+) -> None:
+    shards: list[list[_Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and max_shard_bytes is not None and filled + entry.size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.size
+    if len(shards) == 1:
+        _write_safetensors(folder / "model.safetensors", shards[0], fetch)
+        return
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        _write_safetensors(folder / name, shard, fetch)
+    index = {
+        "metadata": {
+            "total_size": sum(entry.size for entry in entries),
+            "total_parameters": parameter_count(config),
+        },
+        "weight_map": {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard},
+    }
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_safetensors(path: Path, entries: list[_Entry], fetch: Callable[[str], Tensor]) -> None:
+    """https://github.com/huggingface/safetensors#format, tensor after tensor without holding them all."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        start, end = end, end + entry.size
+        header[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.place.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, piece in _cut(entries, fetch):
+            file.write(piece.view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut(entries: list[_Entry], fetch: Callable[[str], Tensor]) -> Iterator[tuple[_Entry, Tensor]]:
+    """Each entry's tensor, contiguous, cut from the packed weight that holds it (entries come grouped by it)."""
+    for packed, group in itertools.groupby(entries, key=lambda entry: entry.place.packed):
+        weight = fetch(packed)
+        for entry in group:
+            rows = weight[entry.place.first : entry.place.last]
+            yield entry, (rows.T if entry.place.transposed else rows).contiguous().view(entry.place.shape)
+
+
+def _metadata(config: DiaConfig, layout: str, entries: list[_Entry]) -> dict[str, dict[str, Any]]:
+    dtype = str(max((entry.dtype for entry in entries), key=lambda d: sum(e.size for e in entries if e.dtype is d)))
+    dtype = dtype.removeprefix("torch.")
+    if layout == "original":
+        return {"config.json": config.to_original() | {"torch_dtype": dtype}}
+    decoder = config.decoder
+    # The defaults of the published checkpoint.
+    generation = {
+        "bos_token_id": decoder.bos_token_id,
+        "eos_token_id": decoder.eos_token_id,
+        "pad_token_id": decoder.pad_token_id,
+        "do_sample": True,
+        "guidance_scale": 3.0,
+        "max_length": decoder.max_position_embeddings,
+        "temperature": 1.2,
+        "top_k": 45,
+        "top_p": 0.95,
+    }
+    return {"config.json": config.to_transformers() | {"dtype": dtype}, "generation_config.json": generation}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    """The process's file mode mask, which mkdtemp does not honour; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

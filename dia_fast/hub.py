@@ -1,0 +1,69 @@
+"""Checkpoints from the Hugging Face Hub: only the files that are needed, all of one commit."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from dia_fast.config import DiaConfig
+from dia_fast.errors import CheckpointError
+
+
+def download(
+    repository: str,
+    find_weights: Callable[[Collection[str], str], str],
+    read_index: Callable[[Path], list[str]],
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Bring config.json and the weights of a repository into the local cache; returns their folder.
+
+    find_weights chooses among the names of the repository's files; read_index names the shards of an index. The
+    configuration comes first and is read, so that what cannot be used is refused before gigabytes of it are fetched.
+    Without a connection, or under `local_files_only`, the folder is what the cache has. Raises CheckpointError.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def cached(reason: str) -> Path:
+        try:
+            return Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
+        except (errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{repository} is neither a local folder nor in the cache of the Hub{_at(revision)}, and {reason}"
+            ) from error
+
+    if local_files_only:
+        return cached("local_files_only forbids to download it")
+    try:
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision)
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"the Hub repository {repository} has no revision {revision!r}") from error
+    except errors.GatedRepoError as error:
+        raise CheckpointError(f"the Hub repository {repository} asks you to accept its terms and to log in") from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repository} is neither a local folder nor a repository of the Hub that you may read"
+        ) from error
+    except Exception as error:  # whatever the HTTP library in use raises for a connection that fails
+        return cached(f"the Hub cannot be reached: {error}")
+    names = [item.rfilename for item in info.siblings or ()]
+
+    def fetch(name: str) -> Path:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, name, revision=info.sha))
+        except Exception as error:
+            raise CheckpointError(f"cannot download {name} of the Hub repository {repository}: {error}") from error
+
+    if "config.json" not in names:
+        raise CheckpointError(f"the Hub repository {repository} has no config.json: not a Dia checkpoint")
+    config = fetch("config.json")
+    DiaConfig.from_file(config)
+    entry = fetch(find_weights(names, f"the Hub repository {repository}"))
+    if entry.name.endswith(".index.json"):
+        for shard in read_index(entry):
+            fetch(shard)
+    return config.parent
+
+
+def _at(revision: str | None) -> str:
+    return f" at revision {revision!r}" if revision else ""
