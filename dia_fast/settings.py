@@ -44,7 +44,7 @@ class SamplingSettings:
             raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p!r}; 1 keeps every candidate")
         put(self, "top_p", top_p)
         if self.top_k is not None:
-            put(self, "top_k", _integer("top_k", self.top_k, 1, None, "None keeps every candidate"))
+            put(self, "top_k", _integer("top_k", self.top_k, 1, 2**31 - 1, "None keeps every candidate"))
         if not isinstance(self.do_sample, bool):
             raise InputError(f"do_sample must be True or False, not {self.do_sample!r}")
         if self.seed is not None:

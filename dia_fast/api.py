@@ -1,0 +1,321 @@
+"""The front door: `Dia`."""
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dia_fast import engine
+from dia_fast.audio import Audio
+from dia_fast.checkpoint import open_checkpoint
+from dia_fast.config import DiaConfig
+from dia_fast.convert import save_pretrained
+from dia_fast.engine import Generation, Request
+from dia_fast.errors import CheckpointError, InputError
+from dia_fast.model import DiaModel
+from dia_fast.placement import choose_device, choose_dtype
+from dia_fast.progress import StepBar
+from dia_fast.prompts import AudioPrompt, encode_prompt, prompt_for_each
+from dia_fast.settings import SamplingSettings, random_seed
+from dia_fast.text import TextWarning, encode_text, warn_about
+from dia_kernels import get_ops
+
+if TYPE_CHECKING:
+    from dia_fast.codec import Codec
+
+Texts: TypeAlias = str | bytes | Sequence[str | bytes]
+Prompts: TypeAlias = AudioPrompt | list[AudioPrompt]
+Seeds: TypeAlias = int | Sequence[int] | None
+Progress: TypeAlias = bool | Callable[[int], None]
+
+FRAMES_PER_SECOND = 44_100 / 512  # of the codec that Dia was trained on
+
+
+class Dia:
+    """A loaded model and, from its first use on, a codec. Make one with `Dia.from_pretrained`.
+
+    Nothing is kept between calls: the result of a call depends on its arguments alone.
+    """
+
+    def __init__(self, model: DiaModel, codec: "str | os.PathLike[str] | Codec | None" = None) -> None:
+        """model: with its weights loaded. codec: see `from_pretrained`."""
+        self.model = model
+        self._codec = codec
+        self._load_codec: dict[str, Any] = {"device": model.device, "ops": model.ops}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | str | None = None,
+        backend: str = "auto",
+        codec: "str | os.PathLike[str] | Codec | None" = "descript/dac_44khz",
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> "Dia":
+        """Loads a checkpoint in the transformers or the original layout.
+
+        name_or_path: Hub repository (`nari-labs/Dia-1.6B-0626`), folder, or file of weights. device: by default the
+        GPU if torch sees one, else the CPU. dtype: by default bfloat16 on a GPU (float16 where it lacks that), float32
+        on a CPU. backend: the ops, `"torch"`, `"triton"` or `"auto"` (triton on a GPU). codec: Hub repository, folder
+        or file of a DAC, loaded when first used; `"descript"` for the dac package's own; a loaded codec; None for none,
+        which leaves `generate_codes`. revision: branch, tag or commit on the Hub. local_files_only: stay offline.
+        Raises InputError for an argument, CheckpointError for a checkpoint that cannot be used.
+        """
+        if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
+            raise InputError(f"name_or_path must be a Hub repository or a path, not {name_or_path!r}")
+        place = choose_device(device)
+        kind = choose_dtype(dtype, place)
+        try:
+            ops = get_ops(backend, place)
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error)) from error
+        checkpoint = open_checkpoint(os.fspath(name_or_path), revision=revision, local_files_only=local_files_only)
+        model = DiaModel(checkpoint.config, ops).load(checkpoint.load(kind, place))
+        dia = cls(model, codec)
+        dia._load_codec["local_files_only"] = local_files_only
+        return dia
+
+    @property
+    def config(self) -> DiaConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def codec(self) -> "Codec":
+        """The codec, loaded now if it was not. Raises InputError if there is none, CheckpointError if it is no fit."""
+        if self._codec is None:
+            raise InputError("this Dia has no codec (codec=None): use generate_codes, or name one in from_pretrained")
+        if isinstance(self._codec, str | os.PathLike):
+            from dia_fast.codec import load_codec
+
+            name = os.fspath(self._codec)
+            codec = load_codec(name, **self._load_codec)
+            decoder = self.config.decoder
+            if codec.num_codebooks != decoder.num_channels or codec.codebook_size < decoder.eos_token_id:
+                raise CheckpointError(
+                    f"codec {name} has {codec.num_codebooks} codebooks of {codec.codebook_size} codes, and the model "
+                    f"speaks {decoder.num_channels} channels of {decoder.eos_token_id}: they do not belong together"
+                )
+            self._codec = codec
+        return self._codec
+
+    def generate(
+        self,
+        text: Texts,
+        *,
+        audio_prompt: Prompts = None,
+        max_new_tokens: int = 3072,
+        guidance_scale: float | None = 3.0,
+        temperature: float = 1.2,
+        top_p: float = 0.95,
+        top_k: int | None = 45,
+        do_sample: bool = True,
+        seed: Seeds = None,
+        progress: Progress = False,
+    ) -> Audio | list[Audio]:
+        """Speaks a text, or each text of a list in one batch; returns an `Audio`, or a list of them.
+
+        text: a transcript with speaker tags, `"[S1] ... [S2] ..."`. audio_prompt: a voice to go on in, as a path, an
+        `Audio`, a pair `(samples, sample_rate)` or codes `[frames, channels]`; the text must then begin with what the
+        prompt says, and the result holds the new words only. For a list of texts: one prompt for all, or a list with
+        one for each (None for none). The other settings: see `SamplingSettings`; `max_new_tokens` is cut to the
+        positions that the prompt leaves. seed: an int for all texts, or one for each; a text sounds the same alone and
+        in a list. None draws one for each text; it is in `Audio.seed`. progress: True for a bar on standard error, or
+        a function that is called with the number of steps so far.
+        Raises InputError, before anything is computed, for whatever cannot be used.
+        """
+        settings = self._settings(
+            max_new_tokens=max_new_tokens,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            do_sample=do_sample,
+        )
+        codec = self.codec
+        spoken = self._speak(text, audio_prompt, settings, seed, progress)
+        audios = [Audio(codec.decode(item.frames).cpu().numpy(), codec.sample_rate, item.seed) for item in spoken]
+        return audios if _is_list(text) else audios[0]
+
+    def generate_codes(
+        self,
+        text: Texts,
+        *,
+        audio_prompt: Prompts = None,
+        max_new_tokens: int = 3072,
+        guidance_scale: float | None = 3.0,
+        temperature: float = 1.2,
+        top_p: float = 0.95,
+        top_k: int | None = 45,
+        do_sample: bool = True,
+        seed: Seeds = None,
+        progress: Progress = False,
+    ) -> list[Tensor]:
+        """As `generate`, but returns the codes of each text, `[frames, channels]` int64 on the CPU, always as a list.
+
+        Needs no codec, unless a prompt is sound.
+        """
+        settings = self._settings(
+            max_new_tokens=max_new_tokens,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            do_sample=do_sample,
+        )
+        return [item.frames for item in self._speak(text, audio_prompt, settings, seed, progress)]
+
+    def forward_logits(self, text: Texts, rows: Any, *, guidance: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Teacher forcing: the logits that follow each of the given rows, for research and comparisons.
+
+        text: one, or a list of `batch`. rows: integers `[batch, steps, channels]` of the delayed grid from row 0 on
+        (all BOS), special codes included. Returns `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32 on
+        the model's device; without guidance uncond is None. Raises InputError.
+        """
+        decoder = self.config.decoder
+        texts = _as_list(text)
+        grid = torch.as_tensor(rows)
+        wanted = f"[{len(texts)}, steps, {decoder.num_channels}]"
+        if grid.ndim != 3 or grid.shape[0] != len(texts) or grid.shape[2] != decoder.num_channels:
+            raise InputError(f"rows must have shape {wanted}, not {list(grid.shape)}")
+        if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
+            raise InputError(f"rows must be integers, not {grid.dtype}")
+        if not 1 <= grid.shape[1] <= decoder.max_position_embeddings:
+            raise InputError(f"rows must have 1 to {decoder.max_position_embeddings} steps, not {grid.shape[1]}")
+        low, high = int(grid.min()), int(grid.max())
+        if low < 0 or high >= decoder.vocab_size:
+            raise InputError(f"rows hold code {low if low < 0 else high}; codes go from 0 to {decoder.vocab_size - 1}")
+        if not isinstance(guidance, bool):
+            raise InputError(f"guidance must be True or False, not {guidance!r}")
+        return self.model.forward_logits([self._ids(item) for item in texts], grid, guidance)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the model, without the codec, in the transformers layout and in its present dtype; returns the folder.
+
+        Raises CheckpointError if the folder exists and is not empty, or cannot be written; nothing is left behind then.
+        """
+        return save_pretrained(os.fspath(folder), self.config, self.model.state_dict())
+
+    def __repr__(self) -> str:
+        size = sum(weight.numel() for weight in self.model.state_dict().values())
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"Dia({size:,} parameters, {kind} on {self.device}, {self.model.ops.name} ops)"
+
+    def _settings(self, **values: Any) -> SamplingSettings:
+        settings = SamplingSettings(**values)
+        least = max(self.config.delay_pattern) + 2
+        if settings.max_new_tokens < least:
+            raise InputError(
+                f"max_new_tokens must be at least {least}, not {settings.max_new_tokens}: the delay pattern completes "
+                "the first frame of sound no earlier"
+            )
+        return settings
+
+    def _ids(self, text: str | bytes) -> list[int]:
+        encoder = self.config.encoder
+        ids = encode_text(text, max_length=encoder.max_position_embeddings)
+        if max(ids) >= encoder.vocab_size:
+            raise InputError(f"text holds byte {max(ids)}, but the model knows only {encoder.vocab_size}")
+        return ids
+
+    def _speak(
+        self, text: Texts, prompts: Prompts, settings: SamplingSettings, seed: Seeds, progress: Progress
+    ) -> list[Generation]:
+        """Checks everything, warns, and generates. Called by the public methods only: warnings blame their caller."""
+        texts = _as_list(text)
+        seeds = _seeds(seed, len(texts), settings)
+        ids = [self._ids(item) for item in texts]
+        decoder = self.config.decoder
+        # A prompt must leave positions for at least one new frame.
+        room = decoder.max_position_embeddings - max(self.config.delay_pattern) - 2
+        codes = [
+            encode_prompt(
+                item,
+                lambda: self.codec,
+                channels=decoder.num_channels,
+                codes=decoder.eos_token_id,
+                max_frames=room,
+            )
+            for item in prompt_for_each(prompts, len(texts), _is_list(text))
+        ]
+        longest = self.config.encoder.max_position_embeddings
+        for item, prompt in zip(texts, codes, strict=True):
+            seconds = 0.0 if prompt is None else len(prompt) / FRAMES_PER_SECOND
+            warn_about(item, max_length=longest, prompt_seconds=seconds, stacklevel=3)
+        requests = [
+            Request(
+                text_ids,
+                prompt,
+                max_new_tokens=settings.max_new_tokens,
+                guidance_scale=settings.guidance_scale,
+                temperature=0.0 if settings.greedy else settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                seed=item_seed,
+            )
+            for text_ids, prompt, item_seed in zip(ids, codes, seeds, strict=True)
+        ]
+        total = max(
+            min(settings.max_new_tokens, decoder.max_position_embeddings - (0 if prompt is None else len(prompt))) + 1
+            for prompt in codes
+        )
+        with _progress(progress, total) as report:
+            spoken = engine.generate(self.model, requests, progress=report)
+        for index, item in enumerate(spoken):
+            if item.truncated:
+                which = f"text {index}: " if len(spoken) > 1 else ""
+                steps = len(item.rows) - (0 if codes[index] is None else len(codes[index])) - 1
+                warnings.warn(
+                    f"{which}the speech was cut after {steps} steps, by max_new_tokens or the model's positions",
+                    TextWarning,
+                    stacklevel=3,
+                )
+        return spoken
+
+
+def _is_list(text: Texts) -> bool:
+    return isinstance(text, list | tuple)
+
+
+def _as_list(text: Texts) -> list[str | bytes]:
+    if not _is_list(text):
+        return [text]  # type: ignore[list-item]
+    if not text:
+        raise InputError("text is an empty list: there is nothing to say")
+    return list(text)  # type: ignore[arg-type]
+
+
+def _seeds(seed: Seeds, count: int, settings: SamplingSettings) -> list[int]:
+    """A checked seed for each text."""
+    if seed is None:
+        return [random_seed() for _ in range(count)]
+    given = list(seed) if isinstance(seed, list | tuple) else [seed] * count
+    if len(given) != count:
+        raise InputError(f"seed has {len(given)} entries for {count} texts: give one for each, or one int for all")
+    checked = [replace(settings, seed=item).seed for item in given]
+    return [random_seed() if item is None else item for item in checked]
+
+
+def _progress(progress: Progress, total: int) -> Any:
+    """A context whose value is what the engine calls after each step, or None."""
+    if callable(progress):
+        return nullcontext(progress)
+    if not isinstance(progress, bool):
+        raise InputError(f"progress must be True, False or a function of the number of steps, not {progress!r}")
+    return StepBar(total, FRAMES_PER_SECOND) if progress else nullcontext(None)

@@ -1,0 +1,95 @@
+"""The command line: one module per command, nothing heavy imported before the command is known.
+
+Exit status: 0 done; 2 the input was wrong, said in one line; 1 something else went wrong; 130 interrupted by Ctrl-C.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import dia_fast
+from dia_fast.cli import convert, info, speak
+from dia_fast.errors import DiaFastError
+from dia_fast.text import TextWarning
+
+EXAMPLES = """\
+examples:
+  dia-fast speak "[S1] Did you hear that? [S2] Hear what?" --model nari-labs/Dia-1.6B-0626 -o out.wav
+  dia-fast info nari-labs/Dia-1.6B-0626
+  dia-fast convert nari-labs/Dia-1.6B-0626 dia-original --to original
+
+`dia-fast COMMAND --help` explains a command, with examples.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dia-fast",
+        description="Dia-1.6B turns a transcript with two speakers into speech.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the versions of dia-fast, Python and torch")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for module in (speak, info, convert):
+        command = module.add_parser(commands)
+        command.add_argument("--debug", action="store_true", help="show where an error came from")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; argparse itself exits with 2 on a wrong option."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        print(_versions())
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TextWarning)
+        warnings.showwarning = _show_warning
+        try:
+            return args.run(args)
+        except KeyboardInterrupt:
+            return _fail(args, "interrupted", 130)
+        except BrokenPipeError:
+            # Whoever read our output has gone; nothing is left to tell, and Python must not complain at exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except DiaFastError as error:
+            return _fail(args, f"error: {error}", 2)
+        except Exception as error:
+            return _fail(args, f"error: {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(args: argparse.Namespace, message: str, status: int) -> int:
+    if args.debug:
+        raise
+    print("dia-fast: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+    name = "" if issubclass(category, TextWarning) else f" {category.__name__}:"
+    line = f"dia-fast: warning:{name} {' '.join(str(message).split())}"
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)  # above a progress bar, not into it
+    else:
+        print(line, file=sys.stderr)
+
+
+def _versions() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        torch = f"torch {version('torch')}"
+    except PackageNotFoundError:
+        torch = "no torch"
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"dia-fast {dia_fast.__version__} (Python {python}, {torch})"

@@ -1,0 +1,57 @@
+"""Where a model runs and in which type, from what the caller said or from what the machine has."""
+
+import torch
+
+from dia_fast.errors import InputError
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def choose_device(device: torch.device | str | int | None) -> torch.device:
+    """The device to use: as given, or the first GPU, or the CPU. An `int` counts GPUs, as in torch.
+
+    Raises InputError for a device that torch does not know or that this machine does not have.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise InputError(f"device {device!r} is unknown; use 'cpu', 'cuda', 'cuda:1' and so on") from None
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {str(device)!r} cannot be used: torch {torch.__version__} sees no GPU; use 'cpu'")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {str(device)!r} does not exist: torch sees {torch.cuda.device_count()} GPUs")
+    if chosen.type == "meta":
+        raise InputError("device 'meta' holds no data; use 'cpu' or 'cuda'")
+    try:
+        torch.empty(1, device=chosen)
+    except Exception as error:  # each device type has its own way to say no
+        raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return chosen
+
+
+def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The type of weights and activations: as given, or float32 on a CPU, bfloat16 on a GPU (float16 if it lacks that).
+
+    The type that a checkpoint is stored in does not matter: weights are converted while they load. On CPUs without
+    bfloat16 arithmetic the narrow types are slower than float32.
+    """
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32
+        narrow = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if narrow else torch.float16
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise InputError(f"dtype {dtype!r} is not supported; use float32, bfloat16 or float16 (fp32, bf16, fp16)")
+    return chosen
