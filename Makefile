@@ -31,9 +31,9 @@ $(VENV)/.base: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.base
 	@echo "installing what the tests need into $(VENV)"
 	@$(INSTALL) -e '.[dev]'
-	@# The dac package is compared with, but its dependencies (some 70 packages) are not needed for that.
+	@# The dac package is compared with; that takes few of the some 70 packages it depends on.
 	@$(INSTALL) argbind einops
-	@$(INSTALL) --no-deps descript-audio-codec descript-audiotools
+	@$(INSTALL) --no-deps descript-audio-codec
 	@touch $@
 
 demo: $(VENV)/.base ## speak a short dialogue with a random checkpoint (downloads no weights)
