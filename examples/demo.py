@@ -111,7 +111,7 @@ def main() -> None:
     print(f"\nThe sound is in {path.resolve()}")
     print("It is noise, because the weights are random; every part ran, and nothing was downloaded.")
     print("For speech, let the official weights be downloaded (3.2 GB):")
-    print('    dia-fast speak "[S1] Did you hear that? [S2] Hear what?" -o out.wav')
+    print('    dia-fast speak "[S1] Did you hear that? [S2] Hear what?" --model nari-labs/Dia-1.6B-0626 -o out.wav')
 
 
 if __name__ == "__main__":
