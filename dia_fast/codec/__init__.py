@@ -1,0 +1,7 @@
+"""The audio codec: DAC in plain torch, its files, and a door to the original package."""
+
+from dia_fast.codec.codec import Codec, random_codec
+from dia_fast.codec.config import CodecConfig
+from dia_fast.codec.load import load_codec
+
+__all__ = ["Codec", "CodecConfig", "load_codec", "random_codec"]

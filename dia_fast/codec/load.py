@@ -1,0 +1,61 @@
+"""Finding a codec by name: a folder, a file, a repository on the Hub, or the original package."""
+
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from dia_fast.codec.codec import Codec, build_codec
+from dia_fast.codec.weights import CONFIG, PREPROCESSOR, WEIGHTS, read_codec_files
+from dia_fast.errors import CheckpointError
+
+DESCRIPT = "descript"
+
+
+def load_codec(
+    name_or_path: str | os.PathLike[str] = "descript/dac_44khz",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    ops: ModuleType | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Codec:
+    """Loads a DAC codec.
+
+    name_or_path: a folder in the transformers layout; a `.pth` file of descript-audio-codec; a repository on the
+    Hugging Face Hub; `"descript"` for the original `dac` package with the weights it downloads, `"descript:FILE"` with
+    others.
+    ops: an op set of `dia_kernels` for the activations; the torch reference by default.
+    Raises CheckpointError for files that are missing, damaged, unsafe or do not fit together, and if `dac` is not
+    installed where it is asked for.
+    """
+    name, device = os.fspath(name_or_path), torch.device(device)
+    if name == DESCRIPT or name.startswith(DESCRIPT + ":"):
+        from dia_fast.codec.descript import load_descript
+
+        return load_descript(name.removeprefix(DESCRIPT).removeprefix(":") or None, device, dtype)
+    path = Path(os.path.expanduser(name))
+    if not path.exists():
+        path = _download(name, revision, local_files_only)
+    config, tensors = read_codec_files(path)
+    return build_codec(config, tensors, name, device, dtype, ops)
+
+
+def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
+    """The folder of a snapshot that holds the codec's files."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise CheckpointError(
+            f"{name}: no such file or folder, and not the name of a repository (such as descript/dac_44khz) either"
+        )
+    from huggingface_hub import snapshot_download
+
+    files = [CONFIG, PREPROCESSOR, WEIGHTS]
+    try:
+        folder = snapshot_download(name, revision=revision, local_files_only=local_files_only, allow_patterns=files)
+    except Exception as error:  # the Hub client raises its own, its HTTP library's and the system's errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{name}: cannot be had from the Hugging Face Hub: {reason}") from error
+    return Path(folder)
