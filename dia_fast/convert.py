@@ -113,8 +113,8 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint whose weights are made or read one by one; returns the folder.
 
-    dtypes: of every packed weight by name. fetch: called with such a name, some of them twice, returns the packed weight,
-    on the CPU, in that dtype. Otherwise as `save_pretrained` and `convert`.
+    dtypes: of every packed weight by name. fetch: called with such a name, maybe twice; returns the packed weight, on
+    the CPU, in that dtype. Otherwise as `save_pretrained` and `convert`.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
