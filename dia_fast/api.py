@@ -241,19 +241,7 @@ class Dia:
         texts = _as_list(text)
         seeds = _seeds(seed, len(texts), settings)
         ids = [self._ids(item) for item in texts]
-        decoder = self.config.decoder
-        # A prompt must leave positions for at least one new frame.
-        room = decoder.max_position_embeddings - max(self.config.delay_pattern) - 2
-        codes = [
-            encode_prompt(
-                item,
-                lambda: self.codec,
-                channels=decoder.num_channels,
-                codes=decoder.eos_token_id,
-                max_frames=room,
-            )
-            for item in prompt_for_each(prompts, len(texts), _is_list(text))
-        ]
+        codes = self._codes(prompt_for_each(prompts, len(texts), _is_list(text)))
         longest = self.config.encoder.max_position_embeddings
         for item, prompt in zip(texts, codes, strict=True):
             seconds = 0.0 if prompt is None else len(prompt) / FRAMES_PER_SECOND
@@ -271,22 +259,36 @@ class Dia:
             )
             for text_ids, prompt, item_seed in zip(ids, codes, seeds, strict=True)
         ]
-        total = max(
-            min(settings.max_new_tokens, decoder.max_position_embeddings - (0 if prompt is None else len(prompt))) + 1
-            for prompt in codes
-        )
-        with _progress(progress, total) as report:
+        positions = self.config.decoder.max_position_embeddings
+        given = [0 if prompt is None else len(prompt) for prompt in codes]
+        limits = [min(settings.max_new_tokens, positions - frames) for frames in given]
+        # One step more than rows: the last one only puts the last row in its place.
+        with _progress(progress, max(limits) + 1) as report:
             spoken = engine.generate(self.model, requests, progress=report)
-        for index, item in enumerate(spoken):
-            if item.truncated:
+        for index, (result, limit) in enumerate(zip(spoken, limits, strict=True)):
+            if result.truncated:
                 which = f"text {index}: " if len(spoken) > 1 else ""
-                steps = len(item.rows) - (0 if codes[index] is None else len(codes[index])) - 1
-                warnings.warn(
-                    f"{which}the speech was cut after {steps} steps, by max_new_tokens or the model's positions",
-                    TextWarning,
-                    stacklevel=3,
-                )
+                cause = "max_new_tokens" if limit == settings.max_new_tokens else "the model's positions"
+                warnings.warn(f"{which}speech was cut after {limit} steps, by {cause}", TextWarning, stacklevel=3)
         return spoken
+
+    def _codes(self, prompts: list[AudioPrompt]) -> list[Tensor | None]:
+        """The codes of each prompt; one that serves several texts is encoded once."""
+        decoder = self.config.decoder
+        # Positions must be left for one new frame and the rows that complete it.
+        room = decoder.max_position_embeddings - max(self.config.delay_pattern) - 2
+        different = {id(prompt): prompt for prompt in prompts}
+        codes = {
+            key: encode_prompt(
+                prompt,
+                lambda: self.codec,
+                channels=decoder.num_channels,
+                codes=decoder.eos_token_id,
+                max_frames=room,
+            )
+            for key, prompt in different.items()
+        }
+        return [codes[id(prompt)] for prompt in prompts]
 
 
 def _is_list(text: Texts) -> bool:
@@ -301,15 +303,14 @@ def _as_list(text: Texts) -> list[str | bytes]:
     return list(text)  # type: ignore[arg-type]
 
 
-def _seeds(seed: Seeds, count: int, settings: SamplingSettings) -> list[int]:
+def _seeds(seed: Seeds, count: int, settings: SamplingSettings) -> list[int | None]:
     """A checked seed for each text."""
     if seed is None:
         return [random_seed() for _ in range(count)]
-    given = list(seed) if isinstance(seed, list | tuple) else [seed] * count
+    given: list[Any] = list(seed) if isinstance(seed, list | tuple) else [seed] * count
     if len(given) != count:
         raise InputError(f"seed has {len(given)} entries for {count} texts: give one for each, or one int for all")
-    checked = [replace(settings, seed=item).seed for item in given]
-    return [random_seed() if item is None else item for item in checked]
+    return [replace(settings, seed=random_seed() if item is None else item).seed for item in given]
 
 
 def _progress(progress: Progress, total: int) -> Any:

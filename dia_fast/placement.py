@@ -52,6 +52,6 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
         narrow = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if narrow else torch.float16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise InputError(f"dtype {dtype!r} is not supported; use float32, bfloat16 or float16 (fp32, bf16, fp16)")
     return chosen

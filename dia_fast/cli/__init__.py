@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("always", TextWarning)
         warnings.showwarning = _show_warning
         try:
-            return args.run(args)
+            status: int = args.run(args)
+            sys.stdout.flush()
+            return status
         except KeyboardInterrupt:
             return _fail(args, "interrupted", 130)
         except BrokenPipeError:

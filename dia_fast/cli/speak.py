@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dia_fast.errors import InputError
 from dia_fast.settings import SamplingSettings, random_seed
@@ -207,7 +207,7 @@ def _speak(args: argparse.Namespace, settings: SamplingSettings, text: str, outp
     # One step more than rows: the last one only puts the last row in its place.
     total = min(settings.max_new_tokens, dia.config.decoder.max_position_embeddings) + 1
     with StepBar(total, FRAMES_PER_SECOND, hidden=args.quiet or not sys.stderr.isatty()) as bar:
-        audio = dia.generate(text, audio_prompt=args.prompt, progress=bar, **asdict(settings))
+        [audio] = cast("list[Audio]", dia.generate([text], audio_prompt=args.prompt, progress=bar, **asdict(settings)))
     if not audio.duration:
         raise InputError("the model ended the speech before it began: try another seed or text")
     audio.save(output)

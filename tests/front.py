@@ -1,0 +1,60 @@
+"""What the tests of the front door share: a tiny model and a tiny codec on disk, and a look at what a folder holds."""
+
+from pathlib import Path
+
+import torch
+
+from dia_fast.codec import CodecConfig, random_codec
+from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.convert import save_pretrained
+from dia_fast.packing import packed_shapes
+
+TEXT = "[S1] Did you hear that? [S2] Hear what?"
+TINY = DiaConfig(
+    EncoderConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    ),
+    DecoderConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        cross_num_attention_heads=2,
+        cross_num_key_value_heads=2,
+        cross_head_dim=16,
+        cross_hidden_size=32,
+        max_position_embeddings=200,
+    ),
+)
+
+
+def make_model(folder: Path, config: DiaConfig = TINY) -> Path:
+    """A checkpoint with random weights in the transformers layout."""
+    weights = {}
+    for name, shape in packed_shapes(config).items():
+        values = torch.randn(shape)
+        if len(shape) == 1:
+            values = 1 + 0.1 * values
+        elif "embedding" not in name:
+            values *= shape[1] ** -0.5
+        weights[name] = values
+    return save_pretrained(folder, config, weights)
+
+
+def make_codec(folder: Path, **sizes: int) -> Path:
+    """A codec at 44.1 kHz with the hop and the codebooks of the real one, but few channels."""
+    return random_codec(CodecConfig(encoder_hidden_size=4, decoder_hidden_size=32, **sizes)).save_pretrained(folder)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, with the contents of files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
+    }
