@@ -108,7 +108,18 @@ def embed_codes(
     batch, channels = sampled.shape
     rows, hidden = x.shape
     launch.require_contiguous(
-        sampled=sampled, forced=forced, row=row, eos_row=eos_row, table=table, codes=codes, positions=positions, x=x
+        sampled=sampled,
+        forced=forced,
+        row=row,
+        first_row=first_row,
+        end_row=end_row,
+        eos_row=eos_row,
+        delay=delay,
+        table=table,
+        codes=codes,
+        positions=positions,
+        finished=finished,
+        x=x,
     )
     if rows not in (batch, 2 * batch):
         raise ValueError(f"x: has {rows} rows, needs {batch} (one per slot) or {2 * batch} (guided)")

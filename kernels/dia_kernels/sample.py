@@ -1,7 +1,7 @@
 """sample: from two rows of logits to one code per channel, in one launch.
 
     guided = cond + scale * (cond - uncond);  candidates = conditional logits of the top_k best guided ids
-    EOS rule on channel 0;  weights = floor(exp((score - max) / temperature) * 2^30 + 0.5);  top_p;  one Philox draw
+    EOS rule on channel 0;  weights = floor(exp((score - max) * (1 / temperature)) * 2^30 + 0.5);  top_p;  one Philox draw
 
 One program per (slot, channel); a row of logits is read once and stays in registers. The top_k and top_p borders are
 found by bisection over the bits of the float's ordered integer image: exact, no sort. Weights are integers, so sums do
@@ -21,17 +21,19 @@ WEIGHT_ONE = tl.constexpr(1 << 30)
 def _ordered(x):
     """uint32 that orders as the float does: flip all bits of negatives, the sign bit of the others; -0.0 is 0.0."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
-    return tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
-def _keep_top_k(key, real, top_k):
+def _keep_top_k(key, real, top_k, DIGIT: tl.constexpr):
     """Mask of the top_k largest keys, ties to the lower id. Real keys are never 0 (that would be a NaN's image)."""
+    digits = tl.arange(0, 1 << DIGIT).to(tl.uint32)[:, None]
     border = tl.zeros([], tl.uint32)
-    for bit in tl.static_range(31, -1, -1):
-        trial = border | (1 << bit)
-        count = tl.sum((real & (key >= trial)).to(tl.int32), 0)
-        border = tl.where(count >= top_k, trial, border)
+    for step in range(32 // DIGIT):  # a loop in the machine code too: unrolled, it would not fit an instruction cache
+        shift = 32 - DIGIT * (step + 1)
+        trials = border | (digits << shift.to(tl.uint32))  # [2^DIGIT, 1], ascending: the counts fall
+        counts = tl.sum((real[None, :] & (key[None, :] >= trials)).to(tl.int32), 1)
+        border |= (tl.sum((counts >= top_k).to(tl.int32), 0) - 1).to(tl.uint32) << shift.to(tl.uint32)
     above = real & (key > border)
     level = real & (key == border)
     room = top_k - tl.sum(above.to(tl.int32), 0)
@@ -39,13 +41,15 @@ def _keep_top_k(key, real, top_k):
 
 
 @triton.jit
-def _keep_top_p(key, weight, budget):
+def _keep_top_p(key, weight, budget, DIGIT: tl.constexpr):
     """Mask of the ids whose predecessors' weights, best first, sum to at most budget."""
+    digits = tl.arange(0, 1 << DIGIT).to(tl.uint32)[:, None]
     border = tl.zeros([], tl.uint32)
-    for bit in tl.static_range(31, -1, -1):
-        trial = border | (1 << bit)
-        better = tl.sum(tl.where(key > trial, weight, 0), 0)
-        border = tl.where(better > budget, trial, border)
+    for step in range(32 // DIGIT):  # a loop in the machine code too: unrolled, it would not fit an instruction cache
+        shift = 32 - DIGIT * (step + 1)
+        trials = border | (digits << shift.to(tl.uint32))
+        better = tl.sum(tl.where(key[None, :] > trials, weight[None, :], 0), 1)
+        border |= tl.maximum(tl.sum((better > budget).to(tl.int32), 0) - 1, 0).to(tl.uint32) << shift.to(tl.uint32)
     # border is the largest key whose betters exceed the budget: the next key is the last one that can stay.
     last = border + 1
     level = tl.where(key == last, weight, 0)
@@ -76,6 +80,7 @@ def _sample(
     BLOCK_V: tl.constexpr,
     EOS: tl.constexpr,
     PAIRED: tl.constexpr,
+    DIGIT: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1)
@@ -85,24 +90,25 @@ def _sample(
     ids = tl.arange(0, BLOCK_V)
     real = ids < VOCAB
     allowed = ids < tl.where(channel == 0, EOS + 1, EOS)
-    top_k = tl.load(top_k_ptr + slot)
+    top_k = tl.minimum(tl.load(top_k_ptr + slot), VOCAB)
     scale = tl.load(scale_ptr + slot)
     cond = tl.load(logits_ptr + (slot * CHANNELS + channel) * VOCAB + ids, mask=real, other=float("-inf"))
 
     guided = False
     if PAIRED:
         guided = scale != 1.0
+    ranked = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS)
     if guided:
         other = tl.load(logits_ptr + ((batch + slot) * CHANNELS + channel) * VOCAB + ids, mask=real, other=0.0)
-        mixed = tl.where(real, cond + scale * (cond - other), float("-inf"))
-        score = mixed
-        if top_k > 0:
-            score = tl.where(_keep_top_k(_ordered(mixed), real, top_k), cond, float("-inf"))
-        score = _eos_rule(tl.where(allowed, score, float("-inf")), ids, channel, EOS)
-    else:
-        score = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS)
-        if top_k > 0:
-            score = tl.where(_keep_top_k(_ordered(score), real, top_k), score, float("-inf"))
+        ranked = tl.where(real, cond + scale * (cond - other), float("-inf"))
+    kept = real
+    if top_k > 0:
+        kept = _keep_top_k(_ordered(ranked), real, top_k, DIGIT)
+    score = tl.where(kept, ranked, float("-inf"))
+    if guided:
+        # Special ids took part in the ranking and only now leave, as in both reference implementations.
+        score = tl.where(kept & allowed, tl.where(top_k > 0, cond, ranked), float("-inf"))
+        score = _eos_rule(score, ids, channel, EOS)
 
     best = tl.argmax(score, 0, tie_break_left=True)
     temperature = tl.load(temperature_ptr + slot)
@@ -111,11 +117,11 @@ def _sample(
         top_p = tl.load(top_p_ptr + slot)
         peak = tl.max(score, 0)
         gap = tl.where(score == float("-inf"), float("-inf"), score - peak)
-        weight = tl.floor(tl.exp(tl.div_rn(gap, tl.zeros_like(gap) + temperature)) * WEIGHT_ONE + 0.5).to(tl.int64)
+        weight = tl.floor(tl.exp(gap * tl.div_rn(1.0, temperature)) * WEIGHT_ONE + 0.5).to(tl.int64)
         weight = tl.where(ids == best, WEIGHT_ONE, weight)
         if top_p < 1.0:
             budget = (top_p * tl.sum(weight, 0).to(tl.float32)).to(tl.int64)
-            weight = tl.where(_keep_top_p(_ordered(score), weight, budget), weight, 0)
+            weight = tl.where(_keep_top_p(_ordered(score), weight, budget, DIGIT), weight, 0)
         edges = tl.cumsum(weight, 0)
         total = tl.sum(weight, 0)
         c0 = row.to(tl.uint32)
@@ -143,7 +149,16 @@ def sample(
     """As `dia_kernels.reference.sample`; all tensors contiguous, vocab at most 16384."""
     rows, channels, vocab = logits.shape
     batch = out.shape[0]
-    launch.require_contiguous(logits=logits, out=out)
+    launch.require_contiguous(
+        logits=logits,
+        row=row,
+        seed=seed,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        out=out,
+    )
     if rows not in (batch, 2 * batch):
         raise ValueError(f"logits: has {rows} rows, needs {batch} or {2 * batch} for {batch} slots")
     if logits.dtype != torch.float32:
@@ -167,6 +182,7 @@ def sample(
         BLOCK_V=triton.next_power_of_2(vocab),
         EOS=eos,
         PAIRED=rows == 2 * batch,
+        DIGIT=2,
         num_warps=4,
         # A fused multiply-add would move guided scores by an ulp against the reference and with them the top_k border.
         enable_fp_fusion=False,

@@ -63,7 +63,7 @@ def sample_weights(
     3. channel 0: if `eos` is the argmax it stays alone, otherwise it is out;
     4. unguided slots: the `top_k` best stay;
     5. greedy (`temperature == 0`): the argmax gets all the weight. Otherwise weights are
-       `floor(exp((score - max) / temperature) * 2^30 + 0.5)` and an id stays when the weights of all ids before it, best
+       `floor(exp((score - max) * (1 / temperature)) * 2^30 + 0.5)` and an id stays when the weights of all ids before it, best
        first, sum to at most `top_p` of the total.
 
     Ties are broken by the lower id throughout. If no candidate is left, id 0 gets the weight (argmax of nothing).
@@ -93,7 +93,7 @@ def sample_weights(
     greedy = (temperature == 0)[:, None, None]
     heat = torch.where(greedy, 1.0, temperature[:, None, None])
     gap = scores - scores.gather(-1, best)
-    weights = (torch.exp(gap / heat) * WEIGHT_ONE + 0.5).floor().nan_to_num(nan=0.0).to(torch.int64)
+    weights = (torch.exp(gap * heat.reciprocal()) * WEIGHT_ONE + 0.5).floor().nan_to_num(nan=0.0).to(torch.int64)
     weights = torch.where((ids == best), WEIGHT_ONE, weights * ~greedy)
 
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
