@@ -131,7 +131,7 @@ def write_checkpoint(
         if pickled:
             # Clones: a view would be saved with the whole weight that it is cut from.
             state = {entry.name: piece.clone() for entry, piece in _cut(entries, fetch)}
-            torch.save(state, partial / "pytorch_model.bin")
+            _save_pickle(state, partial / "pytorch_model.bin")
         else:
             _write_shards(partial, config, entries, fetch, max_shard_bytes)
         for name, content in _metadata(config, layout, entries).items():
@@ -197,6 +197,13 @@ def _write_safetensors(path: Path, entries: list[_Entry], fetch: Callable[[str],
             file.write(piece.view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _save_pickle(state: dict[str, Tensor], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch raises when the disk is full
+        raise OSError(str(error)) from error
 
 
 def _cut(entries: list[_Entry], fetch: Callable[[str], Tensor]) -> Iterator[tuple[_Entry, Tensor]]:

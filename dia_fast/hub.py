@@ -49,8 +49,9 @@ def download(
     names = [item.rfilename for item in info.siblings or ()]
 
     def fetch(name: str) -> Path:
+        # By the name of the revision, not by its commit: so the cache knows later, offline, what the name stands for.
         try:
-            return Path(huggingface_hub.hf_hub_download(repository, name, revision=info.sha))
+            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
         except Exception as error:
             raise CheckpointError(f"cannot download {name} of the Hub repository {repository}: {error}") from error
 
@@ -59,9 +60,11 @@ def download(
     config = fetch("config.json")
     DiaConfig.from_file(config)
     entry = fetch(find_weights(names, f"the Hub repository {repository}"))
+    fetched = [entry]
     if entry.name.endswith(".index.json"):
-        for shard in read_index(entry):
-            fetch(shard)
+        fetched += [fetch(shard) for shard in read_index(entry)]
+    if any(path.parent != config.parent for path in fetched):
+        raise CheckpointError(f"the Hub repository {repository} changed during the download; try again")
     return config.parent
 
 
