@@ -40,7 +40,8 @@ def triton_obstacle(device: torch.device | str) -> str | None:
     try:
         served = torch.device(triton.runtime.driver.active.get_active_torch_device()).type
     except RuntimeError as error:  # no driver finds its hardware
-        return f"Triton has no driver here ({error}); on a CPU, set TRITON_INTERPRET=1 before starting Python; {otherwise}"
+        hint = "on a CPU, set TRITON_INTERPRET=1 before starting Python"
+        return f"Triton has no driver here ({error}); {hint}; {otherwise}"
     if served != device.type:
         return f"Triton's driver serves {served!r} tensors; move the model there; {otherwise}"
     return None

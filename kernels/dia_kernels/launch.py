@@ -1,4 +1,4 @@
-"""Where every kernel is launched and configured: one narrow place that tests, codegen report and traffic meter listen at."""
+"""Where every kernel is launched and configured: the one place where tests, codegen report and traffic meter listen."""
 
 import functools
 import json
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 Launcher = Callable[..., Any]
+Listener = Callable[[Launcher, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Any]
 Rule = Callable[..., dict[str, int]]
 
 
@@ -26,7 +27,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
 
 
 @contextmanager
-def listening(listener: Callable[[Launcher, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+def listening(listener: Listener) -> Iterator[None]:
     """Calls `listener(launch, kernel, grid, args, meta)` in place of each launch; it may call `launch` or not.
 
     Listeners nest: `launch` is what would have happened without this one.
@@ -61,13 +62,17 @@ def configuration(op: str, rule: Rule, dtype: torch.dtype, device: torch.device,
 
 
 @functools.lru_cache(maxsize=4096)
-def _configuration(op: str, rule: Rule, dtype: torch.dtype, arch: str, table: str | None, **shape: int) -> dict[str, int]:
+def _configuration(
+    op: str, rule: Rule, dtype: torch.dtype, arch: str, table: str | None, **shape: int
+) -> dict[str, int]:
     chosen = rule(dtype, arch, **shape)
     facts = {"dtype": str(dtype).removeprefix("torch."), "arch": arch, **shape}
     for entry in read_table(table).get(op, ()) if table else ():
         where = entry.get("where", {})
         if any(key not in facts for key in where):
-            raise ValueError(f"{table}: {op}: 'where' may name {', '.join(facts)}, not {', '.join(set(where) - set(facts))}")
+            raise ValueError(
+                f"{table}: {op}: 'where' may name {', '.join(facts)}, not {', '.join(set(where) - set(facts))}"
+            )
         if all(facts[key] == value for key, value in where.items()):
             unknown = set(entry["use"]) - set(chosen)
             if unknown:
@@ -98,4 +103,6 @@ def require_contiguous(**tensors: torch.Tensor) -> None:
     """Raises a ValueError that names the first tensor whose layout is not contiguous."""
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
-            raise ValueError(f"{name}: has strides {tensor.stride()} for shape {tuple(tensor.shape)}; pass .contiguous()")
+            raise ValueError(
+                f"{name}: has strides {tensor.stride()} for shape {tuple(tensor.shape)}; pass .contiguous()"
+            )

@@ -7,6 +7,11 @@ executor.choose()
 import pytest
 import torch
 
+if executor.interpreted():
+    from tests.kernels.interpreter import install
+
+    install()
+
 
 @pytest.fixture
 def device() -> torch.device:

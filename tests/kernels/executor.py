@@ -32,7 +32,9 @@ def choose() -> None:
     if torch.cuda.is_available() or driver_installed() or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return
     if "triton" in sys.modules:
-        raise RuntimeError("triton was imported before TRITON_INTERPRET could be set: its own functions are compiled ones now")
+        raise RuntimeError(
+            "triton was imported before TRITON_INTERPRET could be set: its own functions are not interpreted"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -41,7 +41,9 @@ def assert_within_budget(actual: Tensor, low_precision_reference: Tensor, exact_
         return 0.0
     finite = plain.isfinite()
     wrong = (got.isfinite() != finite) | (~finite & (got != plain) & ~(got.isnan() & plain.isnan()))
-    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} values are not finite where they should be, or the reverse"
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} values are not finite where they should be, or the reverse"
+    )
     got, plain, exact = got[finite], plain[finite], exact[finite]
     if exact.numel() == 0:
         return 0.0
@@ -50,7 +52,9 @@ def assert_within_budget(actual: Tensor, low_precision_reference: Tensor, exact_
 
     largest = error.abs().max().item()
     budget = 2 * allowed.abs().max().item() + rounding * exact.abs().max().item()
-    assert largest <= budget, f"largest error {largest:.3e} is over its budget of {budget:.3e} ({largest / budget:.2f} x)"
+    assert largest <= budget, (
+        f"largest error {largest:.3e} is over its budget of {budget:.3e} ({largest / budget:.2f} x)"
+    )
 
     spread = error.square().mean().sqrt().item()
     spread_budget = 2 * allowed.square().mean().sqrt().item() + rounding * exact.square().mean().sqrt().item()
@@ -67,4 +71,6 @@ def assert_within_budget(actual: Tensor, low_precision_reference: Tensor, exact_
 def assert_untouched(buffer: Tensor) -> None:
     """Asserts that a poisoned buffer, or a part of one, still holds nothing but poison."""
     intact = buffer.isnan() if buffer.dtype.is_floating_point else buffer == torch.iinfo(buffer.dtype).min
-    assert bool(intact.all()), f"{int((~intact).sum())} of {buffer.numel()} values were written and should not have been"
+    assert bool(intact.all()), (
+        f"{int((~intact).sum())} of {buffer.numel()} values were written and should not have been"
+    )

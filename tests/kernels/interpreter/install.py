@@ -1,0 +1,26 @@
+"""Puts the repaired classes in the place of Triton's own."""
+
+from triton.runtime import interpreter as base
+
+from tests.kernels.interpreter.builder import Builder, Semantic
+from tests.kernels.interpreter.executor import Executor
+from tests.kernels.interpreter.language import Rewriter, call_device_function, logical, negated, patch_tensor
+from tests.kernels.interpreter.reductions import Reduce, Scan
+
+
+def install() -> None:
+    """Repairs the interpreter of this process. Call once, before the first launch."""
+    builder = Builder()
+    base.InterpreterBuilder = Builder
+    base.TritonSemantic = Semantic
+    base.interpreter_builder = builder
+    base.interpreter_semantic = Semantic(builder)
+    base.ReduceOps, base.ScanOps = Reduce, Scan
+    base.GridExecutor = Executor
+    base.FunctionRewriter.ast_transformer = Rewriter()
+    base._repaired_logical, base._repaired_not = (
+        logical,
+        negated,
+    )  # Triton shows its module's names to rewritten kernels
+    base._patch_lang_tensor = patch_tensor
+    base.InterpretedFunction.__call__ = call_device_function
