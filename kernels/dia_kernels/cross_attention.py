@@ -1,0 +1,95 @@
+"""cross_attention: one decode step of attention to the text over its paged keys and values, in one launch.
+
+    out = softmax(q . k[0 .. length - 1]) . v[0 .. length - 1]                       # scale 1.0, no RoPE
+
+One program per (row and kv head, split of the tokens), see `paged`. Reads 2 * kv_heads * head_dim values
+per token, once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dia_kernels import launch, paged
+from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile
+
+SPLIT = 64  # tokens: texts are short, so it takes small splits to occupy the device
+
+
+@triton.jit
+def _cross_attention(
+    q_ptr,  # [rows, KV_HEADS, GROUP, HEAD_DIM]
+    k_ptr,  # [pages, KV_HEADS, PAGE, HEAD_DIM]
+    v_ptr,  # [pages, KV_HEADS, PAGE, HEAD_DIM]
+    table_ptr,  # [rows, max_pages] int32
+    lengths_ptr,  # [rows] int32
+    out_ptr,  # [rows, KV_HEADS, GROUP, HEAD_DIM]
+    partials_ptr,  # [rows, KV_HEADS, grid splits, GROUP, HEAD_DIM] float32
+    stats_ptr,  # [rows, KV_HEADS, grid splits, GROUP, 2] float32
+    arrivals_ptr,  # [rows, KV_HEADS] int32
+    max_pages,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TARGET: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    row_head = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    row = row_head // KV_HEADS
+    kv_head = row_head % KV_HEADS
+    begin = split * SPLIT
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    g = tl.arange(0, BLOCK_G)
+    d, _paired, _angle, used = head_axis(HEAD_DIM, BLOCK_D)
+    grouped = (g < GROUP)[:, None] & used[None, :]
+    at = (row_head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
+    t = begin + tl.arange(0, SPLIT)
+    page = tl.load(table_ptr + row * max_pages + t // PAGE, mask=t // PAGE < max_pages, other=0)
+    length = tl.load(lengths_ptr + row)
+    if begin >= length:
+        nothing = tl.zeros([BLOCK_G, BLOCK_D], out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, nothing, mask=grouped & (split == 0))  # only an empty row gets here with split 0
+        return
+
+    live = t < length
+    k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
+    q = tl.load(q_ptr + at, mask=grouped, other=0.0)
+    k, v = keep_both_in_flight(k, v, TARGET)
+    peak, total, acc = attend(q, k, v, live, tl.full([BLOCK_G], float("-inf"), tl.float32))
+    splits = tl.cdiv(length, SPLIT)
+    finish(
+        peak, total, acc, split, splits, row_head, d, used, out_ptr, partials_ptr, stats_ptr, arrivals_ptr,
+        GROUP, HEAD_DIM, BLOCK_G, CHUNK, TARGET,
+    )  # fmt: skip
+
+
+def cross_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    out: torch.Tensor,
+    workspace: object = None,
+) -> torch.Tensor:
+    """As `dia_kernels.reference.cross_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
+
+    No length may exceed max_pages * page_size. Raises ValueError or TypeError naming the argument.
+    """
+    rows, _, _ = paged.check_pages(k_pages, v_pages, block_table, out)
+    if q.shape != out.shape or q.dtype != out.dtype:
+        raise ValueError(f"q: {q.dtype} {tuple(q.shape)}, needs out's {out.dtype} {tuple(out.shape)}")
+    if lengths.shape != (rows,) or lengths.dtype != torch.int32:
+        raise ValueError(f"lengths: {lengths.dtype} {tuple(lengths.shape)}, needs int32 [{rows}]")
+    launch.require_contiguous(q=q, lengths=lengths)
+    cache = (k_pages, v_pages, block_table, lengths, out)
+    paged.run("cross_attention", _cross_attention, SPLIT, (q,), cache, workspace)
+    return out

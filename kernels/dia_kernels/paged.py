@@ -1,0 +1,307 @@
+"""Attention of one new token per row over a paged K/V cache, split over programs: what both decode attentions share.
+
+    out[row, head] = sum_t softmax_t(q . k[t]) v[t],  t = 0 .. length - 1,  scale 1.0
+
+The tokens of a row are cut into splits of a fixed number of tokens, one program each, and every program serves all
+query heads of one kv head, so K and V are read once. A row of one split is written by its program. Otherwise each split
+leaves its sum, maximum and weight in the workspace and counts itself in; whoever comes last merges the splits in their
+order and sets the counter back. The split size does not depend on the rows, nor does anything else in a program: a
+row's result is the same to the bit whatever its neighbours are.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from dia_kernels import launch
+
+
+class AttentionWorkspace(NamedTuple):
+    """Scratch memory of the split attention; any number of launches may use it one after another."""
+
+    partials: torch.Tensor  # float32, a weighted sum of V per (row, head, split)
+    stats: torch.Tensor  # float32, the largest score and the sum of weights per (row, head, split)
+    arrivals: torch.Tensor  # int32, finished splits per (row, kv head); 0 between launches
+
+
+def attention_workspace(
+    rows: int, heads: int, head_dim: int, max_length: int, device: torch.device | str
+) -> AttentionWorkspace:
+    """Scratch for both decode attentions of up to `rows` rows, `heads` query heads and `max_length` tokens."""
+    splits = triton.cdiv(max_length, smallest_split(head_dim))
+    return AttentionWorkspace(
+        torch.empty(rows * heads * splits * head_dim, dtype=torch.float32, device=device),
+        torch.empty(rows * heads * splits * 2, dtype=torch.float32, device=device),
+        torch.zeros(rows * heads, dtype=torch.int32, device=device),
+    )
+
+
+def smallest_split(head_dim: int) -> int:
+    """Tokens; a workspace has room for splits of this size."""
+    return min(64, 8192 // triton.next_power_of_2(head_dim))
+
+
+def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: int) -> dict[str, int]:
+    """Tokens per split, splits merged at once, and warps.
+
+    K and V of a split are loaded at once, straight into registers, 64 of each thread's: that is the traffic in flight.
+    Pure; the number of rows must not enter, or a row's result would depend on it.
+    """
+    width = triton.next_power_of_2(head_dim)
+    split = max(min(split, 65536 // (2 * width * dtype.itemsize)), smallest_split(head_dim))
+    warps = min(8, max(4, split * 2 * width * dtype.itemsize // (32 * 256)))
+    heads = triton.next_power_of_2(group)
+    if dtype == torch.float32:  # products of every head with every token, at most 64 per thread
+        warps = min(16, max(warps, heads * split * width // (32 * 64)))
+    chunk = warps * 32 * 32 // (heads * width)
+    return {"SPLIT": split, "CHUNK": min(max(chunk, 1), 16), "num_warps": warps}
+
+
+def check_pages(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor, out: torch.Tensor
+) -> tuple[int, int, int]:
+    """`(rows, heads, kv_heads)`; raises ValueError naming the argument if the kernels cannot read such a cache."""
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
+        shapes = f"{tuple(k_pages.shape)}, {tuple(v_pages.shape)}"
+        raise ValueError(f"k_pages, v_pages: {shapes}, need the same [pages, kv_heads, page_size, head_dim]")
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    if page_size not in (16, 32, 64):
+        raise ValueError(f"k_pages: page size {page_size}, needs 16, 32 or 64 tokens")
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        raise ValueError(f"k_pages: head_dim {head_dim}, needs a multiple of 16 from 16 to 256")
+    rows, width = out.shape
+    if width == 0 or width % (kv_heads * head_dim):
+        raise ValueError(f"out: {width} columns, needs a multiple of {kv_heads} kv heads x {head_dim}")
+    if {k_pages.dtype, v_pages.dtype} != {out.dtype} or out.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        dtypes = f"{out.dtype}, {k_pages.dtype}, {v_pages.dtype}"
+        raise ValueError(f"out, k_pages, v_pages: {dtypes}, need one of float32, float16, bfloat16")
+    if block_table.ndim != 2 or block_table.shape[0] != rows or block_table.dtype != torch.int32:
+        found = f"{block_table.dtype} {tuple(block_table.shape)}"
+        raise ValueError(f"block_table: {found}, needs int32 [{rows}, max_pages]")
+    launch.require_contiguous(k_pages=k_pages, v_pages=v_pages, block_table=block_table, out=out)
+    return rows, width // head_dim, kv_heads
+
+
+def run(
+    op: str,
+    kernel: Any,
+    split: int,
+    inputs: tuple[torch.Tensor, ...],
+    cache: tuple[torch.Tensor, ...],
+    workspace: object,
+) -> None:
+    """Launches a decode attention: one program per row, kv head and split of the longest row the block table can hold.
+
+    inputs: the kernel's own tensors; cache: k_pages, v_pages, block_table, lengths or positions, out.
+    """
+    k_pages, _, block_table, _, out = cache
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    rows, heads, max_pages = out.shape[0], out.shape[1] // head_dim, block_table.shape[1]
+    group = heads // kv_heads
+    chosen = launch.configuration(op, _rule, out.dtype, out.device, split=split, group=group, head_dim=head_dim)
+    splits = triton.cdiv(max_pages * page_size, chosen["SPLIT"])
+    if not isinstance(workspace, AttentionWorkspace):
+        raise TypeError(f"workspace: {type(workspace).__name__}, needs what attention_workspace returns")
+    lines = rows * heads * splits
+    if workspace.stats.numel() < lines * 2 or workspace.partials.numel() < lines * head_dim:
+        needed = f"{rows}, {heads}, {head_dim}, {max_pages * page_size}"
+        raise ValueError(f"workspace: too small for this call; make it with attention_workspace({needed}, ...)")
+    if rows * splits == 0:
+        return
+    launch.run(
+        kernel,
+        (rows * kv_heads, splits),
+        *inputs,
+        *cache,
+        *workspace,
+        max_pages,
+        GROUP=group,
+        KV_HEADS=kv_heads,
+        PAGE=page_size,
+        HEAD_DIM=head_dim,
+        BLOCK_G=max(16 if out.dtype.itemsize == 2 else 1, triton.next_power_of_2(group)),
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        **chosen,
+        **options(launch.architecture(out.device)),
+    )
+
+
+def options(arch: str) -> dict[str, Any]:
+    """Arguments that depend on the target: family, programmatic dependent launch, size of the matrix instruction."""
+    if arch.startswith("sm_"):
+        chained = int(arch[3:]) >= 90
+        return {"TARGET": "cuda", "USE_PDL": chained, **({"launch_pdl": True} if chained else {})}
+    if arch.startswith("gfx9"):
+        return {"TARGET": "gfx9", "USE_PDL": False, "matrix_instr_nonkdim": 16}
+    return {"TARGET": "gfx" if arch.startswith("gfx") else "interpreter", "USE_PDL": False}
+
+
+@triton.jit
+def head_axis(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Element of the head per lane, the one that RoPE pairs it with, its angle, and whether the lane is in use.
+
+    Each half of the head fills half of the lanes, so both indices stay contiguous for any head_dim.
+    """
+    lane = tl.arange(0, BLOCK_D)
+    half = lane // (BLOCK_D // 2)
+    angle = lane % (BLOCK_D // 2)
+    return half * (HEAD_DIM // 2) + angle, (1 - half) * (HEAD_DIM // 2) + angle, angle, angle < HEAD_DIM // 2
+
+
+@triton.jit
+def load_tile(
+    k_ptr,  # [pages, KV_HEADS, PAGE, HEAD_DIM]
+    v_ptr,  # [pages, KV_HEADS, PAGE, HEAD_DIM]
+    page,  # [SPLIT] int32, page of each token, anything where not live
+    live,  # [SPLIT]
+    kv_head,
+    d,  # [BLOCK_D]
+    used,  # [BLOCK_D]
+    KV_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """K and V of a split's tokens, `[SPLIT, BLOCK_D]`, 0 where not live."""
+    inside = tl.arange(0, SPLIT) % PAGE  # splits begin with a page
+    at = ((page.to(tl.int64) * KV_HEADS + kv_head) * PAGE + inside)[:, None] * HEAD_DIM + d[None, :]
+    mask = live[:, None] & used[None, :]
+    k = tl.load(k_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    v = tl.load(v_ptr + at, mask=mask, other=0.0, eviction_policy="evict_first")
+    return k, v
+
+
+@triton.jit
+def keep_both_in_flight(k, v, TARGET: tl.constexpr):
+    """k and v unchanged.
+
+    The compiler moves K into shared memory, and so waits for it, right behind its load: before V is requested. Neither
+    can pass an assembly statement that takes both, even one without instructions.
+    """
+    PACK: tl.constexpr = 32 // k.dtype.primitive_bitwidth
+    if TARGET == "cuda":
+        k, v = tl.inline_asm_elementwise("", "=r,=r,0,1", [k, v], dtype=(k.dtype, v.dtype), is_pure=False, pack=PACK)
+    elif TARGET != "interpreter":
+        k, v = tl.inline_asm_elementwise("", "=v,=v,0,1", [k, v], dtype=(k.dtype, v.dtype), is_pure=False, pack=PACK)
+    return k, v
+
+
+@triton.jit
+def attend(
+    q,  # [BLOCK_G, BLOCK_D]
+    k,  # [SPLIT, BLOCK_D]
+    v,  # [SPLIT, BLOCK_D]
+    live,  # [SPLIT]
+    least,  # [BLOCK_G] float32, a score that the row has elsewhere, or -inf if a token is live
+):
+    """Largest score `[BLOCK_G]`, sum of exp(score - largest) and that sum over v `[BLOCK_G, BLOCK_D]`, all float32.
+
+    16-bit products go to the matrix units, with the group padded to their 16 rows. Few targets have such units for
+    float32, where the padding would cost its full price.
+    """
+    DOT: tl.constexpr = k.dtype.primitive_bitwidth == 16
+    if DOT:
+        score = tl.dot(q, tl.trans(k))
+    else:
+        score = tl.sum(q[:, None, :] * k[None, :, :], 2)
+    score = tl.where(live[None, :], score, float("-inf"))
+    peak = tl.maximum(least, tl.max(score, 1))
+    weight = tl.exp(score - peak[:, None])
+    if DOT:
+        acc = tl.dot(weight.to(v.dtype), v)
+    else:
+        acc = tl.sum(weight[:, :, None] * v[None, :, :], 1)
+    return peak, tl.sum(weight, 1), acc
+
+
+@triton.jit
+def finish(
+    peak,  # [BLOCK_G] float32
+    total,  # [BLOCK_G] float32
+    acc,  # [BLOCK_G, BLOCK_D] float32
+    split,
+    splits,  # of this row
+    row_head,  # row * KV_HEADS + kv head
+    d,  # [BLOCK_D]
+    used,  # [BLOCK_D]
+    out_ptr,  # [rows * KV_HEADS, GROUP, HEAD_DIM]
+    partials_ptr,  # [rows * KV_HEADS, grid splits, GROUP, HEAD_DIM] float32
+    stats_ptr,  # [rows * KV_HEADS, grid splits, GROUP, 2] float32
+    arrivals_ptr,  # [rows * KV_HEADS] int32
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TARGET: tl.constexpr,
+):
+    """Writes the row's result if this program is its only split, or the last of them to get here."""
+    g = tl.arange(0, BLOCK_G)
+    mask = (g < GROUP)[:, None] & used[None, :]
+    if splits == 1:
+        out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (row_head * GROUP + g[:, None]) * HEAD_DIM + d[None, :], out, mask=mask)
+    else:
+        first = row_head * tl.num_programs(1) * GROUP
+        line = first + split * GROUP + g
+        tl.store(partials_ptr + line[:, None] * HEAD_DIM + d[None, :], acc, mask=mask)
+        tl.store(stats_ptr + line * 2, peak, mask=g < GROUP)
+        tl.store(stats_ptr + line * 2 + 1, total, mask=g < GROUP)
+        # All warps' stores come before the one thread's release, and its acquire before all warps' loads. On gfx9 the
+        # barrier lets a wave's stores be under way still, so each wave waits for its own.
+        if TARGET == "gfx9":
+            splits = tl.inline_asm_elementwise("s_waitcnt vmcnt(0)", "=v,0", [splits], tl.int32, is_pure=False, pack=1)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(arrivals_ptr + row_head, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            merge(
+                first, splits, row_head, d, used, out_ptr, partials_ptr, stats_ptr, GROUP, HEAD_DIM, d.shape[0], CHUNK
+            )
+            tl.store(arrivals_ptr + row_head, 0)
+
+
+@triton.jit
+def merge(
+    first,  # line of this row's split 0
+    splits,
+    row_head,
+    d,  # [BLOCK_D]
+    used,  # [BLOCK_D]
+    out_ptr,
+    partials_ptr,
+    stats_ptr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Merges the splits of a row and kv head in order, CHUNK at a time. Loads skip the L1 cache, which may be stale."""
+    BLOCK_G: tl.constexpr = triton.next_power_of_2(GROUP)
+    g = tl.arange(0, BLOCK_G)
+    peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    for start in range(0, splits, CHUNK):
+        s = start + tl.arange(0, CHUNK)
+        line = first + s[:, None] * GROUP + g[None, :]
+        real = (s < splits)[:, None] & (g < GROUP)[None, :]
+        # Lanes beyond the group get score 0 and weight 0, so that nothing becomes NaN.
+        none = tl.where((g < GROUP)[None, :] & (s >= 0)[:, None], float("-inf"), 0.0)
+        peaks = tl.load(stats_ptr + line * 2, mask=real, other=none, cache_modifier=".cg")
+        totals = tl.load(stats_ptr + line * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
+        sums = tl.load(
+            partials_ptr + line[:, :, None] * HEAD_DIM + d[None, None, :],
+            mask=real[:, :, None] & used[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        higher = tl.maximum(peak, tl.max(peaks, 0))
+        weight = tl.exp(peaks - higher[None, :])
+        shrink = tl.exp(peak - higher)
+        total = total * shrink + tl.sum(totals * weight, 0)
+        acc = acc * shrink[:, None] + tl.sum(sums * weight[:, :, None], 0)
+        peak = higher
+    out = (acc / tl.where(g < GROUP, total, 1.0)[:, None]).to(out_ptr.dtype.element_ty)
+    mask = (g < GROUP)[:, None] & used[None, :]
+    tl.store(out_ptr + (row_head * GROUP + g[:, None]) * HEAD_DIM + d[None, :], out, mask=mask)
