@@ -11,7 +11,7 @@ INSTALL = $(PIP) install --quiet --disable-pip-version-check -c constraints.txt
 # Workers of the test run. Tensors in tests are tiny, so each worker computes in one thread.
 WORKERS ?= 2
 PYTEST_ARGS ?=
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-emulated lint clean
