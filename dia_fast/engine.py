@@ -163,7 +163,7 @@ def collect(config: DiaConfig, state: DecodeState, slot: int, item: _Plan) -> Ge
     delay, eos = config.delay_pattern, config.decoder.eos_token_id
     rows = state.codes[slot, : int(state.row[slot])].cpu()
     ended = int(state.eos_row[slot])
-    truncated = ended < 0 or ended == item.end - max(delay)
+    truncated = ended < 0 or ended + max(delay) >= item.end
     return Generation(undo_delay(rows, delay, eos)[item.first :], rows, item.seed, truncated)
 
 
