@@ -15,7 +15,8 @@ of its accumulation and the tree that adds up the warps depend on the other cons
 row on.
 
 *Normalised operand.* With `HAS_NORM` the operand is `x / rms(x) * norm`, computed in fp32 and rounded once, exactly as
-the reference does. (Scaling after the product would save a pass over x, and overflow in fp16 where |x * norm| >= 65520.)
+the reference does. (Scaling after the product would save a pass over x, but overflows in fp16 once |x * norm| is
+65520.)
 """
 
 from collections.abc import Mapping
@@ -113,7 +114,7 @@ def project(
     FENCE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """`(rms_norm(x) if HAS_NORM else x) @ weight[weight_rows].T`, `[BLOCK_R, BLOCK_N]` float32; the last row repeats."""
+    """`(rms_norm(x) if HAS_NORM else x) @ weight[weight_rows].T`, `[BLOCK_R, BLOCK_N]` float32; the last row pads."""
     STEP: tl.constexpr = SPLIT_K * CHUNKS * K_LANES * VECTOR
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     EVEN_K: tl.constexpr = K % STEP == 0
@@ -125,7 +126,7 @@ def project(
     flying = (_load(weights, columns, 0, K, EVEN_K, "evict_first"),)
     for step in tl.static_range(1, DEPTH):
         if step < STEPS:
-            flying = flying + (_load(weights, columns, step * STEP, K, EVEN_K, "evict_first"),)
+            flying = flying + (_load(weights, columns, step * STEP, K, EVEN_K, "evict_first"),)  # type: ignore[assignment]
     if FENCE:
         tl.debug_barrier()
     if USE_PDL:
@@ -160,7 +161,7 @@ def project(
             if FENCE:
                 tl.debug_barrier()
         else:
-            flying = flying[1:]
+            flying = flying[1:]  # type: ignore[assignment]
     return tl.sum(acc, 0)
 
 

@@ -56,7 +56,7 @@ def _linear_residual(
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> Tensor:
     """As `dia_kernels.reference.linear_residual`. What the arguments must be: `gemv.check`."""
     (rows, width), features, all_rows = x.shape, weight.shape[0], residual.shape[0]
-    named = {
+    named: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "x": (x, (rows, width)),
         "weight": (weight, (features, width)),
         "residual": (residual, (all_rows, features)),

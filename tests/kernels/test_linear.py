@@ -1,4 +1,4 @@
-"""rms_norm_linear, linear_residual, rms_norm_glu and codebook_logits against fp64, the torch reference and themselves."""
+"""rms_norm_linear, linear_residual, rms_norm_glu and codebook_logits against fp64 and the torch reference."""
 
 import math
 from collections.abc import Callable
