@@ -83,7 +83,7 @@ def logical(method: str, *operands: Callable[[], Any]) -> Any:
 
 def negated(value: Any) -> Any:
     """`not` as the compiler sees it."""
-    return value.logical_not() if isinstance(value, tl.tensor) else not value
+    return value.__not__() if isinstance(value, tl.tensor) else not value
 
 
 class Rewriter(base.ASTTransformer):

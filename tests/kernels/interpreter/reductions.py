@@ -67,8 +67,8 @@ def _integers(data: Array, ufunc: Any) -> Array:
     return np.where(lost, POISON_INT, total).astype(data.dtype)
 
 
-def _sums_integers(function: Any, data: Array) -> bool:
-    return function is tl.standard._sum_combine and data.dtype.kind in "iu"
+def _sums_integers(function: Any, dtypes: list[tl.dtype]) -> bool:
+    return function is tl.standard._sum_combine and dtypes[0].is_int() and dtypes[0] != tl.int1
 
 
 def _chosen(function: Any, dtypes: list[tl.dtype]) -> Combine:
@@ -94,7 +94,7 @@ class Reduce(base.ReduceOps):
             arrays = tuple(x.handle.data.reshape(-1) for x in input)
         else:
             arrays = tuple(np.moveaxis(x.handle.data, int(self.axis), 0) for x in input)
-        if _sums_integers(self.combine_fn, arrays[0]):
+        if _sums_integers(self.combine_fn, dtypes):
             arrays = (_integers(arrays[0], np.add.reduce)[None],)
         combine = _chosen(self.combine_fn, dtypes)
         while arrays[0].shape[0] > 1:
@@ -111,11 +111,11 @@ class Scan(base.ScanOps):
     """`tl.associative_scan`, and with it `tl.cumsum`, `tl.cumprod`."""
 
     def apply_impl(self, input: tuple[Any, ...]) -> list[Any]:
-        """Each value combined with all before it: in blocks of 2, 4, 8, ... the second half with the end of the first."""
+        """Each value combined with all before it: in blocks of 2, 4, 8, ... the second half with the first's end."""
         dtypes = [x.dtype for x in input]
         arrays = tuple(np.moveaxis(x.handle.data, int(self.axis), 0) for x in input)
         arrays = tuple(x[::-1] for x in arrays) if self.reverse else arrays
-        if _sums_integers(self.combine_fn, arrays[0]):
+        if _sums_integers(self.combine_fn, dtypes):
             arrays = (_integers(arrays[0], np.add.accumulate),)
         else:
             arrays = self._tree(arrays, _chosen(self.combine_fn, dtypes))
