@@ -45,6 +45,7 @@ class Dia:
 
     def __init__(self, model: DiaModel, codec: "str | os.PathLike[str] | Codec | None" = None) -> None:
         """model: with its weights loaded. codec: see `from_pretrained`."""
+        _check_codec(codec)
         self.model = model
         self._codec = codec
         self._load_codec: dict[str, Any] = {"device": model.device, "ops": model.ops}
@@ -72,6 +73,7 @@ class Dia:
         """
         if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
             raise InputError(f"name_or_path must be a Hub repository or a path, not {name_or_path!r}")
+        _check_codec(codec)
         place = choose_device(device)
         kind = choose_dtype(dtype, place)
         try:
@@ -101,19 +103,19 @@ class Dia:
         """The codec, loaded now if it was not. Raises InputError if there is none, CheckpointError if it is no fit."""
         if self._codec is None:
             raise InputError("this Dia has no codec (codec=None): use generate_codes, or name one in from_pretrained")
-        if isinstance(self._codec, str | os.PathLike):
+        codec = self._codec
+        if isinstance(codec, str | os.PathLike):
             from dia_fast.codec import load_codec
 
-            name = os.fspath(self._codec)
-            codec = load_codec(name, **self._load_codec)
-            decoder = self.config.decoder
-            if codec.num_codebooks != decoder.num_channels or codec.codebook_size < decoder.eos_token_id:
-                raise CheckpointError(
-                    f"codec {name} has {codec.num_codebooks} codebooks of {codec.codebook_size} codes, and the model "
-                    f"speaks {decoder.num_channels} channels of {decoder.eos_token_id}: they do not belong together"
-                )
-            self._codec = codec
-        return self._codec
+            codec = load_codec(os.fspath(codec), **self._load_codec)
+        decoder = self.config.decoder
+        if codec.num_codebooks != decoder.num_channels or codec.codebook_size < decoder.eos_token_id:
+            raise CheckpointError(
+                f"the codec has {codec.num_codebooks} codebooks of {codec.codebook_size} codes, and the model speaks "
+                f"{decoder.num_channels} channels of {decoder.eos_token_id}: they do not belong together"
+            )
+        self._codec = codec
+        return codec
 
     def generate(
         self,
@@ -289,6 +291,15 @@ class Dia:
             for key, prompt in different.items()
         }
         return [codes[id(prompt)] for prompt in prompts]
+
+
+def _check_codec(codec: object) -> None:
+    if codec is None or isinstance(codec, str | os.PathLike):
+        return
+    from dia_fast.codec import Codec
+
+    if not isinstance(codec, Codec):
+        raise InputError(f"codec must be the name or path of one, a loaded Codec, or None, not {codec!r:.40}")
 
 
 def _is_list(text: Texts) -> bool:

@@ -1,7 +1,7 @@
 """Every exception that dia_fast raises on purpose.
 
-Each message says what was wrong, with which value, and what would work. The command line prints it as one line and exits
-with status 2; whatever else escapes is a bug in dia_fast.
+Each message says what was wrong, with which value, and what would work. The command line prints it as one line and
+exits with status 2; whatever else escapes is a bug in dia_fast.
 """
 
 

@@ -41,12 +41,12 @@ class SamplingSettings:
         put(self, "temperature", _number("temperature", self.temperature, 0, 100, "from 0 (greedy) to 100"))
         top_p = _real("top_p", self.top_p)
         if not 0 < top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p!r}; 1 keeps every candidate")
+            raise InputError(f"top_p must be above 0 and at most 1, not {_shown(self.top_p)}; 1 keeps every candidate")
         put(self, "top_p", top_p)
         if self.top_k is not None:
             put(self, "top_k", _integer("top_k", self.top_k, 1, 2**31 - 1, "None keeps every candidate"))
         if not isinstance(self.do_sample, bool):
-            raise InputError(f"do_sample must be True or False, not {self.do_sample!r}")
+            raise InputError(f"do_sample must be True or False, not {_shown(self.do_sample)}")
         if self.seed is not None:
             put(self, "seed", _integer("seed", self.seed, 0, MAX_SEED, "None draws one"))
 
@@ -72,16 +72,16 @@ def _integer(name: str, value: object, least: int, most: int | None, hint: str =
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise InputError(f"{name} must be a whole number, not {value!r}") from None
+        raise InputError(f"{name} must be a whole number, not {_shown(value)}") from None
     if number < least or (most is not None and number > most):
         wanted = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"{name} must be {wanted}, not {number}" + (f"; {hint}" if hint else ""))
+        raise InputError(f"{name} must be {wanted}, not {_shown(number)}" + (f"; {hint}" if hint else ""))
     return number
 
 
 def _real(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"{name} must be a number, not {value!r}")
+        raise InputError(f"{name} must be a number, not {_shown(value)}")
     try:
         return float(value)
     except OverflowError:
@@ -91,5 +91,14 @@ def _real(name: str, value: object) -> float:
 def _number(name: str, value: object, least: float, most: float, wanted: str) -> float:
     number = _real(name, value)
     if not least <= number <= most:  # also catches NaN
-        raise InputError(f"{name} must be {wanted}, not {value!r}")
+        raise InputError(f"{name} must be {wanted}, not {_shown(value)}")
     return number
+
+
+def _shown(value: object) -> str:
+    """A value as a message can hold it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,12 +1,16 @@
 """What the tests of the front door share: a tiny model and a tiny codec on disk, and a look at what a folder holds."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 from dia_fast.codec import CodecConfig, random_codec
 from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.convert import save_pretrained
+from dia_fast.errors import DiaFastError
 from dia_fast.packing import packed_shapes
 
 TEXT = "[S1] Did you hear that? [S2] Hear what?"
@@ -58,3 +62,14 @@ def tree(folder: Path) -> dict[str, bytes | None]:
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
     }
+
+
+@contextlib.contextmanager
+def refused(kind: type[DiaFastError], message: str, folder: Path) -> Iterator[None]:
+    """Expects `kind` with `message` in it, and the folder as it was."""
+    before = tree(folder)
+    with pytest.raises(kind) as caught:
+        yield
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert tree(folder) == before
