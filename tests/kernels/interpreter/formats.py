@@ -64,9 +64,10 @@ def narrow(data: Array, dtype: tl.dtype, *, to_zero: bool = False) -> Array:
 
 def _to_fp32(data: Array, odd: bool) -> Array:
     """float32 for a further rounding. Where fp64 is inexact, the last bit is made odd: no double rounding."""
+    with np.errstate(over="ignore"):
+        single = data.astype(np.float32)
     if data.dtype != np.float64:
-        return data.astype(np.float32)
-    single = data.astype(np.float32)
+        return single
     if not odd:
         over = np.isfinite(data) & (np.abs(single.astype(np.float64)) > np.abs(data))
         return np.where(over, np.nextafter(single, np.float32(0)), single)
