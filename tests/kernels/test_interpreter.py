@@ -353,7 +353,7 @@ def test_device_assert_is_on() -> None:
 def _scalars(out_ptr, flag, x, n, LOGIC: tl.constexpr):
     i = tl.arange(0, 8)
     total = tl.zeros([8], tl.float32)
-    for _ in range(0, n):
+    for _ in range(n):
         total += x.to(tl.float32)
     if flag and n > 1:
         total += 100
@@ -361,9 +361,8 @@ def _scalars(out_ptr, flag, x, n, LOGIC: tl.constexpr):
         total = tl.where(i > 1 and i < 4, total, -1.0)
     elif LOGIC == "not":
         total = tl.where(not (i < 4), total, -1.0)
-    elif LOGIC == "if":
-        if i < 4:
-            total += 1
+    elif LOGIC == "if" and i < 4:
+        total += 1
     tl.store(out_ptr + i, total)
 
 
@@ -371,7 +370,7 @@ def _scalars(out_ptr, flag, x, n, LOGIC: tl.constexpr):
     ("logic", "expected"), [("and", [-1, -1, 101, 101, -1, -1, -1, -1]), ("not", [-1] * 4 + [101] * 4)]
 )
 def test_logic_of_blocks_and_scalars(logic: str, expected: list[int]) -> None:
-    """Loop bounds and conditions from arguments; `and` and `not` elementwise, where Python would see one truth value."""
+    """Loop bounds and conditions from arguments; `and`, `not` elementwise, where Python sees one truth value."""
     out = torch.zeros(8)
     _scalars[(1,)](out, True, 0.5, 2, LOGIC=logic)
     assert out.tolist() == expected

@@ -52,15 +52,14 @@ def _elementwise(ufunc: Callable[..., Array], dtype: tl.dtype) -> Combine:
     return combine
 
 
-def _integers(data: Array, ufunc: Any) -> Array:
-    """`np.add.reduce` or `np.add.accumulate` over axis 0: raises Overflow instead of wrapping, passes poison on."""
+def _integers(data: Array, *, running: bool) -> Array:
+    """Sum over axis 0, or all its running sums: raises Overflow instead of wrapping, passes poison on."""
+    add, either = (f.accumulate if running else f.reduce for f in (np.add, np.logical_or))
     small = data.dtype.itemsize < 8 or np.abs(data.astype(np.float64)).sum() < 2.0**62
-    total = ufunc(data.astype(np.int64 if small else object), axis=0)
+    total = add(data.astype(np.int64 if small else object), axis=0)
     lost = np.zeros(total.shape, np.bool_)
     if state.poured() and data.dtype.itemsize >= 4:
-        lost = np.asarray(
-            (np.logical_or.reduce if ufunc is np.add.reduce else np.logical_or.accumulate)(data == POISON_INT, axis=0)
-        )
+        lost = np.asarray(either(data == POISON_INT, axis=0))
     info = np.iinfo(data.dtype)
     if np.any(((total < info.min) | (total > info.max)) & ~lost):
         raise Overflow(f"{data.dtype} overflow in a sum of {data.shape[0]} values")
@@ -95,7 +94,7 @@ class Reduce(base.ReduceOps):
         else:
             arrays = tuple(np.moveaxis(x.handle.data, int(self.axis), 0) for x in input)
         if _sums_integers(self.combine_fn, dtypes):
-            arrays = (_integers(arrays[0], np.add.reduce)[None],)
+            arrays = (_integers(arrays[0], running=False)[None],)
         combine = _chosen(self.combine_fn, dtypes)
         while arrays[0].shape[0] > 1:
             arrays = combine(tuple(x[0::2] for x in arrays), tuple(x[1::2] for x in arrays))
@@ -116,7 +115,7 @@ class Scan(base.ScanOps):
         arrays = tuple(np.moveaxis(x.handle.data, int(self.axis), 0) for x in input)
         arrays = tuple(x[::-1] for x in arrays) if self.reverse else arrays
         if _sums_integers(self.combine_fn, dtypes):
-            arrays = (_integers(arrays[0], np.add.accumulate),)
+            arrays = (_integers(arrays[0], running=True),)
         else:
             arrays = self._tree(arrays, _chosen(self.combine_fn, dtypes))
         arrays = tuple(x[::-1] for x in arrays) if self.reverse else arrays

@@ -24,7 +24,7 @@ class Argument:
     def belongs(self, offsets: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
         """Which accesses of `size` bytes at these byte offsets touch nothing but elements of the tensor."""
         inside = (offsets >= 0) & (offsets + size <= self.extent)
-        if not self.steps or not inside.all():
+        if not self.steps:
             return inside
         first, last = offsets, offsets + size - 1
         return inside & self._on_element(first) & self._on_element(last)
