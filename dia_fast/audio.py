@@ -192,8 +192,7 @@ def _as_float32(samples: Any) -> Samples:
 
 
 def _checked_rate(rate: Any, name: str) -> int:
-    whole = not isinstance(rate, bool) and isinstance(rate, int | np.integer)
-    if not whole or not LOWEST_RATE <= rate <= HIGHEST_RATE:
+    if not isinstance(rate, int | np.integer) or not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise InputError(
             f"{name}: sample rate {rate!r} is not a whole number of Hz from {LOWEST_RATE} to {HIGHEST_RATE}"
         )

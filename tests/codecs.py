@@ -4,7 +4,7 @@ import importlib.util
 import sys
 import types
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,28 @@ SMALL = CodecConfig(
 
 def random_codes(frames: int, config: CodecConfig = SMALL) -> torch.Tensor:
     return torch.randint(0, config.codebook_size, (frames, config.n_codebooks))
+
+
+def ops_with(activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> types.ModuleType:
+    """The codec's op set around any activation of x `[batch, channels, samples]` and alpha `[channels, 1]`."""
+
+    def snake(x: torch.Tensor, alpha: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out.copy_(activation(x, alpha[:, None]))
+
+    def snake_residual(
+        x: torch.Tensor, residual: torch.Tensor, alpha: torch.Tensor, total: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
+        torch.add(x, residual, out=total)
+        return snake(total, alpha, out)
+
+    ops = types.ModuleType("ops")
+    vars(ops).update(snake=snake, snake_residual=snake_residual)
+    return ops
+
+
+def exact_ops() -> types.ModuleType:
+    """Snake in the dtype of its input, for codecs in fp64; the reference computes in fp32 whatever it is given."""
+    return ops_with(lambda x, alpha: x + torch.sin(alpha * x).square() / (alpha + 1e-9))
 
 
 def official_names(codec: Codec) -> dict[str, str]:

@@ -56,7 +56,7 @@ def load_descript(weights: str | os.PathLike[str] | None, device: torch.device, 
         model.load_state_dict(contents["state_dict"], assign=True)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: does not fit descript-audio-codec: {error}") from error
-    return Codec(DescriptNetwork(model, config).requires_grad_(False), config, device, dtype)
+    return Codec(DescriptNetwork(model, config), config, device, dtype)
 
 
 def _downloaded(download: Any) -> Path:

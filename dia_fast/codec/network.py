@@ -21,7 +21,7 @@ class Snake(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.ones(1, channels, 1), requires_grad=False)
+        self.alpha = nn.Parameter(torch.ones(1, channels, 1))
 
 
 class ResidualUnit(nn.Module):
