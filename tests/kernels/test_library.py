@@ -1,0 +1,95 @@
+"""The custom operators: registered as torch wants them, equal to the reference, and usable under torch.compile."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dia_kernels import library, reference
+from tests.kernels.support import random
+
+EPS = 1e-5
+
+
+def _integers(values: list, device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def cases(device: torch.device) -> dict[str, tuple]:
+    """Arguments for every operator: small, fp32, so that the kernels' results are close to the reference's."""
+
+    def r(*shape: int, seed: int = 0) -> Tensor:
+        return random(shape, torch.float32, device, seed)
+
+    heads, kv_heads, dim = 2, 1, 16
+    cos, sin = r(20, dim // 2, seed=1).cos(), r(20, dim // 2, seed=1).sin()
+    pages = r(3, kv_heads, 16, dim, seed=2), r(3, kv_heads, 16, dim, seed=3)
+    table = _integers([[2], [0]], device)
+    ones = torch.ones(2, device=device)
+    return {
+        "rms_norm": (r(3, 32), r(32, seed=1), EPS),
+        "glu": (r(3, 32),),
+        "rms_norm_linear": (r(2, 32), r(32, seed=1), r(16, 32, seed=2), EPS),
+        "rms_norm_glu": (r(2, 32), r(32, seed=1), r(32, 32, seed=2), EPS),
+        "linear_residual": (r(1, 32), r(16, 32, seed=2), r(2, 16, seed=3), r(16, seed=4)),
+        "codebook_logits": (r(2, 32), r(32, seed=1), r(24, 32, seed=2), EPS, 3),
+        "rope_attention": (r(2, (heads + 2 * kv_heads) * dim), cos, sin, *pages, table, _integers([3, -1], device)),
+        "cross_attention": (r(2, heads * dim), *pages, table, _integers([5, 16], device)),
+        "rope": (r(4, (heads + 2 * kv_heads) * dim), cos, sin, _integers([0, 1, 2, 0], device), kv_heads),
+        "ragged_attention": (r(5, heads, dim), r(5, kv_heads, dim), r(5, kv_heads, dim), _integers([0, 2, 5], device), True),
+        "snake": (r(1, 2, 20), ones),
+        "snake_residual": (r(1, 2, 20), r(1, 2, 20, seed=1), ones),
+        "sample": (
+            r(2, 2, 12), _integers([3], device), _integers([7], device, torch.int64),
+            ones[:1] * 3, ones[:1], _integers([4], device), ones[:1] * 0.9, 8,
+        ),
+        "embed_codes": (
+            _integers([[1, 2]], device), _integers([[[3, -1]]], device), *(_integers([v], device) for v in (0, 0, 9, -1)),
+            _integers([0, 1], device), r(24, 16), torch.zeros(1, 10, 2, dtype=torch.int32, device=device),
+            _integers([0, 0], device), _integers([0], device), torch.zeros(2, 16, device=device), 8, 9,
+        ),
+    }  # fmt: skip
+
+
+NAMES = tuple(cases(torch.device("cpu")))
+
+
+def test_every_op_of_the_op_set_is_an_operator() -> None:
+    tools = {"philox", "sample_weights", "attention_workspace"}
+    assert set(NAMES) == set(reference.__all__) - tools
+    assert all(hasattr(torch.ops.dia_kernels, name) for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, device: torch.device) -> None:
+    torch.library.opcheck(getattr(torch.ops.dia_kernels, name).default, cases(device)[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kernels_agree_with_the_reference(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and every argument written in place. The kernels' own tests measure errors; this finds a wrong wiring."""
+    assert library.implementation(device) == "triton"
+    mine = cases(device)[name]
+    results = getattr(library, name)(*mine)
+    monkeypatch.setattr(library, "implementation", lambda device: "torch")
+    theirs = cases(device)[name]
+    expected = getattr(library, name)(*theirs)
+    for got, want in zip(_tensors((results, *mine)), _tensors((expected, *theirs)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def _tensors(values: tuple) -> list[Tensor]:
+    flat = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return [value for value in flat if isinstance(value, Tensor)]
+
+
+def test_operators_inside_torch_compile(device: torch.device) -> None:
+    def block(x: Tensor, norm: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        residual = x * 2
+        library.linear_residual(library.rms_norm_glu(x, norm, up, EPS), down, residual)
+        return residual + 1
+
+    compiled: Callable = torch.compile(block, fullgraph=True, backend="aot_eager")
+    arguments = tuple(random(shape, torch.float32, device, seed) for seed, shape in enumerate([(2, 32), (32,), (64, 32), (32, 32)]))
+    assert torch.equal(compiled(*arguments), block(*arguments))
