@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dia_fast import hub
+from dia_fast import hub, tensor_files
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.layouts import Placement, detect_layout, is_derived, placements
@@ -22,8 +22,6 @@ from dia_fast.packing import packed_shapes, parameter_count
 from dia_fast.tensor_files import MappedTensor, StoredTensor, open_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Of elements; large enough for fast reads and copies, small beside any real model.
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def _copy(tensor: StoredTensor, place: Placement, out: Tensor) -> None:
         return
     columns = out.shape[0] if place.transposed else out.numel() // out.shape[0]
     lines = out.numel() // columns
-    step = max(1, _CHUNK // columns)
+    step = max(1, tensor_files.CHUNK // columns)
     for first in range(0, lines, step):
         last = min(first + step, lines)
         chunk = tensor.read(first * columns, last * columns).view(last - first, columns)

@@ -37,6 +37,8 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Elements at a time; large enough for fast reads and copies, small beside any real model.
+CHUNK = 1 << 22
 _MAX_HEADER = 100_000_000
 
 
@@ -83,9 +85,8 @@ class MappedTensor:
     def read_into(self, out: Tensor, first: int = 0) -> None:
         """Fill `out` (contiguous, on the CPU, of the same dtype) with the elements from `first` on."""
         out = out.reshape(-1)
-        step = 1 << 22
-        for start in range(0, out.numel(), step):
-            stop = min(start + step, out.numel())
+        for start in range(0, out.numel(), CHUNK):
+            stop = min(start + CHUNK, out.numel())
             out[start:stop] = self.read(first + start, first + stop)
             self.release(first + start, first + stop)
 
