@@ -129,9 +129,7 @@ def write_checkpoint(
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         partial.chmod(0o777 & ~_umask())
         if pickled:
-            # Clones: a view would be saved with the whole weight that it is cut from.
-            state = {entry.name: piece.clone() for entry, piece in _cut(entries, fetch)}
-            _save_pickle(state, partial / "pytorch_model.bin")
+            _save_pickle({entry.name: piece for entry, piece in _cut(entries, fetch)}, partial / "pytorch_model.bin")
         else:
             _write_shards(partial, config, entries, fetch, max_shard_bytes)
         for name, content in _metadata(config, layout, entries).items():

@@ -84,7 +84,7 @@ def test_there_and_back_for_any_configuration(config: DiaConfig, dtype: torch.dt
 
 def test_several_dtypes_are_kept(tmp_path: Path) -> None:
     """The original package keeps its norms in float32 when the rest is in half precision."""
-    config = tiny_config()
+    config = tiny_config(encoder={"vocab_size": 255, "hidden_size": 33})
     weights = random_weights(config, torch.bfloat16)
     weights |= {name: torch.randn(tensor.shape) for name, tensor in weights.items() if tensor.ndim == 1}
     folder = convert(save_pretrained(tmp_path / "a", config, weights), tmp_path / "b", "original")
@@ -92,6 +92,9 @@ def test_several_dtypes_are_kept(tmp_path: Path) -> None:
     assert same({name: checkpoint.load_packed(name) for name in weights}, weights)
     assert checkpoint.dtype is torch.bfloat16
     assert load_file(folder / "model.safetensors")["encoder.norm.weight"].dtype is torch.float32
+    for path in (tmp_path / "a", folder):
+        for tensor in open_checkpoint(path).tensors.values():
+            assert tensor.offset % tensor.dtype.itemsize == 0, tensor.name
 
 
 @pytest.mark.parametrize("shard", [10**9, 10**6, 1])
