@@ -171,13 +171,17 @@ def test_a_prompt_may_be_a_file_of_any_rate_and_channels(
         assert torch.equal(dia.generate_codes(TEXT, audio_prompt=prompt, seed=2, **SHORT)[0], expected)
 
 
-def test_prompts_of_a_list(dia: Dia, voice: np.ndarray) -> None:
+def test_prompts_of_a_list(dia: Dia, voice: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = Audio(voice, 44_100)
     alone = [dia.generate_codes(TEXT, audio_prompt=prompt, seed=2, **SHORT)[0] for prompt in (sound, None)]
     mixed = dia.generate_codes([TEXT, TEXT], audio_prompt=[sound, None], seed=2, **SHORT)
     assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
+    calls: list[int] = []
+    encode = dia.codec.encode
+    monkeypatch.setattr(dia.codec, "encode", lambda samples: (calls.append(1), encode(samples))[1])
     shared = dia.generate_codes([TEXT, TEXT], audio_prompt=sound, seed=2, **SHORT)
     assert torch.equal(shared[0], alone[0]) and torch.equal(shared[1], alone[0])
+    assert calls == [1], "a prompt for all texts is encoded once"
 
 
 def test_progress_counts_the_steps(dia: Dia, capfd: pytest.CaptureFixture[str]) -> None:
