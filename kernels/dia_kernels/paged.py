@@ -189,6 +189,24 @@ def keep_both_in_flight(k, v, TARGET: tl.constexpr):
 
 
 @triton.jit
+def scores(q, k, DOT: tl.constexpr):
+    """`q @ k.T` in fp32: q `[M, D]`, k `[N, D]`; by matrix units, or without for targets that have none for float32."""
+    if DOT:
+        return tl.dot(q, tl.trans(k), input_precision="ieee")
+    else:
+        return tl.sum(q[:, None, :] * k[None, :, :], 2)
+
+
+@triton.jit
+def mix(weight, v, DOT: tl.constexpr):
+    """`weight @ v` in fp32: weight `[M, N]` float32, rounded to the dtype of v; v `[N, D]`."""
+    if DOT:
+        return tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+    else:
+        return tl.sum(weight[:, :, None] * v[None, :, :], 1)
+
+
+@triton.jit
 def attend(
     q,  # [BLOCK_G, BLOCK_D]
     k,  # [SPLIT, BLOCK_D]
@@ -198,22 +216,14 @@ def attend(
 ):
     """Largest score `[BLOCK_G]`, sum of exp(score - largest) and that sum over v `[BLOCK_G, BLOCK_D]`, all float32.
 
-    16-bit products go to the matrix units, with the group padded to their 16 rows. Few targets have such units for
-    float32, where the padding would cost its full price.
+    16-bit products go to the matrix units, the group padded to their 16 rows: next to the memory traffic that is free.
+    In float32 most targets would pay the padding's full price.
     """
     DOT: tl.constexpr = k.dtype.primitive_bitwidth == 16
-    if DOT:
-        score = tl.dot(q, tl.trans(k))
-    else:
-        score = tl.sum(q[:, None, :] * k[None, :, :], 2)
-    score = tl.where(live[None, :], score, float("-inf"))
+    score = tl.where(live[None, :], scores(q, k, DOT), float("-inf"))
     peak = tl.maximum(least, tl.max(score, 1))
     weight = tl.exp(score - peak[:, None])
-    if DOT:
-        acc = tl.dot(weight.to(v.dtype), v)
-    else:
-        acc = tl.sum(weight[:, :, None] * v[None, :, :], 1)
-    return peak, tl.sum(weight, 1), acc
+    return peak, tl.sum(weight, 1), mix(weight, v, DOT)
 
 
 @triton.jit

@@ -110,16 +110,20 @@ def _ragged_attention(
 
 
 def _rule(dtype: torch.dtype, arch: str, *, head_dim: int, paged: int) -> dict[str, int]:
-    """Queries and keys per tile, loads in flight (stages), and warps. Must not depend on how many sequences there are."""
+    """Queries and keys per tile, stages of loads, and warps; chosen so that nothing spills at head_dim 128.
+
+    Must not depend on how many sequences there are, or a sequence's result would.
+    """
     width = triton.next_power_of_2(head_dim)
-    cuda = arch.startswith("sm_")
     if dtype == torch.float32 and arch.startswith("gfx1"):  # products of every query with every key, 64 per thread
         return {"BLOCK_M": max(1, 512 // width), "BLOCK_N": 32, "STAGES": 1, "DOT": 0, "num_warps": 8}
-    config = {"STAGES": 2 if cuda else 1, "DOT": 1, "num_warps": 4}
+    config = {"STAGES": 2 if arch.startswith("sm_") else 1, "DOT": 1, "num_warps": 4}
     if arch.startswith("gfx9"):
         config["matrix_instr_nonkdim"] = 16
     if dtype == torch.float32:
         return {**config, "BLOCK_M": 16, "BLOCK_N": 32 if width <= 128 else 16}
+    if not arch.startswith(("sm_9", "sm_10", "gfx9")):  # elsewhere 4 warps would spill
+        config["num_warps"] = 8
     return {**config, "BLOCK_M": 64, "BLOCK_N": 64 if width <= 128 else 32}
 
 

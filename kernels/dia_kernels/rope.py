@@ -1,6 +1,6 @@
 """rope: rotates q and k of packed tokens in place and, with pages given, stores k and v in them, in one launch.
 
-    first, second = first * cos - second * sin, second * cos + first * sin           # halves of a head, fp32, rounded once
+    first, second = first * cos - second * sin, second * cos + first * sin        # halves of a head, rounded once
 
 One program per token and group of heads, which reads its part of qkv before it overwrites any of it.
 """
