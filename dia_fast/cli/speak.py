@@ -34,7 +34,7 @@ examples:
     dia-fast speak --file dialogue.txt --model {OFFICIAL_MODEL} -o out.flac
     fortune | sed 's/^/[S1] /' | dia-fast speak --model {OFFICIAL_MODEL} -o out.flac
   in the voice of a recording (5 to 10 seconds) and its transcript
-    dia-fast speak "[S1] And this is new." --prompt me.wav --prompt-text "[S1] These are my words." --model ...
+    dia-fast speak "And this is new." --prompt me.wav --prompt-text "[S1] These are my words." --model ...
   the same again: the seed of a run is in its last line
     dia-fast speak --file dialogue.txt --model ... --seed 1234
 """
