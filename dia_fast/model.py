@@ -110,8 +110,8 @@ class DiaModel(nn.Module):
         config = self.config.decoder
         groups = config.cross_num_attention_heads // config.cross_num_key_value_heads
         for layer in self._decoder_layers():
-            values = F.linear(memory, layer.cross_kv.chunk(2)[1].float()).view(-1, config.cross_head_dim)
-            added = F.linear(values.repeat_interleave(groups, 0).view(1, -1), layer.cross_o.float())[0]
+            values = _linear(memory, layer.cross_kv.chunk(2)[1]).view(-1, config.cross_head_dim)
+            added = _linear(values.repeat_interleave(groups, 0).view(1, -1), layer.cross_o)[0]
             layer.register_buffer("uncond_cross", added.to(self.dtype), persistent=False)
 
     @torch.inference_mode()
@@ -161,7 +161,7 @@ class DiaModel(nn.Module):
         config = self.config.decoder
         page, offset = slots // pool.shape.page_size, slots % pool.shape.page_size
         for layer, keys, values in zip(self._decoder_layers(), pool.keys, pool.values, strict=True):
-            both = F.linear(memory, layer.cross_kv).view(len(text_ids), -1, config.cross_head_dim)
+            both = _linear(memory, layer.cross_kv).view(len(text_ids), -1, config.cross_head_dim)
             keys[page, :, offset], values[page, :, offset] = both.chunk(2, 1)
 
     @torch.inference_mode()
@@ -196,7 +196,7 @@ class DiaModel(nn.Module):
             self.store_text(ids, pool, blocks.slots(0, len(ids)))
             length = torch.tensor([len(ids)], dtype=torch.int32, device=self.device)
             x = self._decode_rows(rows[request].to(self.device), (pool, blocks.table, length), guidance, None)
-            logits = F.linear(self._normed(x, self.decoder.norm, config.norm_eps), self.decoder.head)
+            logits = _linear(self._normed(x, self.decoder.norm, config.norm_eps), self.decoder.head)
             for branch, part in zip(branches, logits.split(total), strict=True):
                 branch[request] = part.view(size[1:])
         return branches[0], branches[1] if guidance else None
@@ -233,14 +233,14 @@ class DiaModel(nn.Module):
         for i, layer in enumerate(self._decoder_layers()):
             pages = (store[0].keys[i], store[0].values[i], store[1]) if store is not None else ()
             self._self_attention(x, layer, stack, config, positions, starts, pages, causal=True)
-            q = F.linear(self._normed(x[:total], layer.cross_norm, config.norm_eps), layer.cross_q)
+            q = _linear(self._normed(x[:total], layer.cross_norm, config.norm_eps), layer.cross_q)
             q = q.view(total, -1, config.cross_head_dim)
             attended = q.new_empty(total, layer.cross_q.shape[0])
             ops.ragged_attention(
                 q, pool.keys[i], pool.values[i], starts[:2], attended,
                 causal=False, block_table=table, kv_lengths=length,
             )  # fmt: skip
-            x[:total] += F.linear(attended, layer.cross_o)
+            x[:total] += _linear(attended, layer.cross_o)
             x[total:] += layer.uncond_cross
             self._mlp(x, layer, config.norm_eps)
         return x
@@ -296,6 +296,13 @@ def rope_table(config: EncoderConfig | DecoderConfig, device: torch.device) -> t
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` for the many rows of a whole sequence, rounded once to the dtype of `x`.
+
+    Most CPUs have no 16-bit matrix product worth the name: there it is faster, by a factor of five, to widen first.
+    """
+    if x.device.type == "cpu" and x.dtype != torch.float32:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), weight.to(wide)).to(x.dtype)
     return F.linear(x, weight.to(x.dtype))
 
 

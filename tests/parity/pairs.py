@@ -41,6 +41,26 @@ def pair(
     return theirs, ours(theirs, config)
 
 
+def theirs_sharing(model: DiaModel) -> DiaForConditionalGeneration:
+    """transformers' model on views of our packed weights: no memory, no copy."""
+    from transformers import DiaConfig as TransformersConfig
+    from transformers.models.dia.modeling_dia import DiaRotaryEmbedding
+
+    config, packed = model.config, model.state_dict()
+    settings = TransformersConfig(**config.to_transformers())
+    with torch.device("meta"):
+        theirs = DiaForConditionalGeneration(settings)
+    views = {name: packed[target][first:last] for name, (target, first, last) in pieces(config).items()}
+    theirs.load_state_dict(views, assign=True)
+    # What is computed rather than loaded is still without memory.
+    for name in ("encoder", "decoder"):
+        rotation = DiaRotaryEmbedding(getattr(settings, f"{name}_config"))
+        getattr(theirs.model, name).rotary_emb = rotation.to(model.device)
+    codes = torch.arange(config.decoder.num_channels, device=model.device)
+    theirs.model.decoder.embeddings.offsets = codes * config.decoder.vocab_size
+    return theirs.eval()
+
+
 def random_texts(config: DiaConfig, lengths: Sequence[int]) -> list[list[int]]:
     return [torch.randint(1, config.encoder.vocab_size, (length,)).tolist() for length in lengths]
 

@@ -24,8 +24,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _gather(pages: Tensor, block_table: Tensor, length: int) -> Tensor:
     """`[kv_heads, length, head_dim]`: the first `length` tokens of one sequence."""
     size = pages.shape[2]
-    used = pages[block_table[: -(-length // size)].long()]
-    return used.transpose(0, 1).reshape(pages.shape[1], -1, pages.shape[3])[:, :length]
+    used = pages.transpose(0, 1)[:, block_table[: -(-length // size)].long()]
+    return used.reshape(pages.shape[1], -1, pages.shape[3])[:, :length]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -150,7 +150,9 @@ def ragged_attention(
     causal: the queries are the last ones of their sequence; query `i` of `n` sees keys `0 .. kv_length - n + i`.
     """
     bounds = starts.tolist()
-    lengths = kv_lengths.tolist() if kv_lengths is not None else [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    lengths = (
+        kv_lengths.tolist() if kv_lengths is not None else [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    )
     for sequence, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         n, m = end - begin, lengths[sequence]
         if n == 0:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_BYTES = 4 << 20  # of weights that stay in a CPU's cache while one row after another is multiplied
+_BLOCK_BYTES = 8 << 20  # of weights that stay in a CPU's cache while one row after another is multiplied
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -19,10 +19,10 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return F.linear(x, weight)
     out = x.new_empty(x.shape[0], weight.shape[0])
-    vectors = [row.clone() for row in x]  # aligned alike: the order of summation may depend on that too
+    vectors = [row.clone() for row in x.unbind()]  # aligned alike: the order of summation may depend on that too
     step = max(_BLOCK_BYTES // (weight.shape[1] * weight.element_size()), 1)
     for block, results in zip(weight.split(step), out.split(step, 1), strict=True):
-        for vector, result in zip(vectors, results, strict=True):
+        for vector, result in zip(vectors, results.unbind(), strict=True):
             torch.mv(block, vector, out=result)
     return out
 
