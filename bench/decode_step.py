@@ -5,6 +5,7 @@
 Both sides generate through their public entry points, greedily, in one process and in turns. The time of a step is the
 time between two calls that each side makes anyway (a progress callback, a stopping criterion): everything that a step
 costs the user is in it. transformers gets views of our packed weights, so nothing is in memory twice.
+`--clock cpu` counts the processor time of this process instead, for a machine that is busy with other things.
 """
 
 import argparse
@@ -25,7 +26,10 @@ from dia_fast.model import DiaModel
 from dia_kernels import get_ops
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WARM_UP = 3  # steps at the start of each round that do not count
+
+Run = Callable[[Callable[[], None]], Any]  # runs to the end and calls its argument after each step
 
 
 def bytes_per_step(model: DiaModel) -> int:
@@ -38,13 +42,13 @@ def bytes_per_step(model: DiaModel) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in once)
 
 
-def our_steps(model: DiaModel, requests: Sequence[Request]) -> list[float]:
-    """Seconds of each step but the first."""
-    return _intervals(lambda note: generate(model, requests, progress=lambda _: note()))
+def our_run(model: DiaModel, requests: Sequence[Request]) -> Run:
+    """Our `generate`."""
+    return lambda note: generate(model, requests, progress=lambda _: note())
 
 
-def their_steps(theirs: Any, config: DiaConfig, requests: Sequence[Request]) -> list[float]:
-    """Seconds of each step of transformers' `generate` but the first."""
+def their_run(theirs: Any, config: DiaConfig, requests: Sequence[Request]) -> Run:
+    """`generate` of transformers."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     from tests.parity.pairs import random_prompts, their_rows
@@ -65,16 +69,17 @@ def their_steps(theirs: Any, config: DiaConfig, requests: Sequence[Request]) -> 
     def run(note: Callable[[], None]) -> None:
         their_rows(theirs, config, texts, prompts, stopping_criteria=StoppingCriteriaList([Clock(note)]), **limits)
 
-    return _intervals(run)
+    return run
 
 
-def _intervals(run: Callable[[Callable[[], None]], Any]) -> list[float]:
+def step_times(run: Run, clock: Callable[[], float]) -> list[float]:
+    """Seconds of each step after the warm-up."""
     marks: list[float] = []
 
     def note() -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        marks.append(time.perf_counter())
+        marks.append(clock())
 
     run(note)
     return [after - before for before, after in zip(marks, marks[1:], strict=False)][WARM_UP:]
@@ -121,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=0, help="frames of audio prompt")
     parser.add_argument("--steps", type=int, default=16, help="timed steps per round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     try:
@@ -134,22 +140,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(model: DiaModel, options: argparse.Namespace) -> int:
     """Runs both sides in turns and prints the medians."""
     requests = requests_for(model.config, options)
-    sides: dict[str, Callable[[], list[float]]] = {"dia-fast": lambda: our_steps(model, requests)}
+    sides = {"dia-fast": our_run(model, requests)}
     if options.against:
         from tests.parity.pairs import theirs_sharing
 
-        theirs = theirs_sharing(model)
-        sides["transformers"] = lambda: their_steps(theirs, model.config, requests)
+        sides["transformers"] = their_run(theirs_sharing(model), model.config, requests)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.rounds):
         for name, run in sides.items():
-            seconds[name] += run()
+            seconds[name] += step_times(run, CLOCKS[options.clock])
     moved = bytes_per_step(model)
     guidance = f"guidance {options.guidance:g}" if options.guidance != 1 else "no guidance"
     print(
         f"{describe_machine(model.device)}; torch {torch.__version__}, ops: {model.ops.name}\n"
         f"{options.dtype}, batch {options.batch}, {guidance}, {options.text} bytes of text, {options.prompt} frames of "
-        f"prompt; a step reads {moved / 1e9:.3f} GB of weights"
+        f"prompt; a step reads {moved / 1e9:.3f} GB of weights; {options.clock} clock"
     )
     for name, times in seconds.items():
         middle = statistics.median(times)
