@@ -134,9 +134,10 @@ def test_sample_weights(slots: list[Choice], paired: bool, vocab: int, eos_is_go
 
 
 def test_ties_go_to_the_lower_id() -> None:
-    logits = torch.zeros(1, 2, 12)
-    for top_k, top_p, kept in ((3, 1.0, 3), (0, 0.45, 4), (1, 1.0, 1)):
-        weights = reference.sample_weights(logits, **settings_of([Choice(1.0, 1.0, top_k, top_p)]), eos=8)
+    """At a width where an unstable sort would shuffle them."""
+    logits = torch.zeros(1, 2, 1028)
+    for top_k, top_p, kept in ((300, 1.0, 300), (0, 0.25, 257), (1, 1.0, 1)):
+        weights = reference.sample_weights(logits, **settings_of([Choice(1.0, 1.0, top_k, top_p)]), eos=1024)
         assert weights[0, 1].count_nonzero() == kept and weights[0, 1, :kept].all()
 
 
@@ -176,6 +177,16 @@ def test_sample_draws_by_exact_integers(choice: Choice, seed: int, row: int, spr
             target -= weights[drawn]
             drawn += 1
         assert out[0, channel] == drawn and weights[drawn] > 0
+
+
+@pytest.mark.parametrize(("word", "drawn"), [(0, 0), (2**30 - 1, 0), (2**30, 1), (3 * 2**30, 3), (2**32 - 1, 3)])
+def test_a_draw_on_the_border_belongs_to_the_next_id(word: int, drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four equal ids share the 32-bit words."""
+    monkeypatch.setattr("dia_kernels.reference.sampling.philox", lambda seed, c0, c1: torch.full_like(c1, word))
+    out, one = torch.empty(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    arguments = settings_of([Choice(1.0, 1.0, 0, 1.0)])
+    reference.sample(torch.zeros(1, 1, 4), one, one.long(), **arguments, out=out, eos=4)
+    assert out.item() == drawn
 
 
 def test_sampled_frequencies() -> None:
