@@ -50,7 +50,12 @@ def test_rms_norm_production_width(device: torch.device) -> None:
 
 
 @ELEMENTWISE
-@given(rows=st.integers(1, 9), sixteenths=st.integers(1, 20), dtype=st.sampled_from(DTYPES), scale=st.sampled_from([1e-3, 1.0, 100.0]))
+@given(
+    rows=st.integers(1, 9),
+    sixteenths=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([1e-3, 1.0, 100.0]),
+)
 def test_rms_norm_shapes(rows: int, sixteenths: int, dtype: torch.dtype, scale: float) -> None:
     from tests.kernels import executor
 

@@ -14,7 +14,9 @@ EOS, PAD, BOS = 24, 25, 26
 VOCAB = 28
 
 
-def make_state(batch: int, delay: list[int], hidden: int, paired: bool, dtype: torch.dtype, seed: int, device: torch.device) -> dict:
+def make_state(
+    batch: int, delay: list[int], hidden: int, paired: bool, dtype: torch.dtype, seed: int, device: torch.device
+) -> dict:
     generator = torch.Generator().manual_seed(seed)
     channels, depth = len(delay), max(delay) + 1
 
@@ -45,7 +47,9 @@ def run_both(state: dict, steps: int, eos_at: dict[int, int]) -> None:
     mine, theirs = ({k: v.clone() for k, v in state.items()} for _ in range(2))
     generator = torch.Generator().manual_seed(7)
     for step in range(steps):
-        sampled = torch.randint(0, EOS, state["sampled"].shape, generator=generator, dtype=torch.int32).to(state["row"].device)
+        sampled = torch.randint(0, EOS, state["sampled"].shape, generator=generator, dtype=torch.int32).to(
+            state["row"].device
+        )
         for slot, at in eos_at.items():
             if at == step:
                 sampled[slot % sampled.shape[0], 0] = EOS
@@ -73,7 +77,9 @@ def test_a_generation_to_its_end(dtype: torch.dtype, paired: bool, device: torch
     seed=st.integers(0, 1000),
     eos_at=st.dictionaries(st.integers(0, 4), st.integers(0, 8), max_size=3),
 )
-def test_any_delay_and_any_eos(batch: int, delay: list[int], hidden: int, paired: bool, seed: int, eos_at: dict[int, int]) -> None:
+def test_any_delay_and_any_eos(
+    batch: int, delay: list[int], hidden: int, paired: bool, seed: int, eos_at: dict[int, int]
+) -> None:
     run_both(make_state(batch, delay, hidden, paired, torch.float32, seed, executor.device()), 6, eos_at)
 
 

@@ -91,5 +91,7 @@ def test_operators_inside_torch_compile(device: torch.device) -> None:
         return residual + 1
 
     compiled: Callable = torch.compile(block, fullgraph=True, backend="aot_eager")
-    arguments = tuple(random(shape, torch.float32, device, seed) for seed, shape in enumerate([(2, 32), (32,), (64, 32), (32, 32)]))
+    arguments = tuple(
+        random(shape, torch.float32, device, seed) for seed, shape in enumerate([(2, 32), (32,), (64, 32), (32, 32)])
+    )
     assert torch.equal(compiled(*arguments), block(*arguments))

@@ -58,12 +58,16 @@ def test_production_vocabulary_equals_the_reference(paired: bool, device: torch.
     spread=st.sampled_from([0.0, 0.5, 5.0, 200.0]),
     ties=st.booleans(),
 )
-def test_any_setting_equals_the_reference(vocab, channels, paired, seed, row, scale, temperature, top_k, top_p, spread, ties) -> None:
+def test_any_setting_equals_the_reference(
+    vocab, channels, paired, seed, row, scale, temperature, top_k, top_p, spread, ties
+) -> None:
     device = executor.device()
     logits = random((4 if paired else 2, channels, vocab), torch.float32, device, seed % 1000, spread)
     if ties:
         logits = logits.round()
-    req = request(2, device, guidance_scale=scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, row=row)
+    req = request(
+        2, device, guidance_scale=scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, row=row
+    )
     assert torch.equal(run(logits, req, vocab - 4), run(logits, req, vocab - 4, reference.sample))
 
 
@@ -162,7 +166,9 @@ def test_philox_equals_the_torch_twin_bit_for_bit(device: torch.device) -> None:
     n = 16
     generator = torch.Generator().manual_seed(3)
     seed = torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator).to(device)
-    c0, c1 = (torch.randint(-(2**31), 2**31 - 1, (n,), generator=generator, dtype=torch.int32).to(device) for _ in range(2))
+    c0, c1 = (
+        torch.randint(-(2**31), 2**31 - 1, (n,), generator=generator, dtype=torch.int32).to(device) for _ in range(2)
+    )
     out = poisoned((n, n), torch.int64, device)
     _philox_words[(1,)](seed, c0, c1, out, BLOCK=n)
     assert torch.equal(out, reference.philox(seed[:, None].expand(n, n), c0.expand(n, n), c1.expand(n, n)))
@@ -177,6 +183,8 @@ def test_philox_equals_the_torch_twin_bit_for_bit(device: torch.device) -> None:
         (torch.zeros(2, 8, 2).mT, ValueError, "logits: has strides"),
     ],
 )
-def test_wrong_logits_are_named(logits: torch.Tensor, error: type[Exception], message: str, device: torch.device) -> None:
+def test_wrong_logits_are_named(
+    logits: torch.Tensor, error: type[Exception], message: str, device: torch.device
+) -> None:
     with pytest.raises(error, match=message):
         run(logits.to(device), request(2, device), 6)

@@ -1,0 +1,223 @@
+"""What Triton makes of every kernel, for every GPU, at the shapes of Dia-1.6B. No GPU is needed.
+
+    python -m bench.codegen                        # all targets, rows and dtypes; prints the table
+    python -m bench.codegen --targets sm_90 --rows 1 2 --dtypes bfloat16 --markdown table.md --json report.json
+
+Each line is one kernel as one launch of the model compiles it. The exit code is 1 if anything breaks the rules that
+`violations` states. Figures are read off the machine code (`bench/machine_code.py`); none of them is a time.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+
+from bench import machine_code, model_launches
+from bench.machine_code import MACHINES, Code
+from dia_kernels import ahead
+
+ROWS = (1, 2, 8, 32, 64)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PROJECTIONS = ("_rms_norm_linear", "_linear_residual", "_rms_norm_glu", "_codebook_logits")
+STREAMS = {"sm_80", "sm_89", "sm_90", "gfx942"}  # where the figures of the streaming goal are asked for
+MAX_ISSUE, STREAM_ROWS = 0.6, 32
+MIN_IN_FLIGHT = {"sm_90": 40 << 10}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compiled launch. rows is 0 for kernels outside the decode step.
+
+    spills: bytes of stack on NVIDIA, registers on AMD; occupancy: resident warps of the most a unit holds;
+    weight_bits: width of the narrowest load of weights; matrix: matrix instructions by mnemonic; instructions: size of
+    the code; in_flight: most bytes of weights on their way per SM or CU; issue: share of the unit's issue slots needed
+    to keep up with full bandwidth. The last two and weight_bits are 0 for kernels that stream no weights.
+    """
+
+    target: str
+    dtype: str
+    rows: int
+    kernel: str
+    programs: int
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    occupancy: float
+    weight_bits: int
+    matrix: dict[str, int]
+    instructions: int
+    in_flight: float
+    issue: float
+
+
+def read(compiled: ahead.Compiled, target: str) -> Code:
+    shared = compiled.result.metadata.shared
+    if target.startswith("gfx"):
+        return machine_code.read_amd(compiled.asm["amdgcn"], shared)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return machine_code.read_sass(compiled.asm["cubin"], shared, tools)
+
+
+def line(compiled: ahead.Compiled, target: str, dtype: str, rows: int) -> Line:
+    code, machine = read(compiled, target), MACHINES[target]
+    warps = compiled.result.metadata.num_warps
+    programs = 1
+    for extent in compiled.grid:
+        programs *= extent
+    loads = code.weight_loads() if compiled.kernel in PROJECTIONS else []
+    streams = bool(loads)
+    return Line(
+        target=target,
+        dtype=dtype,
+        rows=rows,
+        kernel=compiled.kernel.removeprefix("_"),
+        programs=programs,
+        warps=warps,
+        registers=code.registers,
+        spills=code.spills,
+        shared=code.shared,
+        occupancy=machine_code.residents(code, machine, warps) * warps / machine.warps,
+        weight_bits=min((load.bits for load in loads), default=0),
+        matrix=dict(code.matrix()),
+        instructions=len(code.instructions),
+        in_flight=machine_code.bytes_in_flight(code, machine, warps, programs)[0] if streams else 0.0,
+        issue=machine_code.issue_share(code, machine) if streams else 0.0,
+    )
+
+
+def violations(item: Line) -> list[str]:
+    """What is wrong with a compiled kernel; empty if nothing is."""
+    where = f"{item.kernel} on {item.target}, {item.dtype}, {item.rows} rows"
+    found = []
+    if item.spills:
+        found.append(f"{where}: spills {item.spills}")
+    if item.shared > MACHINES[item.target].shared:
+        found.append(f"{where}: {item.shared} bytes of shared memory, the device has {MACHINES[item.target].shared}")
+    if f"_{item.kernel}" not in PROJECTIONS:
+        return found
+    if item.weight_bits < 128:
+        found.append(f"{where}: a load of weights is {item.weight_bits} bits wide, not 128")
+    if item.dtype == "float32":
+        return found
+    if not item.matrix:
+        found.append(f"{where}: no matrix instruction")
+    if item.target in STREAMS and item.rows <= STREAM_ROWS:
+        if item.issue >= MAX_ISSUE:
+            found.append(
+                f"{where}: needs {item.issue:.0%} of the issue slots at full bandwidth, {MAX_ISSUE:.0%} are allowed"
+            )
+        goal = min(MIN_IN_FLIGHT.get(item.target, 0), reach(item))
+        if item.in_flight < goal:
+            found.append(
+                f"{where}: {item.in_flight / 1024:.1f} KB of weights in flight per SM, {goal / 1024:.1f} needed"
+            )
+    return found
+
+
+def reach(item: Line) -> float:
+    """Bytes of weights per SM if all of the kernel's are on their way at once: more cannot be asked of a small one."""
+    decoder = model_launches.DiaConfig().decoder
+    smallest = decoder.hidden_size * decoder.hidden_size * DTYPES[item.dtype].itemsize
+    return smallest / MACHINES[item.target].units
+
+
+def mnemonics_differ(lines: Iterable[Line]) -> list[str]:
+    """Projections whose matrix instructions depend on the number of rows: a row's bits would depend on its company."""
+    seen: dict[tuple[str, str, str], set[frozenset[str]]] = {}
+    for item in lines:
+        if f"_{item.kernel}" in PROJECTIONS and item.rows:
+            seen.setdefault((item.kernel, item.target, item.dtype), set()).add(frozenset(item.matrix))
+    return [
+        f"{kernel} on {target}, {dtype}: matrix instructions differ between row counts: {sorted(map(sorted, kinds))}"
+        for (kernel, target, dtype), kinds in seen.items()
+        if len(kinds) > 1
+    ]
+
+
+def report(
+    targets: Sequence[str], rows: Sequence[int], dtypes: Sequence[str], progress: bool = False
+) -> Iterator[Line]:
+    """Compiles and reads every kernel of the chosen combinations; kernels outside the step once per dtype."""
+    jobs = [(target, dtype, count) for target in targets for dtype in dtypes for count in (*rows, 0)]
+    for target, dtype, count in tqdm(jobs, desc="compiling", unit="set", disable=not progress):
+        with ahead.compiling(target) as compiled:
+            if count:
+                model_launches.decode(count, DTYPES[dtype])
+            else:
+                model_launches.prefill(DTYPES[dtype])
+        done = set()
+        for item in compiled:
+            found = line(item, target, dtype, count)
+            key = (found.kernel, found.programs, found.instructions, found.registers)
+            if key not in done:
+                done.add(key)
+                yield found
+
+
+def markdown(lines: Iterable[Line]) -> str:
+    """The lines as a table, one group of columns for the streaming figures."""
+    head = (
+        "target", "dtype", "rows", "kernel", "programs", "warps", "registers", "spills", "shared B", "occupancy",
+        "weight load", "matrix instructions", "instructions", "KB in flight per SM", "issue slots",
+    )  # fmt: skip
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for item in lines:
+        matrix = ", ".join(f"{count} {name}" for name, count in item.matrix.items()) or "-"
+        cells = (
+            item.target, item.dtype, item.rows or "-", item.kernel, item.programs, item.warps, item.registers, item.spills,
+            item.shared, f"{item.occupancy:.0%}", f"{item.weight_bits} bit" if item.weight_bits else "-", matrix,
+            item.instructions, f"{item.in_flight / 1024:.0f}" if item.in_flight else "-",
+            f"{item.issue:.0%}" if item.issue else "-",
+        )  # fmt: skip
+        out.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(out) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=(__doc__ or "").splitlines()[0])
+
+    def choice(flag: str, values: Sequence[str]) -> None:
+        parser.add_argument(
+            flag,
+            nargs="+",
+            default=values,
+            choices=values,
+            metavar=flag[2:-1].upper(),
+            help="default: all of %(choices)s",
+        )
+
+    choice("--targets", ahead.TARGETS)
+    choice("--dtypes", tuple(DTYPES))
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=ROWS, metavar="N", help="rows of a step, 1 to 64 (default: %(default)s)"
+    )
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here instead of printing it")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    arguments = parser.parse_args(argv)
+    lines = list(report(arguments.targets, arguments.rows, arguments.dtypes, progress=sys.stderr.isatty()))
+    if arguments.json:
+        facts = {"triton": triton.__version__, "lines": [asdict(item) for item in lines]}
+        arguments.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(lines), encoding="utf-8")
+    else:
+        print(markdown(lines))
+    wrong = [problem for item in lines for problem in violations(item)] + mnemonics_differ(lines)
+    print(
+        *wrong,
+        f"{len(lines)} kernels compiled with Triton {triton.__version__}, {len(wrong)} violations",
+        sep="\n",
+        file=sys.stderr,
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""What a compiled kernel does, read off its machine code: SASS for NVIDIA, GCN assembly for AMD.
+
+Written for kernels that stream weights. A load is one of weights when it carries the streaming hint (`.EF` in SASS,
+`nt`, `slc` or `TH_LOAD_NT` in AMD's assembly); kernels/dia_kernels/gemv.py gives it to nothing else.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+MATRIX = re.compile(r"[HID]MMA|[HIQ]GMMA|UTC\w*MMA|v_mfma|v_smfmac|v_wmma|v_swmmac")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What of a GPU decides how many bytes it can keep on their way, and how many instructions it can issue meanwhile.
+
+    units: SMs or CUs; bandwidth: bytes/s of memory; clock: Hz; lanes: of a warp; warps, registers (32-bit, per lane of
+    a warp slot summed over the unit), shared (bytes), per unit; issue: warp instructions per clock and unit. On CDNA a
+    vector instruction of 64 lanes occupies its 16-lane SIMD for 4 clocks, so four SIMDs issue one per clock.
+    """
+
+    name: str
+    units: int
+    bandwidth: float
+    clock: float
+    lanes: int
+    warps: int
+    registers: int
+    shared: int
+    issue: float
+
+    @property
+    def slots_per_load(self) -> float:
+        """Warp instructions a unit can issue while one 128-bit load of a whole warp arrives at full bandwidth."""
+        return self.issue * self.clock / (self.bandwidth / self.units / (16 * self.lanes))
+
+
+# Vendors' data sheets: memory bandwidth, boost clock, multiprocessors; occupancy limits from the programming guides.
+MACHINES = {
+    "sm_80": Machine("A100 80GB", 108, 2.039e12, 1.41e9, 32, 64, 65536, 163 << 10, 4),
+    "sm_86": Machine("RTX 3090", 82, 0.936e12, 1.695e9, 32, 48, 65536, 99 << 10, 4),
+    "sm_89": Machine("RTX 4090", 128, 1.008e12, 2.52e9, 32, 48, 65536, 99 << 10, 4),
+    "sm_90": Machine("H100 SXM", 132, 3.35e12, 1.755e9, 32, 64, 65536, 227 << 10, 4),
+    "sm_100": Machine("B200", 148, 8.0e12, 1.85e9, 32, 64, 65536, 227 << 10, 4),
+    "sm_120": Machine("RTX 5090", 170, 1.792e12, 2.41e9, 32, 48, 65536, 99 << 10, 4),
+    "gfx942": Machine("MI300X", 304, 5.3e12, 2.1e9, 64, 32, 131072, 64 << 10, 1),
+    "gfx1100": Machine("RX 7900 XTX", 48, 0.96e12, 2.5e9, 32, 64, 196608, 64 << 10, 4),
+}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """opcode with its modifiers; writes, reads: numbers of vector registers; hint: streaming; waits: vmcnt, or -1."""
+
+    opcode: str
+    writes: tuple[int, ...] = ()
+    reads: tuple[int, ...] = ()
+    bits: int = 0  # of a load from global memory, per lane
+    hint: bool = False
+    waits: int = -1
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kernel: its instructions in address order, registers per lane, spilled bytes or registers, shared bytes."""
+
+    instructions: tuple[Instruction, ...]
+    registers: int
+    spills: int
+    shared: int
+
+    def weight_loads(self) -> list[Instruction]:
+        return [i for i in self.instructions if i.bits and i.hint]
+
+    def matrix(self) -> Counter[str]:
+        """Matrix instructions by mnemonic."""
+        return Counter(i.opcode for i in self.instructions if MATRIX.match(i.opcode))
+
+    def per_load(self) -> float:
+        """Instructions of the whole kernel, start and end included, per load of weights."""
+        return len(self.instructions) / max(1, len(self.weight_loads()))
+
+
+_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", re.M)
+_REGISTER = re.compile(r"\bR(\d+)\b")
+_WIDE_READS = (("HMMA.16816", (4, 2, 4)), ("HMMA.1688", (2, 1, 4)))
+
+
+def _parse_sass_line(opcode: str, operands: str) -> Instruction:
+    parts = operands.split(",")
+    registers = [[int(n) for n in _REGISTER.findall(part)] for part in parts]
+    if opcode.startswith("LDG"):
+        bits = next((int(n) for n in re.findall(r"\.(\d+)", opcode) if n in ("64", "128", "256")), 32)
+        first = registers[0][0] if registers[0] else 0
+        return Instruction(opcode, tuple(range(first, first + bits // 32)), (), bits, ".EF" in opcode)
+    sizes = next((sizes for name, sizes in _WIDE_READS if opcode.startswith(name)), (1,) * 8)
+    stores = opcode.startswith(("ST", "RED", "BAR", "BRA", "EXIT"))
+    sources = registers if stores else registers[1:]
+    if opcode.startswith(("STS.128", "STG.E.128", "ST.128")):
+        sizes = (1, 4, 4)
+    reads = {n + i for part, size in zip(sources, (*sizes, *(1,) * 8), strict=False) for n in part for i in range(size)}
+    return Instruction(opcode, () if stores else tuple(registers[0][:1]), tuple(reads))
+
+
+_AMD_RANGE = re.compile(r"\bv(?:(\d+)|\[(\d+):(\d+)\])")
+_AMD_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "b32": 32, "b64": 64, "b96": 96, "b128": 128}
+
+
+def _amd_registers(text: str) -> tuple[int, ...]:
+    found: list[int] = []
+    for one, first, last in _AMD_RANGE.findall(text):
+        found += [int(one)] if one else range(int(first), int(last) + 1)
+    return tuple(found)
+
+
+def _parse_amd_line(opcode: str, operands: str) -> Instruction:
+    counter = re.search(r"vmcnt\((\d+)\)", operands) if opcode == "s_waitcnt" else None
+    if counter or opcode == "s_wait_loadcnt":
+        return Instruction(opcode, waits=int(counter.group(1)) if counter else int(operands.strip(), 0))
+    if opcode.startswith(("global_load", "buffer_load")):
+        target, _, rest = operands.partition(",")
+        bits = _AMD_BITS.get(opcode.rpartition("_")[2], 16)
+        hint = re.search(r"\bnt\b|\bslc\b|TH_LOAD_NT", rest) is not None
+        return Instruction(opcode, _amd_registers(target), _amd_registers(rest), bits, hint)
+    target, _, rest = operands.partition(",")
+    return Instruction(opcode, _amd_registers(target), _amd_registers(rest))
+
+
+def read_amd(assembly: str, shared: int) -> Code:
+    """From `compiled.asm["amdgcn"]` and `compiled.metadata.shared`."""
+    body = assembly[: assembly.find(".Lfunc_end")]
+    lines = re.findall(r"^\s+([a-z]+_[a-z0-9_]+)\b[ \t]*([^\n;]*)", body, re.M)
+    facts = {
+        key: int(n) for key, n in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly)
+    }
+    spills = facts["vgpr_spill_count"] + facts["sgpr_spill_count"]
+    return Code(tuple(_parse_amd_line(*line) for line in lines), facts["vgpr_count"], spills, shared)
+
+
+def read_sass(cubin: bytes, shared: int, tools: Path) -> Code:
+    """From `compiled.asm["cubin"]`; tools: the folder with cuobjdump and nvdisasm, `triton/backends/nvidia/bin`.
+
+    Spills show as STACK: LOCAL stays 0. Trailing padding (NOP, and the branch to itself) is left out.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = [subprocess.run([tools / name, flag, file.name], capture_output=True, text=True, check=True).stdout
+               for name, flag in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))]  # fmt: skip
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", run[1])
+    assert usage, f"cuobjdump says nothing of registers: {run[1]}"
+    code = [_parse_sass_line(*match) for match in _SASS.findall(run[0])]
+    return Code(tuple(i for i in code if i.opcode != "NOP"), int(usage[1]), int(usage[2]), shared)
+
+
+def outstanding_loads(code: Code) -> tuple[int, int]:
+    """Most loads of weights a warp has on their way at once, and the fewest between that moment and its last load.
+
+    A walk through the code in address order (kernels of gemv.py have no loops). A load is on its way until something
+    reads its registers or, on AMD, a wait counts it out: counters there go down in the order of issue, so waiting for a
+    younger load waits for all older ones.
+    """
+    flying: list[Instruction] = []
+    ordered = any(i.waits >= 0 for i in code.instructions)
+    owner: dict[int, Instruction] = {}
+    history = []
+    left = len(code.weight_loads())
+    for i in code.instructions:
+        if i.waits >= 0 and len(flying) > i.waits:
+            flying = flying[len(flying) - i.waits :]
+        if not ordered:
+            arrived = {id(owner.pop(register)) for register in i.reads if register in owner}
+            flying = [load for load in flying if id(load) not in arrived]
+        for register in i.writes:
+            owner.pop(register, None)
+        if i.bits:
+            flying.append(i)
+            owner |= dict.fromkeys(i.writes, i)
+            left -= i.hint
+        history.append((sum(load.hint for load in flying), left))
+    most = max(count for count, _ in history)
+    peak = next(n for n, (count, _) in enumerate(history) if count == most)
+    return most, min((count for count, rest in history[peak:] if rest), default=most)
+
+
+def residents(code: Code, machine: Machine, warps: int) -> int:
+    """Programs of `warps` warps that one SM or CU holds at a time."""
+    if machine.name.startswith(("MI", "RX")):
+        grain = 8 if machine.lanes == 64 else 24
+    else:
+        grain = 8
+    registers = -(-code.registers // grain) * grain * machine.lanes * warps
+    limits = [machine.warps // warps, machine.registers // registers]
+    if code.shared:
+        limits.append(machine.shared // (code.shared + 1024 * (machine.lanes == 32)))
+    return min(limits)
+
+
+def bytes_in_flight(code: Code, machine: Machine, warps: int, programs: int) -> tuple[float, float]:
+    """Bytes of weights on their way per SM or CU, most and fewest (`outstanding_loads`), averaged over all of them."""
+    resident = min(residents(code, machine, warps), programs / machine.units)
+    most, fewest = outstanding_loads(code)
+    return most * 16 * machine.lanes * warps * resident, fewest * 16 * machine.lanes * warps * resident
+
+
+def issue_share(code: Code, machine: Machine) -> float:
+    """Share of a unit's issue slots that the kernel needs to keep up with the memory's full bandwidth."""
+    return code.per_load() / machine.slots_per_load
