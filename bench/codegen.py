@@ -171,8 +171,8 @@ def markdown(lines: Iterable[Line]) -> str:
     for item in lines:
         matrix = ", ".join(f"{count} {name}" for name, count in item.matrix.items()) or "-"
         cells = (
-            item.target, item.dtype, item.rows or "-", item.kernel, item.programs, item.warps, item.registers, item.spills,
-            item.shared, f"{item.occupancy:.0%}", f"{item.weight_bits} bit" if item.weight_bits else "-", matrix,
+            item.target, item.dtype, item.rows or "-", item.kernel, item.programs, item.warps, item.registers,
+            item.spills, item.shared, f"{item.occupancy:.0%}", f"{item.weight_bits} bit" if item.weight_bits else "-", matrix,
             item.instructions, f"{item.in_flight / 1024:.0f}" if item.in_flight else "-",
             f"{item.issue:.0%}" if item.issue else "-",
         )  # fmt: skip

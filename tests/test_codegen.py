@@ -56,8 +56,8 @@ def sound():
     from bench.codegen import Line
 
     return Line(
-        target="sm_90", dtype="bfloat16", rows=2, kernel="rms_norm_glu", programs=1024, warps=8, registers=128, spills=0,
-        shared=4096, occupancy=0.25, weight_bits=128, matrix={"HMMA.16816.F32.BF16": 32}, instructions=1000,
+        target="sm_90", dtype="bfloat16", rows=2, kernel="rms_norm_glu", programs=1024, warps=8, registers=128,
+        spills=0, shared=4096, occupancy=0.25, weight_bits=128, matrix={"HMMA.16816.F32.BF16": 32}, instructions=1000,
         in_flight=65536.0, issue=0.4,
     )  # fmt: skip
 

@@ -138,7 +138,7 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv_heads: int) -
 
 @custom_op("dia_kernels::ragged_attention", mutates_args=())
 def ragged_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool) -> Tensor:
-    """Attention of packed sequences of different lengths: `[tokens, heads, head_dim]` to `[tokens, heads * head_dim]`."""
+    """Attention of packed ragged sequences: `[tokens, heads, head_dim]` to `[tokens, heads * head_dim]`."""
     return _ops(q).ragged_attention(q, k, v, starts, q.new_empty(q.shape[0], q.shape[1] * q.shape[2]), causal=causal)
 
 

@@ -1,7 +1,8 @@
 """sample: from two rows of logits to one code per channel, in one launch.
 
     guided = cond + scale * (cond - uncond);  candidates = conditional logits of the top_k best guided ids
-    EOS rule on channel 0;  weights = floor(exp((score - max) * (1 / temperature)) * 2^30 + 0.5);  top_p;  one Philox draw
+    EOS rule on channel 0;  weights = floor(exp((score - max) * (1 / temperature)) * 2^30 + 0.5)
+    top_p;  one Philox draw
 
 One program per (slot, channel); a row of logits is read once and stays in registers. The top_k and top_p borders are
 found by bisection over the bits of the float's ordered integer image: exact, no sort. Weights are integers, so sums do

@@ -37,7 +37,9 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "rope_attention": (r(2, (heads + 2 * kv_heads) * dim), cos, sin, *pages, table, _integers([3, -1], device)),
         "cross_attention": (r(2, heads * dim), *pages, table, _integers([5, 16], device)),
         "rope": (r(4, (heads + 2 * kv_heads) * dim), cos, sin, _integers([0, 1, 2, 0], device), kv_heads),
-        "ragged_attention": (r(5, heads, dim), r(5, kv_heads, dim), r(5, kv_heads, dim), _integers([0, 2, 5], device), True),
+        "ragged_attention": (
+            r(5, heads, dim), r(5, kv_heads, dim), r(5, kv_heads, dim, seed=1), _integers([0, 2, 5], device), True,
+        ),
         "snake": (r(1, 2, 20), ones),
         "snake_residual": (r(1, 2, 20), r(1, 2, 20, seed=1), ones),
         "sample": (
@@ -45,8 +47,8 @@ def cases(device: torch.device) -> dict[str, tuple]:
             ones[:1] * 3, ones[:1], _integers([4], device), ones[:1] * 0.9, 8,
         ),
         "embed_codes": (
-            _integers([[1, 2]], device), _integers([[[3, -1]]], device), *(_integers([v], device) for v in (0, 0, 9, -1)),
-            _integers([0, 1], device), r(24, 16), torch.zeros(1, 10, 2, dtype=torch.int32, device=device),
+            _integers([[1, 2]], device), _integers([[[3, -1]]], device),
+            *(_integers([v], device) for v in (0, 0, 9, -1)), _integers([0, 1], device), r(24, 16), torch.zeros(1, 10, 2, dtype=torch.int32, device=device),
             _integers([0, 0], device), _integers([0], device), torch.zeros(2, 16, device=device), 8, 9,
         ),
     }  # fmt: skip

@@ -135,7 +135,7 @@ def test_never_outside_the_support(draws: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (12, 0.9)])
 def test_frequencies_chi_square(top_k: int, top_p: float, device: torch.device) -> None:
-    """Of 100,000 torch draws; the kernel's are equal to them (above), which is checked here on some of them once more."""
+    """Of 100,000 torch draws; the kernel's are equal to them (above), checked here on some once more."""
     logits = random((1, 1, 20), torch.float32, device, 8)
     req = request(100_000, device, guidance_scale=1.0, temperature=1.0, top_k=top_k, top_p=top_p)
     req["seed"] = torch.arange(100_000, device=device) * 7919

@@ -1,4 +1,4 @@
-"""The whole model on the Triton op set: the tokens of the torch op set, launch by launch as planned, allocating nothing."""
+"""The whole model on the Triton op set: torch's tokens, the planned launches, no allocation."""
 
 from types import ModuleType
 
