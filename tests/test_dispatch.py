@@ -1,0 +1,139 @@
+"""The choice of the op set, and the place where launches are configured and listened to."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dia_kernels import get_ops, launch, reference
+
+
+def run(code: str, **environment: str) -> list[str]:
+    """Lines that a fresh Python prints: whether Triton is interpreted is settled when it is imported."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_auto_on_a_cpu_is_torch() -> None:
+    for backend in ("auto", "torch"):
+        assert get_ops(backend, "cpu") is get_ops(backend, torch.device("cpu")) is reference
+    assert get_ops() is reference and reference.name == "torch"
+
+
+@pytest.mark.parametrize("backend", ["cuda", "Torch", ""])
+def test_unknown_backends_are_named(backend: str) -> None:
+    with pytest.raises(ValueError, match=f"backend: {backend!r} is unknown, use one of 'auto', 'torch', 'triton'"):
+        get_ops(backend)
+
+
+ATTEMPTS = """
+import sys
+from dia_kernels import get_ops
+get_ops("torch").rms_norm
+print("triton" in sys.modules)
+for backend, device in (("triton", "cpu"), ("auto", "cpu"), ("auto", "cuda")):
+    try:
+        print(get_ops(backend, device).name)
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_needs_something_to_run_on() -> None:
+    """And the torch ops import none of it."""
+    pytest.importorskip("triton")
+    assert run(ATTEMPTS, TRITON_INTERPRET="1") == ["False", "triton", "torch", "triton"]
+    imported, triton, auto, gpu = run(ATTEMPTS)
+    assert (imported, auto) == ("False", "torch")
+    assert "backend: 'triton' cannot run" in triton and "set TRITON_INTERPRET=1 before starting Python" in triton
+    assert "backend: 'auto' cannot run on device 'cuda'" in gpu and "backend='torch' works on any device" in gpu
+
+
+def test_without_triton_torch_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert get_ops("auto", "cpu") is reference
+    with pytest.raises(ValueError, match="backend: 'triton' cannot run on device 'cpu': triton is not installed"):
+        get_ops("triton", "cpu")
+
+
+def rule(dtype: torch.dtype, arch: str, rows: int, hidden: int) -> dict[str, int]:
+    """An example."""
+    return {"BLOCK_N": 16 if dtype == torch.float32 else 32, "num_warps": min(rows, 4)}
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a user's table; a fake architecture, since configurations are looked at and not launched."""
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+
+    def write(content: object) -> Path:
+        path = tmp_path / f"table{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        monkeypatch.setenv("DIA_KERNELS_TABLE", str(path))
+        return path
+
+    return write
+
+
+def configured(dtype: torch.dtype = torch.bfloat16, rows: int = 2) -> dict[str, int]:
+    return launch.configuration("some_op", rule, dtype, torch.device("cpu"), rows=rows, hidden=64)
+
+
+def test_a_configuration_is_the_rule_under_the_first_entry_that_fits(table: Any) -> None:
+    assert configured() == {"BLOCK_N": 32, "num_warps": 2} and configured(torch.float32)["BLOCK_N"] == 16
+    configured()["BLOCK_N"] = 0
+    assert configured()["BLOCK_N"] == 32, "what a caller does to its configuration stays there"
+    entries = [
+        {"where": {"arch": "sm_80"}, "use": {"BLOCK_N": 1}},
+        {"where": {"rows": 2, "dtype": "bfloat16"}, "use": {"BLOCK_N": 64}},
+        {"use": {"num_warps": 8}},
+    ]
+    table({"some_op": entries, "another_op": [{"use": {"BLOCK_N": 2}}]})
+    assert configured() == {"BLOCK_N": 64, "num_warps": 2}
+    assert configured(rows=3) == {"BLOCK_N": 32, "num_warps": 8}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ([1], "expected"),
+        ({"some_op": [{"where": {}}]}, "expected"),
+        ({"some_op": [{"use": {"BLOCK_Q": 1}}]}, "'use' may set BLOCK_N, num_warps, not BLOCK_Q"),
+        ({"some_op": [{"where": {"row": 1}, "use": {}}]}, "'where' may name dtype, arch, rows, hidden, not row"),
+    ],
+)
+def test_mistakes_in_a_table_are_named(content: object, message: str, table: Any) -> None:
+    path = table(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        configured()
+    assert str(path) in str(caught.value)
+
+
+def test_listeners_nest_and_end() -> None:
+    seen: list[tuple[str, Any]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **meta: seen.append(("launched", (grid, args, meta)))
+
+    def listener(name: str) -> Any:
+        def listen(run: Any, kernel: Any, grid: Any, args: Any, meta: Any) -> Any:
+            seen.append((name, grid))
+            return run(kernel, grid, *args, **meta)
+
+        return listen
+
+    with launch.listening(listener("outer")), launch.listening(listener("inner")):
+        launch.run(Kernel(), (3,), 1, 2, BLOCK=4)
+    launch.run(Kernel(), (5,))
+    assert [name for name, _ in seen] == ["inner", "outer", "launched", "launched"]
+    assert seen[2][1] == ((3,), (1, 2), {"BLOCK": 4})
