@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-emulated lint clean
+.PHONY: help demo test test-slow test-emulated bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,10 +54,16 @@ test-emulated: $(VENV)/.dev ## run the kernel tests on compiled code (EMULATOR=,
 	OMP_NUM_THREADS=1 TINYGRAD_REPO="$(TINYGRAD_REPO)" PYTHONPATH="$(EMULATOR)" \
 		$(PY) -m pytest -q -p pytest_plugin --triton-emulate $(GFX) tests/kernels $(PYTEST_ARGS)
 
+BENCH_MODEL ?= bench/results/random-1.6b
+BENCH_ARGS ?=
+bench: $(VENV)/.dev ## time a decode step beside transformers, at full size (first makes random weights, 3.2 GB; BENCH_ARGS=)
+	@test -d $(BENCH_MODEL) || $(PY) -m bench.make_checkpoint $(BENCH_MODEL)
+	$(PY) -m bench.decode_step --model $(BENCH_MODEL) --against transformers $(BENCH_ARGS)
+
 lint: $(VENV)/.dev ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
 clean: ## remove the virtual environment and everything generated
-	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output bench/results *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
