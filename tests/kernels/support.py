@@ -1,10 +1,13 @@
 """What every kernel test uses: poisoned outputs, error budgets from data, dtypes and odd sizes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from tests.kernels import executor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD_SIZES = (1, 3, 17, 63, 100)
@@ -66,6 +69,16 @@ def assert_within_budget(actual: Tensor, low_precision_reference: Tensor, exact_
         bias_budget = 6 * spread / math.sqrt(error.numel()) + 2 * abs(plain_bias) + shared
         assert abs(bias) <= bias_budget, f"{name} {bias:+.3e} is over its budget of {bias_budget:.3e}: it leans one way"
     return largest / budget if budget else 0.0
+
+
+def program_orders() -> Iterator[AbstractContextManager[None]]:
+    """Contexts in which a launch must give the same bits: all orders of programs of the interpreter, else two runs."""
+    if not executor.interpreted():
+        yield from (nullcontext(), nullcontext())
+        return
+    from tests.kernels.interpreter import ORDERS, program_order
+
+    yield from (program_order(order, seed) for seed, order in enumerate(ORDERS))
 
 
 def assert_untouched(buffer: Tensor) -> None:
