@@ -18,8 +18,9 @@ import torch
 import triton
 from tqdm import tqdm
 
-from bench import machine_code, model_launches
+from bench import machine_code
 from bench.machine_code import MACHINES, Code
+from dia_fast import launches
 from dia_kernels import ahead
 
 ROWS = (1, 2, 8, 32, 64)
@@ -123,7 +124,7 @@ def violations(item: Line) -> list[str]:
 
 def reach(item: Line) -> float:
     """Bytes of weights per SM if all of the kernel's are on their way at once: more cannot be asked of a small one."""
-    decoder = model_launches.DiaConfig().decoder
+    decoder = launches.DiaConfig().decoder
     smallest = decoder.hidden_size * decoder.hidden_size * DTYPES[item.dtype].itemsize
     return smallest / MACHINES[item.target].units
 
@@ -149,9 +150,9 @@ def report(
     for target, dtype, count in tqdm(jobs, desc="compiling", unit="set", disable=not progress):
         with ahead.compiling(target) as compiled:
             if count:
-                model_launches.decode(count, DTYPES[dtype])
+                launches.decode(count, DTYPES[dtype])
             else:
-                model_launches.prefill(DTYPES[dtype])
+                launches.prefill(DTYPES[dtype])
         done = set()
         for item in compiled:
             found = line(item, target, dtype, count)
@@ -172,8 +173,8 @@ def markdown(lines: Iterable[Line]) -> str:
         matrix = ", ".join(f"{count} {name}" for name, count in item.matrix.items()) or "-"
         cells = (
             item.target, item.dtype, item.rows or "-", item.kernel, item.programs, item.warps, item.registers,
-            item.spills, item.shared, f"{item.occupancy:.0%}", f"{item.weight_bits} bit" if item.weight_bits else "-", matrix,
-            item.instructions, f"{item.in_flight / 1024:.0f}" if item.in_flight else "-",
+            item.spills, item.shared, f"{item.occupancy:.0%}", f"{item.weight_bits} bit" if item.weight_bits else "-",
+            matrix, item.instructions, f"{item.in_flight / 1024:.0f}" if item.in_flight else "-",
             f"{item.issue:.0%}" if item.issue else "-",
         )  # fmt: skip
         out.append("| " + " | ".join(map(str, cells)) + " |")

@@ -15,7 +15,7 @@ from dia_kernels import launch
 
 @triton.jit
 def _sin_squared(x):
-    """sin(x)^2 in fp32: x reduced by multiples of pi in three steps, then a degree-11 odd polynomial on [-pi/2, pi/2]."""
+    """sin(x)^2 in fp32: x less its multiples of pi, in three steps, then an odd polynomial on [-pi/2, pi/2]."""
     turns = tl.floor(x * 0.3183098861837907 + 0.5)
     r = x - turns * 3.140625
     r = r - turns * 0.0009675025939941406

@@ -48,7 +48,8 @@ def cases(device: torch.device) -> dict[str, tuple]:
         ),
         "embed_codes": (
             _integers([[1, 2]], device), _integers([[[3, -1]]], device),
-            *(_integers([v], device) for v in (0, 0, 9, -1)), _integers([0, 1], device), r(24, 16), torch.zeros(1, 10, 2, dtype=torch.int32, device=device),
+            *(_integers([v], device) for v in (0, 0, 9, -1)),
+            _integers([0, 1], device), r(24, 16), torch.zeros(1, 10, 2, dtype=torch.int32, device=device),
             _integers([0, 0], device), _integers([0], device), torch.zeros(2, 16, device=device), 8, 9,
         ),
     }  # fmt: skip

@@ -4,6 +4,7 @@ Run them under `dia_kernels.ahead.compiling` to compile them, or under `dia_kern
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -17,11 +18,11 @@ TEXT, FRAMES = 512, 860  # bytes of text; ten seconds of prompt
 CONTEXT = 3073
 
 
-def one_layer(dtype: torch.dtype) -> DiaModel:
+def one_layer(dtype: torch.dtype, ops: Any = kernels) -> DiaModel:
     """Dia-1.6B with a single decoder layer: the others launch the same."""
     config = DiaConfig()
     config = replace(config, decoder=replace(config.decoder, num_hidden_layers=1))
-    model = DiaModel(config, kernels).to(dtype)
+    model = DiaModel(config, ops).to(dtype)
     decoder = config.decoder
     for name in ("cos", "sin"):
         table = torch.empty(decoder.max_position_embeddings + 1, decoder.head_dim // 2, device=META)
@@ -31,16 +32,16 @@ def one_layer(dtype: torch.dtype) -> DiaModel:
     return model
 
 
-def decode(rows: int, dtype: torch.dtype) -> None:
+def decode(rows: int, dtype: torch.dtype, ops: Any = kernels) -> None:
     """One decode step of one layer: `rows` rows, two per request, or one request without guidance if `rows` is 1."""
     batch = max(rows // 2, 1)
-    model = one_layer(dtype)
+    model = one_layer(dtype, ops)
     pages = rows * CONTEXT // 32 + rows
     sizes = Sizes(batch, guided=rows > 1, rows=CONTEXT, text=1024, pages=pages, text_pages=batch * 32)
-    model.decode_step(DecodeState(model.config, kernels, sizes, dtype, META))
+    model.decode_step(DecodeState(model.config, ops, sizes, dtype, META))
 
 
-def prefill(dtype: torch.dtype) -> None:
+def prefill(dtype: torch.dtype, ops: Any = kernels) -> None:
     """What the encoder, an audio prompt and the codec launch, once each."""
     config = DiaConfig()
 
@@ -53,26 +54,26 @@ def prefill(dtype: torch.dtype) -> None:
         (decoder, 2 * FRAMES, decoder.num_key_value_heads, True),
     ):
         x = tensor(tokens, stack.hidden_size)
-        kernels.rms_norm(x, tensor(stack.hidden_size), stack.norm_eps, torch.empty_like(x))
+        ops.rms_norm(x, tensor(stack.hidden_size), stack.norm_eps, torch.empty_like(x))
         heads, dim = stack.num_attention_heads, stack.head_dim
         qkv = tensor(tokens, (heads + 2 * kv_heads) * dim)
         angles = tensor(CONTEXT, dim // 2, dtype=torch.float32), tensor(CONTEXT, dim // 2, dtype=torch.float32)
         positions = tensor(tokens, dtype=torch.int32)
         pages, slots = tensor(128, kv_heads, 32, dim), tensor(tokens, dtype=torch.int64)
         store = (pages, torch.empty_like(pages), slots) if causal else ()
-        kernels.rope(qkv, *angles, positions, kv_heads, *store)
+        ops.rope(qkv, *angles, positions, kv_heads, *store)
         q, k, v = qkv.view(tokens, -1, dim).split((heads, kv_heads, kv_heads), 1)
         starts = tensor(3 if causal else 2, dtype=torch.int32)
-        kernels.ragged_attention(q, k, v, starts, tensor(tokens, heads * dim), causal=causal)
-        kernels.glu(tensor(tokens, 2 * stack.intermediate_size), tensor(tokens, stack.intermediate_size))
+        ops.ragged_attention(q, k, v, starts, tensor(tokens, heads * dim), causal=causal)
+        ops.glu(tensor(tokens, 2 * stack.intermediate_size), tensor(tokens, stack.intermediate_size))
     q = tensor(FRAMES, decoder.cross_num_attention_heads, decoder.cross_head_dim)
     keys = tensor(32, decoder.cross_num_key_value_heads, 32, decoder.cross_head_dim)
     table, length = tensor(1, 32, dtype=torch.int32), tensor(1, dtype=torch.int32)
-    kernels.ragged_attention(
+    ops.ragged_attention(
         q, keys, torch.empty_like(keys), tensor(2, dtype=torch.int32), tensor(FRAMES, q.shape[1] * q.shape[2]),
         causal=False, block_table=table, kv_lengths=length,
     )  # fmt: skip
     for channels, samples in ((1536, FRAMES), (96, 512 * FRAMES)):
         x, alpha = tensor(1, channels, samples), tensor(channels)
-        kernels.snake(x, alpha, torch.empty_like(x))
-        kernels.snake_residual(x, x, alpha, torch.empty_like(x), torch.empty_like(x))
+        ops.snake(x, alpha, torch.empty_like(x))
+        ops.snake_residual(x, x, alpha, torch.empty_like(x), torch.empty_like(x))

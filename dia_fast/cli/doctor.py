@@ -1,0 +1,107 @@
+"""`dia-fast doctor`: whether this machine runs the kernels, and whether they compute what they should."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from dia_fast.errors import InputError
+
+DESCRIPTION = """\
+Shows versions, the device, which backend will be used and why, and a verdict on every kernel.
+
+On a GPU each kernel runs at the shapes of Dia-1.6B and is compared with its torch reference. On a CPU the kernels are
+compiled for the GPUs of --targets and not run; with TRITON_INTERPRET=1 they are interpreted, on small shapes.
+"""
+
+EXAMPLES = """\
+examples:
+  dia-fast doctor
+  dia-fast doctor --device cuda:1 --dtype fp16
+  dia-fast doctor --device cpu --targets sm_90 gfx942     compile for two GPUs that need not be here
+  TRITON_INTERPRET=1 dia-fast doctor --device cpu
+
+exit status: 0 nothing wrong was found; 1 a kernel failed or computes something else; 2 wrong options
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "doctor",
+        help="check that the kernels work on this machine",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (the GPU if there is one)")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16 (bf16)", default="bf16")
+    parser.add_argument(
+        "--targets", nargs="+", default=["sm_90"], metavar="GPU", help="what to compile for on a CPU (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    from dia_fast import doctor
+    from dia_fast.placement import choose_device, choose_dtype
+
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    facts = doctor.environment(device)
+    backend, why = doctor.backend_choice(device)
+    if not args.json:
+        for key, value in facts.items():
+            print(f"{key:13} {value}")
+        print(f"{'backend':13} {backend}: {why}", flush=True)
+    verdicts, limits = _verdicts(args, device, dtype)
+    healthy = all(verdict.healthy for verdict in verdicts)
+    if args.json:
+        report = {"environment": facts, "backend": backend, "why": why, "kernels": [asdict(v) for v in verdicts]}
+        print(json.dumps(report | {"not_checked": limits, "healthy": healthy}, indent=1))
+        return 0 if healthy else 1
+    for verdict in verdicts:
+        print(f"  {verdict.op:17} {verdict.outcome:9} {verdict.detail}")
+    for limit in limits:
+        print(f"not checked: {limit}")
+    print("nothing wrong was found" if healthy else "some kernels do not work here; backend='torch' does")
+    return 0 if healthy else 1
+
+
+def _verdicts(args: argparse.Namespace, device: Any, dtype: Any) -> tuple[list[Any], list[str]]:
+    """A verdict for every op, and what they leave open."""
+    import torch
+
+    from dia_fast import doctor
+    from dia_kernels.dispatch import triton_obstacle
+
+    obstacle = triton_obstacle(device)
+    if obstacle is None:
+        from dia_kernels import kernels
+
+        if device.type != "cpu":
+            return doctor.check_running(kernels, dtype, device, full_width=True), []
+        # Triton's interpreter computes bfloat16 wrongly in every version; float32 shows what it can show.
+        found = doctor.check_running(kernels, torch.float32, device, full_width=False)
+        return found, [
+            "types other than float32, the shapes of Dia-1.6B, time: kernels are interpreted here"
+        ]
+    if device.type != "cpu" or not _has_triton():
+        return [doctor.Verdict(op, "unchecked", obstacle) for op in doctor.OPS], [f"all kernels: {obstacle}"]
+    try:
+        for target in args.targets:
+            from dia_kernels.ahead import gpu_target
+
+            gpu_target(target)
+    except ValueError as error:
+        raise InputError(f"--targets: {error}") from None
+    print(f"compiling for {', '.join(args.targets)}, a minute or so each ...", file=sys.stderr, flush=True)
+    left = ["what the kernels compute, and how fast: Triton cannot run them on this device, they were only compiled"]
+    return doctor.check_compiling(args.targets, dtype), left
+
+
+def _has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
