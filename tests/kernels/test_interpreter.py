@@ -366,9 +366,7 @@ def _scalars(out_ptr, flag, x, n, LOGIC: tl.constexpr):
     tl.store(out_ptr + i, total)
 
 
-@pytest.mark.parametrize(
-    ("logic", "expected"), [("and", [-1, -1, 101, 101, -1, -1, -1, -1]), ("not", [-1] * 4 + [101] * 4)]
-)
+@pytest.mark.parametrize("logic, expected", [("and", [-1] * 2 + [101] * 2 + [-1] * 4), ("not", [-1] * 4 + [101] * 4)])
 def test_logic_of_blocks_and_scalars(logic: str, expected: list[int]) -> None:
     """Loop bounds and conditions from arguments; `and`, `not` elementwise, where Python sees one truth value."""
     out = torch.zeros(8)
