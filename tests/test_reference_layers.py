@@ -30,8 +30,10 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 17])
-def test_rms_norm(rows: int, dtype: torch.dtype) -> None:
-    x, weight = random((rows, 100), dtype, CPU, 1, 3.0), random((100,), dtype, CPU, 2)
+@pytest.mark.parametrize("scale", [3.0, 1e-3])
+def test_rms_norm(scale: float, rows: int, dtype: torch.dtype) -> None:
+    """Small inputs are where eps counts."""
+    x, weight = random((rows, 100), dtype, CPU, 1, scale), random((100,), dtype, CPU, 2)
     kept = x.clone()
     exact = norm(x, weight.double())
     out = reference.rms_norm(x, weight, EPS, poisoned((rows, 100), dtype, CPU))
