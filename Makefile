@@ -32,8 +32,9 @@ $(VENV)/.dev: $(VENV)/.base
 	@echo "installing what the tests need into $(VENV)"
 	@$(INSTALL) -e '.[dev]'
 	@# The dac package is compared with; that takes few of the some 70 packages it depends on.
-	@$(INSTALL) argbind einops
-	@$(INSTALL) --no-deps descript-audio-codec
+	@# Twice quiet: older pips warn about the way argbind is packaged.
+	@$(INSTALL) --quiet argbind einops
+	@$(INSTALL) --quiet --no-deps descript-audio-codec
 	@touch $@
 
 demo: $(VENV)/.base ## speak a short dialogue with a random checkpoint (downloads no weights)
