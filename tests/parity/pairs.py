@@ -11,7 +11,7 @@ from dia_fast.config import DiaConfig
 from dia_fast.model import DiaModel
 from dia_fast.packing import packed_shapes, pieces
 from dia_kernels import get_ops
-from tests.checkpoints import transformers_model
+from tests.checkpoints import random_state
 
 Texts = Sequence[Sequence[int]]
 Prompts = Sequence[Tensor]  # `[frames, channels]` each, no rows for none
@@ -26,19 +26,14 @@ def pack(config: DiaConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def ours(theirs: DiaForConditionalGeneration, config: DiaConfig) -> DiaModel:
-    """A DiaModel on the torch ops with the weights of transformers' model."""
-    return DiaModel(config, get_ops("torch")).load(pack(config, theirs.state_dict()))
-
-
 def pair(
     config: DiaConfig, seed: int = 0, dtype: torch.dtype = torch.float32, eos_gain: float = 1.0
 ) -> tuple[DiaForConditionalGeneration, DiaModel]:
     """(transformers' model, ours). eos_gain: factor on the logit of EOS, which makes it the best code more often."""
-    theirs = transformers_model(config, seed, dtype)
-    with torch.no_grad():
-        theirs.logits_dense.weight[config.decoder.eos_token_id] *= eos_gain
-    return theirs, ours(theirs, config)
+    state = random_state(config, seed, dtype)
+    state["logits_dense.weight"][config.decoder.eos_token_id] *= eos_gain
+    model = DiaModel(config, get_ops("torch")).load(pack(config, state))
+    return theirs_sharing(model), model
 
 
 def theirs_sharing(model: DiaModel) -> DiaForConditionalGeneration:
