@@ -114,19 +114,12 @@ def violations(item: Line) -> list[str]:
             found.append(
                 f"{where}: needs {item.issue:.0%} of the issue slots at full bandwidth, {MAX_ISSUE:.0%} are allowed"
             )
-        goal = min(MIN_IN_FLIGHT.get(item.target, 0), reach(item))
+        goal = MIN_IN_FLIGHT.get(item.target, 0)
         if item.in_flight < goal:
             found.append(
                 f"{where}: {item.in_flight / 1024:.1f} KB of weights in flight per SM, {goal / 1024:.1f} needed"
             )
     return found
-
-
-def reach(item: Line) -> float:
-    """Bytes of weights per SM if all of the kernel's are on their way at once: more cannot be asked of a small one."""
-    decoder = launches.DiaConfig().decoder
-    smallest = decoder.hidden_size * decoder.hidden_size * DTYPES[item.dtype].itemsize
-    return smallest / MACHINES[item.target].units
 
 
 def mnemonics_differ(lines: Iterable[Line]) -> list[str]:

@@ -84,7 +84,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def configured(dtype: torch.dtype = torch.bfloat16, rows: int = 2) -> dict[str, int]:
-    return launch.configuration("some_op", rule, dtype, torch.device("cpu"), rows=rows, hidden=64)
+    return launch.configuration("glu", rule, dtype, torch.device("cpu"), rows=rows, hidden=64)
 
 
 def test_a_configuration_is_the_rule_under_the_first_entry_that_fits(table: Any) -> None:
@@ -96,7 +96,7 @@ def test_a_configuration_is_the_rule_under_the_first_entry_that_fits(table: Any)
         {"where": {"rows": 2, "dtype": "bfloat16"}, "use": {"BLOCK_N": 64}},
         {"use": {"num_warps": 8}},
     ]
-    table({"some_op": entries, "another_op": [{"use": {"BLOCK_N": 2}}]})
+    table({"glu": entries, "snake": [{"use": {"BLOCK_N": 2}}]})
     assert configured() == {"BLOCK_N": 64, "num_warps": 2}
     assert configured(rows=3) == {"BLOCK_N": 32, "num_warps": 8}
 
@@ -106,9 +106,12 @@ def test_a_configuration_is_the_rule_under_the_first_entry_that_fits(table: Any)
     [
         ("{", "not JSON"),
         ([1], "expected"),
-        ({"some_op": [{"where": {}}]}, "expected"),
-        ({"some_op": [{"use": {"BLOCK_Q": 1}}]}, "'use' may set BLOCK_N, num_warps, not BLOCK_Q"),
-        ({"some_op": [{"where": {"row": 1}, "use": {}}]}, "'where' may name dtype, arch, rows, hidden, not row"),
+        ({"glu": {"use": {}}}, "expected"),
+        ({"glu": [{"use": 3}]}, "expected"),
+        ({"gluu": []}, "knows no op gluu; there are codebook_logits, "),
+        ({"glu": [{"where": {}}]}, "expected"),
+        ({"glu": [{"use": {"BLOCK_Q": 1}}]}, "'use' may set BLOCK_N, num_warps, not BLOCK_Q"),
+        ({"glu": [{"where": {"row": 1}, "use": {}}]}, "'where' may name dtype, arch, rows, hidden, not row"),
     ],
 )
 def test_mistakes_in_a_table_are_named(content: object, message: str, table: Any) -> None:

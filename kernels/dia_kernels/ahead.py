@@ -95,9 +95,13 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
     compiled: list[Compiled] = []
 
     def compile_only(run: launch.Launcher, kernel: Any, grid: tuple[int, ...], args: Any, meta: dict[str, Any]) -> None:
-        # The cache is keyed by device, and all targets of this process are device 0.
+        # The cache is keyed by device, and every target is device 0: neither another target nor a GPU that really is
+        # device 0 may find what is compiled here.
         kernel.device_caches.clear()
-        compiled.append(Compiled(kernel.fn.__name__, grid, meta, kernel.warmup(*args, grid=grid, **meta)))
+        try:
+            compiled.append(Compiled(kernel.fn.__name__, grid, meta, kernel.warmup(*args, grid=grid, **meta)))
+        finally:
+            kernel.device_caches.clear()
 
     try:
         driver.set_active(_Driver(gpu_target(target)))

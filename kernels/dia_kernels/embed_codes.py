@@ -87,6 +87,10 @@ def _embed_codes(
             tl.store(x_ptr + (branch * batch + slot) * HIDDEN + h, total.to(x_ptr.dtype.element_ty), mask=inner)
 
 
+def _rule(dtype: torch.dtype, arch: str, *, hidden: int) -> dict[str, int]:
+    return {"BLOCK_H": min(triton.next_power_of_2(hidden), 2048), "num_warps": 8 if hidden >= 1024 else 4}
+
+
 def embed_codes(
     sampled: torch.Tensor,
     forced: torch.Tensor,
@@ -107,22 +111,22 @@ def embed_codes(
     """As `dia_kernels.reference.embed_codes`; all tensors contiguous."""
     batch, channels = sampled.shape
     rows, hidden = x.shape
-    launch.require_contiguous(
-        sampled=sampled,
-        forced=forced,
-        row=row,
-        first_row=first_row,
-        end_row=end_row,
-        eos_row=eos_row,
-        delay=delay,
-        table=table,
-        codes=codes,
-        positions=positions,
-        finished=finished,
-        x=x,
-    )
     if rows not in (batch, 2 * batch):
         raise ValueError(f"x: has {rows} rows, needs {batch} (one per slot) or {2 * batch} (guided)")
+    slots = {"row": row, "first_row": first_row, "end_row": end_row, "eos_row": eos_row, "finished": finished}
+    launch.require(
+        {
+            "sampled": (sampled, (batch, channels)),
+            "forced": (forced, (batch, forced.shape[1], channels)),
+            **{name: (tensor, (batch,)) for name, tensor in slots.items()},
+            "delay": (delay, (channels,)),
+            "table": (table, (table.shape[0] // channels * channels, hidden)),
+            "codes": (codes, (batch, codes.shape[1], channels)),
+            "positions": (positions, (rows,)),
+            "x": (x, (rows, hidden)),
+        }
+    )
+    config = launch.configuration("embed_codes", _rule, x.dtype, x.device, hidden=hidden)
     launch.run(
         _embed_codes,
         (batch,),
@@ -147,8 +151,7 @@ def embed_codes(
         BLOCK_C=triton.next_power_of_2(channels),
         VOCAB=table.shape[0] // channels,
         HIDDEN=hidden,
-        BLOCK_H=min(triton.next_power_of_2(hidden), 2048),
         ROWS_PER_SLOT=rows // batch,
-        num_warps=8 if hidden >= 1024 else 4,
+        **config,
     )
     return x

@@ -3,11 +3,19 @@
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+# Every op whose kernel takes its configuration from here, and may therefore stand in a table.
+OPS = frozenset(
+    {
+        "codebook_logits", "cross_attention", "embed_codes", "glu", "linear_residual", "ragged_attention", "rms_norm",
+        "rms_norm_glu", "rms_norm_linear", "rope_attention", "sample", "snake",
+    }
+)  # fmt: skip
 
 Launcher = Callable[..., Any]
 Listener = Callable[[Launcher, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Any]
@@ -93,10 +101,29 @@ def read_table(path: str) -> dict[str, list[dict[str, Any]]]:
             table = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not JSON: {error}") from error
-    entries = [entry for value in table.values() for entry in value] if isinstance(table, dict) else [None]
-    if not all(isinstance(entry, dict) and set(entry) <= {"where", "use"} and "use" in entry for entry in entries):
+    groups = list(table.values()) if isinstance(table, dict) else [None]
+    if not all(isinstance(group, list) and all(map(_is_entry, group)) for group in groups):
         raise ValueError(f'{path}: expected {{op: [{{"where": {{...}}, "use": {{...}}}}, ...]}}')
+    unknown = sorted(set(table) - OPS)
+    if unknown:
+        raise ValueError(f"{path}: knows no op {', '.join(unknown)}; there are {', '.join(sorted(OPS))}")
     return table
+
+
+def _is_entry(entry: Any) -> bool:
+    parts: dict[str, Any] = {"where": {}} | entry if isinstance(entry, dict) else {}
+    return set(parts) == {"where", "use"} and all(isinstance(part, dict) for part in parts.values())
+
+
+def require(named: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]]) -> None:
+    """Raises a ValueError that names the first tensor that is not contiguous or has another shape than given.
+
+    named: each tensor with the shape it must have.
+    """
+    for name, (tensor, shape) in named.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
+    require_contiguous(**{name: tensor for name, (tensor, _) in named.items()})
 
 
 def require_contiguous(**tensors: torch.Tensor) -> None:

@@ -30,15 +30,21 @@ def _rms_norm(
     tl.store(out_ptr + row * stride_om + h, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def _rule(dtype: torch.dtype, arch: str, *, hidden: int) -> dict[str, int]:
+    return {"num_warps": max(1, min(8, triton.next_power_of_2(hidden) // 512))}
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> torch.Tensor:
     """As `dia_kernels.reference.rms_norm`; x and out `[rows, hidden]` with a contiguous last axis, hidden <= 32768."""
     rows, hidden = x.shape
     if x.stride(-1) != 1 or out.stride(-1) != 1:
         raise ValueError(f"x, out: the last axis must be contiguous, strides are {x.stride()} and {out.stride()}")
+    if weight.shape != (hidden,) or out.shape != x.shape:
+        raise ValueError(f"weight, out: shapes {tuple(weight.shape)}, {tuple(out.shape)} do not fit x {tuple(x.shape)}")
     if hidden > 32768:
         raise ValueError(f"x: hidden size {hidden} is above 32768, the largest row one program keeps in registers")
     if rows:
-        block = triton.next_power_of_2(hidden)
+        config = launch.configuration("rms_norm", _rule, x.dtype, x.device, hidden=hidden)
         launch.run(
             _rms_norm,
             (rows,),
@@ -49,7 +55,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
             out.stride(0),
             EPS=eps,
             HIDDEN=hidden,
-            BLOCK_H=block,
-            num_warps=max(1, min(8, block // 512)),
+            BLOCK_H=triton.next_power_of_2(hidden),
+            **config,
         )
     return out

@@ -6,7 +6,7 @@
 
 One program per (slot, channel); a row of logits is read once and stays in registers. The top_k and top_p borders are
 found by bisection over the bits of the float's ordered integer image: exact, no sort. Weights are integers, so sums do
-not depend on their order and the result equals the torch reference.
+not depend on their order: the result equals the torch reference wherever `exp` gives the same weights.
 """
 
 import torch
@@ -135,6 +135,10 @@ def _sample(
     tl.store(out_ptr + slot * CHANNELS + channel, drawn)
 
 
+def _rule(dtype: torch.dtype, arch: str, *, vocab: int) -> dict[str, int]:
+    return {"DIGIT": 2, "num_warps": 4}
+
+
 def sample(
     logits: torch.Tensor,
     row: torch.Tensor,
@@ -150,22 +154,19 @@ def sample(
     """As `dia_kernels.reference.sample`; all tensors contiguous, vocab at most 16384."""
     rows, channels, vocab = logits.shape
     batch = out.shape[0]
-    launch.require_contiguous(
-        logits=logits,
-        row=row,
-        seed=seed,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        out=out,
-    )
     if rows not in (batch, 2 * batch):
         raise ValueError(f"logits: has {rows} rows, needs {batch} or {2 * batch} for {batch} slots")
     if logits.dtype != torch.float32:
         raise TypeError(f"logits: float32 needed, got {logits.dtype}")
     if vocab > 16384:
         raise ValueError(f"logits: vocab {vocab} is above 16384, the largest row one program keeps in registers")
+    settings = {
+        "row": row, "seed": seed, "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p,
+    }  # fmt: skip
+    shapes = {name: (tensor, (batch,)) for name, tensor in settings.items()}
+    launch.require({"logits": (logits, logits.shape), "out": (out, (batch, channels)), **shapes})
+    config = launch.configuration("sample", _rule, logits.dtype, logits.device, vocab=vocab)
     launch.run(
         _sample,
         (batch, channels),
@@ -183,8 +184,7 @@ def sample(
         BLOCK_V=triton.next_power_of_2(vocab),
         EOS=eos,
         PAIRED=rows == 2 * batch,
-        DIGIT=2,
-        num_warps=4,
+        **config,
         # A fused multiply-add would move guided scores by an ulp against the reference and with them the top_k border.
         enable_fp_fusion=False,
     )

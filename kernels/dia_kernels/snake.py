@@ -2,7 +2,7 @@
 
 Elementwise over `[batch, channels, samples]` with one alpha per channel, the memory-bound part of the DAC decoder.
 The fused form reads x and the residual once and writes their sum and its activation: 4 elements moved instead of 5.
-The sine is computed here, from a two-step reduction and a polynomial, so that every target gives the same accuracy:
+The sine is computed here, from an exact reduction and a polynomial, so that every target gives the same accuracy:
 hardware sines lose all digits at the arguments that alpha * x can reach.
 """
 
@@ -58,17 +58,17 @@ def _snake(
 def _run(
     x: torch.Tensor, residual: torch.Tensor | None, alpha: torch.Tensor, total: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    launch.require_contiguous(x=x, alpha=alpha, out=out)
-    if residual is not None and total is not None:
-        launch.require_contiguous(residual=residual, total=total)
     batch, channels, samples = x.shape
-    if alpha.shape != (channels,):
-        raise ValueError(f"alpha: shape {tuple(alpha.shape)}, needs ({channels},), one value per channel")
+    launch.require({"x": (x, x.shape), "alpha": (alpha, (channels,)), "out": (out, x.shape)})
+    if residual is not None and total is not None:
+        launch.require({"residual": (residual, x.shape), "total": (total, x.shape)})
+    if batch * channels > 65535:
+        raise ValueError(f"x: batch x channels is {batch * channels}; one launch takes 65535, split the batch")
     if x.numel():
-        block = min(triton.next_power_of_2(samples), 1024)
+        config = launch.configuration("snake", _rule, x.dtype, x.device, samples=samples)
         launch.run(
             _snake,
-            (triton.cdiv(samples, block), batch * channels),
+            (triton.cdiv(samples, config["BLOCK"]), batch * channels),
             x,
             residual,
             alpha,
@@ -76,10 +76,13 @@ def _run(
             out,
             samples,
             CHANNELS=channels,
-            BLOCK=block,
             HAS_RESIDUAL=residual is not None,
-            num_warps=4,
+            **config,
         )
+
+
+def _rule(dtype: torch.dtype, arch: str, *, samples: int) -> dict[str, int]:
+    return {"BLOCK": min(triton.next_power_of_2(samples), 1024), "num_warps": 4}
 
 
 def snake(x: torch.Tensor, alpha: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
