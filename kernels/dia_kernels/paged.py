@@ -52,10 +52,7 @@ def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: in
     width = triton.next_power_of_2(head_dim)
     split = max(min(split, 65536 // (2 * width * dtype.itemsize)), smallest_split(head_dim))
     warps = min(8, max(4, split * 2 * width * dtype.itemsize // (32 * 256)))
-    heads = triton.next_power_of_2(group)
-    if dtype == torch.float32:  # products of every head with every token, at most 64 per thread
-        warps = min(16, max(warps, heads * split * width // (32 * 64)))
-    chunk = warps * 32 * 32 // (heads * width)
+    chunk = warps * 32 * 32 // (triton.next_power_of_2(group) * width)
     return {"SPLIT": split, "CHUNK": min(max(chunk, 1), 16), "num_warps": warps}
 
 
@@ -190,11 +187,16 @@ def keep_both_in_flight(k, v, TARGET: tl.constexpr):
 
 @triton.jit
 def scores(q, k, DOT: tl.constexpr):
-    """`q @ k.T` in fp32: q `[M, D]`, k `[N, D]`; by matrix units, or without for targets that have none for float32."""
+    """`q @ k.T` in fp32: q `[M, D]`, k `[N, D]`; by matrix units, or row by row where there are none."""
     if DOT:
         return tl.dot(q, tl.trans(k), input_precision="ieee")
     else:
-        return tl.sum(q[:, None, :] * k[None, :, :], 2)
+        m = tl.arange(0, q.shape[0])[:, None]
+        score = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
+        for i in tl.static_range(q.shape[0]):
+            one = tl.sum(tl.where(m == i, q, 0.0), 0)
+            score = tl.where(m == i, tl.sum(one[None, :] * k, 1)[None, :], score)
+        return score
 
 
 @triton.jit
@@ -203,7 +205,12 @@ def mix(weight, v, DOT: tl.constexpr):
     if DOT:
         return tl.dot(weight.to(v.dtype), v, input_precision="ieee")
     else:
-        return tl.sum(weight[:, :, None] * v[None, :, :], 1)
+        m = tl.arange(0, weight.shape[0])[:, None]
+        mixed = tl.zeros([weight.shape[0], v.shape[1]], tl.float32)
+        for i in tl.static_range(weight.shape[0]):
+            one = tl.sum(tl.where(m == i, weight, 0.0), 0)
+            mixed = tl.where(m == i, tl.sum(one[:, None] * v, 0)[None, :], mixed)
+        return mixed
 
 
 @triton.jit

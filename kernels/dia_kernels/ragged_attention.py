@@ -98,9 +98,8 @@ def _ragged_attention(
             seen = seen & (t[None, :] <= (keys - queries + m)[:, None])
         score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
-        level = tl.where(higher == float("-inf"), 0.0, higher)  # of a query that sees no key so far
-        weight = tl.exp(score - level[:, None])
-        shrink = tl.exp(peak - level)
+        weight = tl.exp(score - higher[:, None])
+        shrink = tl.exp(peak - higher)
         total = total * shrink + tl.sum(weight, 1)
         acc = acc * shrink[:, None] + mix(weight, v, DOT)
         peak = higher
@@ -115,14 +114,17 @@ def _rule(dtype: torch.dtype, arch: str, *, head_dim: int, paged: int) -> dict[s
     Must not depend on how many sequences there are, or a sequence's result would.
     """
     width = triton.next_power_of_2(head_dim)
-    if dtype == torch.float32 and arch.startswith("gfx1"):  # products of every query with every key, 64 per thread
-        return {"BLOCK_M": max(1, 512 // width), "BLOCK_N": 32, "STAGES": 1, "DOT": 0, "num_warps": 8}
-    config = {"STAGES": 2 if arch.startswith("sm_") else 1, "DOT": 1, "num_warps": 4}
+    config = {"DOT": 1, "num_warps": 4, "STAGES": 1}
     if arch.startswith("gfx9"):
         config["matrix_instr_nonkdim"] = 16
     if dtype == torch.float32:
-        return {**config, "BLOCK_M": 16, "BLOCK_N": 32 if width <= 128 else 16}
-    if not arch.startswith(("sm_9", "sm_10", "gfx9")):  # elsewhere 4 warps would spill
+        if arch.startswith("gfx1"):  # no matrix units for it: query by query
+            return {**config, "BLOCK_M": max(1, 512 // width), "BLOCK_N": 32, "DOT": 0, "num_warps": 8}
+        warps = 4 if arch.startswith("gfx9") else 8
+        return {**config, "BLOCK_M": 16, "BLOCK_N": 32 if width <= 128 else 16, "num_warps": warps}
+    if arch.startswith("sm_"):
+        config["STAGES"] = 2
+    if not arch.startswith(("sm_9", "sm_10", "gfx9")):
         config["num_warps"] = 8
     return {**config, "BLOCK_M": 64, "BLOCK_N": 64 if width <= 128 else 32}
 
