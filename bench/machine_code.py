@@ -81,8 +81,13 @@ class Code:
         return Counter(i.opcode for i in self.instructions if MATRIX.match(i.opcode))
 
     def per_load(self) -> float:
-        """Instructions of the whole kernel, start and end included, per load of weights."""
-        return len(self.instructions) / max(1, len(self.weight_loads()))
+        """Instructions per load of weights, from the first such load to the last matrix instruction.
+
+        What comes before and after (addresses; adding up the warps, the store) is paid once per program.
+        """
+        loads = [n for n, i in enumerate(self.instructions) if i.bits and i.hint]
+        last = max((n for n, i in enumerate(self.instructions) if MATRIX.match(i.opcode)), default=len(self.instructions))
+        return (last + 1 - loads[0]) / len(loads) if loads else 0.0
 
 
 _SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);", re.M)

@@ -3,7 +3,7 @@
 One program computes `BLOCK_N` output features for all rows; its `SPLIT_K` warps share the reduction axis. A step
 covers `SPLIT_K * CHUNKS * K_LANES * VECTOR` columns of the weights, an equal share of them per warp.
 
-*Loads.* A tile is loaded as `[CHUNKS, rows / ROW_LANES, SPLIT_K, lanes..., VECTOR]`, one 128-bit load per lane, in the
+*Loads.* A tile has six axes: chunks, groups of rows, warps, two of lanes, and the vector of one 128-bit load, in the
 very lanes in which the matrix instruction wants its operand: which columns meet in one instruction does not matter as
 long as both operands agree, so `_operand` only renames axes and nothing moves between lanes or through shared memory.
 `DEPTH` steps of weights are in flight in registers. A barrier after their loads (`FENCE`) keeps the compiler from
@@ -14,9 +14,9 @@ of its accumulation and the tree that adds up the warps depend on the other cons
 `BLOCK_N` or `DEPTH`: a row comes out the same to the bit whatever the others are. Hence matrix instructions from one
 row on.
 
-*Normalised operand.* With `HAS_NORM` the operand is `x / rms(x) * norm`, computed in fp32 and rounded once, exactly as
-the reference does. (Scaling after the product would save a pass over x, but overflows in fp16 once |x * norm| is
-65520.)
+*Norm.* The operand is `x * norm`, rounded once, and the row's `1 / rms(x)` multiplies the sum: one pass over x, and the
+rounding is as large, relative to the operand, as that of the reference. Not so in fp16, where `x * norm` may overflow
+or lose bits below 2^-14: there the operand is `x / rms(x) * norm`, as in the reference, for a second pass over x.
 """
 
 from collections.abc import Mapping
@@ -30,31 +30,35 @@ from dia_kernels import launch
 
 MAX_ROWS = 64
 
+# Triton gives lanes, then warps, then registers to the axes of a tile: from the last one, up to 3.6 from the first.
+_FROM_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7))
+
+
+@triton.jit
+def _axis(SIZE: tl.constexpr, RANK: tl.constexpr):
+    """`arange(SIZE)` along the axis of a tile that is `RANK`-th to get lanes (the last axis, the vector, aside)."""
+    position: tl.constexpr = RANK if _FROM_FIRST else 4 - RANK
+    index = tl.arange(0, SIZE)
+    for _ in tl.static_range(position):
+        index = tl.expand_dims(index, 0)
+    for _ in tl.static_range(5 - position):
+        index = tl.expand_dims(index, -1)
+    return index
+
 
 @triton.jit
 def _columns(
     CHUNKS: tl.constexpr, SPLIT_K: tl.constexpr, K_LANES: tl.constexpr, VECTOR: tl.constexpr, K_INNER: tl.constexpr
 ):
-    """Column of every element of a tile within its step, `[CHUNKS, 1, SPLIT_K, lanes, VECTOR]`."""
-    chunk = tl.arange(0, CHUNKS)[:, None, None, None, None, None]
-    warp = tl.arange(0, SPLIT_K)[None, None, :, None, None, None]
-    if K_INNER:
-        lane = tl.arange(0, K_LANES)[None, None, None, None, :, None]
-    else:
-        lane = tl.arange(0, K_LANES)[None, None, None, :, None, None]
-    element = tl.arange(0, VECTOR)[None, None, None, None, None, :]
-    return ((warp * CHUNKS + chunk) * K_LANES + lane) * VECTOR + element
+    """Column of every element of a tile within its step."""
+    lane = (_axis(SPLIT_K, 2) * CHUNKS + _axis(CHUNKS, 4)) * K_LANES + _axis(K_LANES, 0 if K_INNER else 1)
+    return lane * VECTOR + tl.arange(0, VECTOR)[None, None, None, None, None, :]
 
 
 @triton.jit
 def tile_rows(ROWS: tl.constexpr, ROW_LANES: tl.constexpr, K_INNER: tl.constexpr):
-    """Row of every element of a tile of `ROWS` rows, `[1, ROWS / ROW_LANES, 1, lanes, 1]`."""
-    group = tl.arange(0, ROWS // ROW_LANES)[None, :, None, None, None, None]
-    if K_INNER:
-        lane = tl.arange(0, ROW_LANES)[None, None, None, :, None, None]
-    else:
-        lane = tl.arange(0, ROW_LANES)[None, None, None, None, :, None]
-    return group * ROW_LANES + lane
+    """Row of every element of a tile of `ROWS` rows."""
+    return _axis(ROWS // ROW_LANES, 3) * ROW_LANES + _axis(ROW_LANES, 1 if K_INNER else 0)
 
 
 @triton.jit
@@ -74,21 +78,55 @@ def _operand(
     An instruction takes `INSTR_VECTOR` neighbouring columns from each lane, the lanes' pieces one after another.
     """
     groups: tl.constexpr = ROWS // ROW_LANES
+    inner: tl.constexpr = K_LANES if K_INNER else ROW_LANES
+    outer: tl.constexpr = ROW_LANES if K_INNER else K_LANES
     pieces: tl.constexpr = VECTOR // INSTR_VECTOR
-    if K_INNER:
-        tile = tl.reshape(tile, (CHUNKS, groups, SPLIT_K, ROW_LANES, K_LANES, pieces, INSTR_VECTOR))
-        tile = tl.permute(tile, (2, 1, 3, 0, 5, 4, 6))
+    if _FROM_FIRST:
+        tile = tl.reshape(tile, (inner, outer, SPLIT_K, groups, CHUNKS, pieces, INSTR_VECTOR))
+        tile = tl.permute(tile, (2, 3, 1, 4, 5, 0, 6) if K_INNER else (2, 3, 0, 4, 5, 1, 6))
     else:
-        tile = tl.reshape(tile, (CHUNKS, groups, SPLIT_K, K_LANES, ROW_LANES, pieces, INSTR_VECTOR))
-        tile = tl.permute(tile, (2, 1, 4, 0, 5, 3, 6))
+        tile = tl.reshape(tile, (CHUNKS, groups, SPLIT_K, outer, inner, pieces, INSTR_VECTOR))
+        tile = tl.permute(tile, (2, 1, 3, 0, 5, 4, 6) if K_INNER else (2, 1, 4, 0, 5, 3, 6))
     return tl.reshape(tile, (SPLIT_K, ROWS, CHUNKS * K_LANES * VECTOR))
 
 
 @triton.jit
-def _load(pointers, columns, first, K: tl.constexpr, EVEN_K: tl.constexpr, POLICY: tl.constexpr):
+def _sum_columns(tile, K_INNER: tl.constexpr):
+    """Sum over the columns of a tile whose vectors are summed up already."""
+    rank: tl.constexpr = 0 if K_INNER else 1
+    tile = tl.sum(tile, 4 if _FROM_FIRST else 0, keep_dims=True)
+    tile = tl.sum(tile, rank if _FROM_FIRST else 4 - rank, keep_dims=True)
+    return tl.sum(tile, 2, keep_dims=True)
+
+
+@triton.jit
+def _row_vector(tile, ROWS: tl.constexpr, K_INNER: tl.constexpr):
+    """`[ROWS]` of a tile that has one column."""
+    if _FROM_FIRST:
+        tile = tl.permute(tile, (0, 2, 4, 5, 3, 1))
+    return tl.reshape(tile, (ROWS,))
+
+
+@triton.jit
+def _round(value, DTYPE: tl.constexpr, AMD: tl.constexpr):
+    """float32 to `DTYPE`, to nearest even.
+
+    By hand for bf16 on AMD, most of whose GPUs have no instruction for it: half of what the compiler makes of it, by
+    leaving out its care for NaN, whose lower half is 0 here: it comes from bf16 operands.
+    """
+    if AMD and tl.bfloat16 == DTYPE:
+        bits = value.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(DTYPE)
+
+
+@triton.jit
+def _load(pointers, columns, K: tl.constexpr, EVEN_K: tl.constexpr, POLICY: tl.constexpr, CACHE: tl.constexpr):
     if EVEN_K:
-        return tl.load(pointers + first, eviction_policy=POLICY)
-    return tl.load(pointers + first, mask=columns + first < K, other=0.0, eviction_policy=POLICY)
+        return tl.load(pointers, eviction_policy=POLICY, cache_modifier=CACHE)
+    else:
+        return tl.load(pointers, mask=columns < K, other=0, eviction_policy=POLICY, cache_modifier=CACHE)
 
 
 @triton.jit
@@ -112,21 +150,26 @@ def project(
     INSTR_VECTOR: tl.constexpr,
     K_INNER: tl.constexpr,
     FENCE: tl.constexpr,
+    AMD: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """`(rms_norm(x) if HAS_NORM else x) @ weight[weight_rows].T`, `[BLOCK_R, BLOCK_N]` float32; the last row pads."""
     STEP: tl.constexpr = SPLIT_K * CHUNKS * K_LANES * VECTOR
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     EVEN_K: tl.constexpr = K % STEP == 0
+    SCALE_FIRST: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
+    # AMD's compiler drops eviction policies; there, this modifier is what marks a load as streaming.
+    STREAM: tl.constexpr = ".cg" if AMD else ""
     columns = _columns(CHUNKS, SPLIT_K, K_LANES, VECTOR, K_INNER)
     weights = weight_ptr + (weight_rows.to(tl.int64) * K + columns)
     x_rows = tl.minimum(tile_rows(BLOCK_R, ROW_LANES, K_INNER), rows - 1)
     inputs = x_ptr + (x_rows * K + columns)
 
-    flying = (_load(weights, columns, 0, K, EVEN_K, "evict_first"),)
+    flying = (_load(weights, columns, K, EVEN_K, "evict_first", STREAM),)
     for step in tl.static_range(1, DEPTH):
         if step < STEPS:
-            flying = flying + (_load(weights, columns, step * STEP, K, EVEN_K, "evict_first"),)  # type: ignore[assignment]
+            first = step * STEP
+            flying = flying + (_load(weights + first, columns + first, K, EVEN_K, "evict_first", STREAM),)  # type: ignore
     if FENCE:
         tl.debug_barrier()
     if USE_PDL:
@@ -137,58 +180,74 @@ def project(
     if HAS_NORM:
         # Every row lane reads the weights of the norm: the same lanes as x, so that nothing has to move.
         norms = norm_ptr + (tile_rows(ROW_LANES, ROW_LANES, K_INNER) * 0 + columns)
-        x = _load(inputs, columns, 0, K, EVEN_K, "evict_last").to(tl.float32)
-        squares = tl.sum(x * x, 5, keep_dims=True)
-        for step in tl.static_range(1, STEPS):
-            x = _load(inputs, columns, step * STEP, K, EVEN_K, "evict_last").to(tl.float32)
-            squares += tl.sum(x * x, 5, keep_dims=True)
-        squares = tl.sum(tl.sum(squares, 0, keep_dims=True), 4 if K_INNER else 3, keep_dims=True)
-        scale = tl.rsqrt(tl.sum(squares, 2, keep_dims=True) / K + EPS)
-        # x is read again below rather than kept: it is in the nearest cache, and registers are what limits DEPTH.
-        tl.debug_barrier()
+        squares = tl.zeros(inputs.shape, tl.float32)
+        squares = tl.sum(squares, 5, keep_dims=True)
+        if SCALE_FIRST:
+            for step in tl.static_range(STEPS):
+                first = step * STEP
+                x = _load(inputs + first, columns + first, K, EVEN_K, "evict_last", "").to(tl.float32)
+                squares += tl.sum(x * x, 5, keep_dims=True)
+            scale = tl.rsqrt(_sum_columns(squares, K_INNER) / K + EPS)
+            # x is read again below rather than kept: it is in the nearest cache, and registers are what limits DEPTH.
+            tl.debug_barrier()
 
     acc = tl.zeros((SPLIT_K, BLOCK_R, BLOCK_N), tl.float32)
     for step in tl.static_range(STEPS):
-        x = _load(inputs, columns, step * STEP, K, EVEN_K, "evict_last")
+        first = step * STEP
+        x = _load(inputs + first, columns + first, K, EVEN_K, "evict_last", "")
         if HAS_NORM:
-            norm = _load(norms, columns, step * STEP, K, EVEN_K, "evict_last").to(tl.float32)
-            x = (x.to(tl.float32) * scale * norm).to(x.dtype)
+            norm = _load(norms + first, columns + first, K, EVEN_K, "evict_last", "").to(tl.float32)
+            wide = x.to(tl.float32)
+            if SCALE_FIRST:
+                x = (wide * scale * norm).to(x.dtype)
+            else:
+                squares += tl.sum(wide * wide, 5, keep_dims=True)
+                x = _round(wide * norm, x.dtype, AMD)
         x = _operand(x, BLOCK_R, CHUNKS, SPLIT_K, ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER)
         w = _operand(flying[0], BLOCK_N, CHUNKS, SPLIT_K, ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER)
         acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
         if step + DEPTH < STEPS:
-            flying = flying[1:] + (_load(weights, columns, (step + DEPTH) * STEP, K, EVEN_K, "evict_first"),)
+            first = (step + DEPTH) * STEP
+            flying = flying[1:] + (_load(weights + first, columns + first, K, EVEN_K, "evict_first", STREAM),)
             if FENCE:
                 tl.debug_barrier()
         else:
             flying = flying[1:]  # type: ignore[assignment]
-    return tl.sum(acc, 0)
+    total = tl.sum(acc, 0)
+    if HAS_NORM and not SCALE_FIRST:
+        scale = tl.rsqrt(_sum_columns(squares, K_INNER) / K + EPS)
+        total *= _row_vector(scale, BLOCK_R, K_INNER)[:, None]
+    return total
 
 
 def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int, normed: int) -> dict[str, int]:
-    """Default configuration. `BLOCK_R`, `BLOCK_N` and `DEPTH` alone may follow `rows`: the rest fixes a row's bits."""
-    vector = 16 // dtype.itemsize
-    config = {"SPLIT_K": 8, "CHUNKS": 2, "VECTOR": vector, "num_warps": 8, "num_stages": 1}
-    block_r = max(16, triton.next_power_of_2(rows))
+    """Default configuration. `BLOCK_R`, `BLOCK_N` and `DEPTH` alone may follow `rows`: the rest fixes a row's bits.
+
+    Chosen from the machine code: no spills, and two programs an SM up to 16 rows, so that the next kernel's weights
+    are already on their way while this one ends.
+    """
+    config = {"SPLIT_K": 8, "CHUNKS": 2, "VECTOR": 16 // dtype.itemsize, "num_warps": 8, "num_stages": 1}
     if arch.startswith("gfx"):
         wave = 64 if arch.startswith("gfx9") else 32
         instr_vector = {"gfx942": 4, "gfx90a": 4, "gfx908": 4}.get(arch, 8) if dtype.itemsize == 2 else 1
         config |= {"ROW_LANES": 16, "K_LANES": wave // 16, "INSTR_VECTOR": instr_vector, "K_INNER": 0}
         # The fence of RDNA's compiler waits for the loads themselves, which is the opposite of what it is for.
-        config |= {"FENCE": int(wave == 64), "USE_PDL": 0, "matrix_instr_nonkdim": 16}
+        config |= {"FENCE": int(wave == 64), "AMD": 1, "USE_PDL": 0, "matrix_instr_nonkdim": 16}
+        block_r = max(16, triton.next_power_of_2(rows))
     else:
-        config |= {"ROW_LANES": 8, "K_LANES": 4, "INSTR_VECTOR": 2, "K_INNER": 1, "FENCE": 1}
+        config |= {"ROW_LANES": 8, "K_LANES": 4, "INSTR_VECTOR": 2, "K_INNER": 1, "FENCE": 1, "AMD": 0}
         config |= {"USE_PDL": int(arch.startswith("sm_") and int(arch[3:]) >= 90)}
         block_r = max(8, triton.next_power_of_2(rows))
     if config["USE_PDL"]:
         config |= {"launch_pdl": 1}
-    wide = dtype.itemsize == 2 and block_r >= 32
-    config |= {
-        "BLOCK_R": block_r,
-        "BLOCK_N": 32 if wide else 16,
-        "DEPTH": 2 if block_r == 64 or dtype.itemsize == 4 else 4,
-    }
-    return config
+    block_n, depth = 16, 4
+    if dtype == torch.float32:
+        depth = 1 if block_r >= 32 else 2
+    elif normed and dtype == torch.float16 and block_r >= 32:
+        block_n, depth = 32, 64 // block_r  # it normalises every row in every program: the fewer programs the better
+    elif normed and block_r == 64:
+        depth = 2
+    return config | {"BLOCK_R": block_r, "BLOCK_N": block_n, "DEPTH": depth}
 
 
 def configuration(op: str, x: Tensor, features: int, normed: bool) -> dict[str, int]:

@@ -33,13 +33,14 @@ def _linear_residual(
     INSTR_VECTOR: tl.constexpr,
     K_INNER: tl.constexpr,
     FENCE: tl.constexpr,
+    AMD: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
     weight_rows = tl.minimum(first + gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER), N - 1)
     total = gemv.project(
         x_ptr, x_ptr, weight_ptr, weight_rows, rows, 0.0, K, False, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
-        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, USE_PDL,
+        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, AMD, USE_PDL,
     )  # fmt: skip
     r, n = tl.arange(0, BLOCK_R)[:, None], first + tl.arange(0, BLOCK_N)[None, :]
     inside = (r < rows) & (n < N)

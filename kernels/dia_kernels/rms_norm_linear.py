@@ -32,13 +32,14 @@ def _rms_norm_linear(
     INSTR_VECTOR: tl.constexpr,
     K_INNER: tl.constexpr,
     FENCE: tl.constexpr,
+    AMD: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
     weight_rows = tl.minimum(first + gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER), N - 1)
     total = gemv.project(
         x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
-        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, USE_PDL,
+        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, AMD, USE_PDL,
     )  # fmt: skip
     r, n = tl.arange(0, BLOCK_R)[:, None], first + tl.arange(0, BLOCK_N)[None, :]
     tl.store(out_ptr + r * N + n, total.to(out_ptr.dtype.element_ty), mask=(r < rows) & (n < N))
