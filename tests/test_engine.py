@@ -64,6 +64,30 @@ def test_a_request_gets_the_same_codes_alone_and_in_a_batch(dtype: torch.dtype) 
     assert_same(shuffled[1], batched[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_logits_of_a_request_are_the_same_to_the_bit_in_any_company(dtype: torch.dtype) -> None:
+    """Codes rarely show a difference in the last bit; over thousands of rows they would."""
+    config = tiny_config(decoder={"hidden_size": 320, "intermediate_size": 640, "num_hidden_layers": 1})
+    model = random_model(config, dtype)
+    requests = [random_request(seed=seed) for seed in range(3)]
+
+    def logits(chosen: list[int]) -> torch.Tensor:
+        """`[steps, branches, requests, channels, vocab]`"""
+        state = DecodeState(config, model.ops, Sizes(len(chosen), True, 90, 60, 64, 64), dtype, model.device)
+        for slot, index in enumerate(chosen):
+            engine.admit(model, state, slot, engine.plan(config, requests[index]))
+            state.grow(slot, 30)
+        steps = []
+        for _ in range(3):
+            model.decode_step(state)
+            steps.append(state.logits.clone().view(2, len(chosen), CHANNELS, -1))
+        return torch.stack(steps)
+
+    together = logits([2, 0, 1])
+    for place, index in enumerate([2, 0, 1]):
+        assert torch.equal(logits([index])[:, :, 0], together[:, :, place])
+
+
 def test_another_seed_gives_other_codes_and_no_seed_a_reported_one() -> None:
     model = random_model()
     request = random_request(seed=None)
