@@ -79,6 +79,8 @@ def test_logic_of_blocks_and_scalars(logic: str, expected: list[int]) -> None:
     out = torch.zeros(8)
     _scalars[(1,)](out, True, 0.5, 2, LOGIC=logic)
     assert out.tolist() == expected
+    _scalars[(1,)](out, False, 0.5, 2, LOGIC=logic)
+    assert out.tolist() == [min(value, 1) for value in expected]
 
 
 def test_block_as_condition_is_refused() -> None:

@@ -4,7 +4,7 @@ from triton.runtime import interpreter as base
 
 from tests.kernels.interpreter.builder import Builder, Semantic
 from tests.kernels.interpreter.executor import Executor
-from tests.kernels.interpreter.language import Rewriter, call_device_function, logical, negated, patch_tensor
+from tests.kernels.interpreter.language import Rewriter, call_device_function, logical, negated, np_dtype, patch_tensor
 from tests.kernels.interpreter.reductions import Reduce, Scan
 
 
@@ -22,5 +22,6 @@ def install() -> None:
         logical,
         negated,
     )  # Triton shows its module's names to rewritten kernels
+    base._get_np_dtype = np_dtype
     base._patch_lang_tensor = patch_tensor
     base.InterpretedFunction.__call__ = call_device_function

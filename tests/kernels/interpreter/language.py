@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import triton
 import triton.language as tl
 from triton.language import core  # noqa: F401  (see _everything)
@@ -50,6 +51,21 @@ def call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
     if state.current is None:
         return _call(self, *args, **kwargs)
     return self.rewrite()(*args, **kwargs)
+
+
+_np_dtypes: dict[str, np.dtype] = {}
+_np_dtype = base._get_np_dtype
+
+
+def np_dtype(dtype: tl.dtype) -> np.dtype:
+    """`_get_np_dtype`, which Triton asks for every operation, remembered by the name of the scalar type."""
+    scalar = dtype.scalar
+    if scalar.is_ptr():
+        return np.dtype(np.uint64)
+    known = _np_dtypes.get(scalar.name)
+    if known is None:
+        known = _np_dtypes[scalar.name] = _np_dtype(scalar)
+    return known
 
 
 def patch_tensor(tensor: Any, scope: Any) -> None:
