@@ -16,7 +16,8 @@ row on.
 
 *Norm.* The operand is `x * norm`, rounded once, and the row's `1 / rms(x)` multiplies the sum: one pass over x, and the
 rounding is as large, relative to the operand, as that of the reference. Not so in fp16, where `x * norm` may overflow
-or lose bits below 2^-14: there the operand is `x / rms(x) * norm`, as in the reference, for a second pass over x.
+or lose bits below 2^-14: there the operand is `x / rms(x) * norm`, as in the reference, for a second pass over x. So it
+is on AMD, too, whose compiler otherwise holds all of x in registers, and spills at 64 rows.
 """
 
 from collections.abc import Mapping
@@ -112,7 +113,7 @@ def _round(value, DTYPE: tl.constexpr, AMD: tl.constexpr):
     """float32 to `DTYPE`, to nearest even.
 
     By hand for bf16 on AMD, most of whose GPUs have no instruction for it: half of what the compiler makes of it, by
-    leaving out its care for NaN, whose lower half is 0 here: it comes from bf16 operands.
+    leaving out its care for NaN, whose lower half is 0 here: it stems from a bf16 or from 0 * inf.
     """
     if AMD and tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
@@ -157,7 +158,7 @@ def project(
     STEP: tl.constexpr = SPLIT_K * CHUNKS * K_LANES * VECTOR
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     EVEN_K: tl.constexpr = K % STEP == 0
-    SCALE_FIRST: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
+    SCALE_FIRST: tl.constexpr = AMD or x_ptr.dtype.element_ty == tl.float16
     # AMD's compiler drops eviction policies; there, this modifier is what marks a load as streaming.
     STREAM: tl.constexpr = ".cg" if AMD else ""
     columns = _columns(CHUNKS, SPLIT_K, K_LANES, VECTOR, K_INNER)
@@ -199,7 +200,7 @@ def project(
             norm = _load(norms + first, columns + first, K, EVEN_K, "evict_last", "").to(tl.float32)
             wide = x.to(tl.float32)
             if SCALE_FIRST:
-                x = (wide * scale * norm).to(x.dtype)
+                x = _round(wide * scale * norm, x.dtype, AMD)
             else:
                 squares += tl.sum(wide * wide, 5, keep_dims=True)
                 x = _round(wide * norm, x.dtype, AMD)
@@ -243,6 +244,9 @@ def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int
     block_n, depth = 16, 4
     if dtype == torch.float32:
         depth = 1 if block_r >= 32 else 2
+    elif normed and config["AMD"]:
+        block_n = 16 if config["K_LANES"] == 2 else 64 if block_r == 32 else 32
+        depth = 4 if block_r == 16 and config["K_LANES"] == 4 else 2
     elif normed and dtype == torch.float16 and block_r >= 32:
         block_n, depth = 32, 64 // block_r  # it normalises every row in every program: the fewer programs the better
     elif normed and block_r == 64:
