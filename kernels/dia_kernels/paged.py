@@ -50,6 +50,8 @@ def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: in
     Pure; the number of rows must not enter, or a row's result would depend on it.
     """
     width = triton.next_power_of_2(head_dim)
+    if arch.startswith("gfx"):  # the operands of matrix products take several times their size in registers there
+        split = min(split, 64)
     split = max(min(split, 65536 // (2 * width * dtype.itemsize)), smallest_split(head_dim))
     warps = min(8, max(4, split * 2 * width * dtype.itemsize // (32 * 256)))
     chunk = warps * 32 * 32 // (triton.next_power_of_2(group) * width)
@@ -120,6 +122,7 @@ def run(
         HEAD_DIM=head_dim,
         BLOCK_G=max(16 if out.dtype.itemsize == 2 else 1, triton.next_power_of_2(group)),
         BLOCK_D=triton.next_power_of_2(head_dim),
+        enable_fp_fusion=True,
         **chosen,
         **options(launch.architecture(out.device)),
     )

@@ -126,6 +126,8 @@ def _rule(dtype: torch.dtype, arch: str, *, head_dim: int, paged: int) -> dict[s
         config["STAGES"] = 2
     if not arch.startswith(("sm_9", "sm_10", "gfx9")):
         config["num_warps"] = 8
+    if arch.startswith("gfx1"):
+        return {**config, "BLOCK_M": 32, "BLOCK_N": 32}
     return {**config, "BLOCK_M": 64, "BLOCK_N": 64 if width <= 128 else 32}
 
 
@@ -220,6 +222,7 @@ def ragged_attention(
         CAUSAL=causal,
         BLOCK_S=triton.next_power_of_2(sequences),
         BLOCK_D=triton.next_power_of_2(head_dim),
+        enable_fp_fusion=True,
         **chosen,
     )
     return out

@@ -120,6 +120,7 @@ def rope(
         PAGE=page_size,
         BLOCK_H=block_h,
         BLOCK_A=triton.next_power_of_2(head_dim // 2),
+        enable_fp_fusion=True,
         num_warps=4,
     )
     return qkv
