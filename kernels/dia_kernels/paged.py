@@ -50,10 +50,11 @@ def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: in
     Pure; the number of rows must not enter, or a row's result would depend on it.
     """
     width = triton.next_power_of_2(head_dim)
+    token_bytes = 2 * width * dtype.itemsize
+    split = max(min(split, 65536 // token_bytes), smallest_split(head_dim))
+    warps = min(8, max(4, split * token_bytes // (32 * 256)))
     if arch.startswith("gfx"):  # the operands of matrix products take several times their size in registers there
         split = min(split, 64)
-    split = max(min(split, 65536 // (2 * width * dtype.itemsize)), smallest_split(head_dim))
-    warps = min(8, max(4, split * 2 * width * dtype.itemsize // (32 * 256)))
     chunk = warps * 32 * 32 // (triton.next_power_of_2(group) * width)
     return {"SPLIT": split, "CHUNK": min(max(chunk, 1), 16), "num_warps": warps}
 
