@@ -38,7 +38,8 @@ class Line:
     spills: bytes of stack on NVIDIA, registers on AMD; occupancy: resident warps of the most a unit holds;
     weight_bits: width of the narrowest load of weights; matrix: matrix instructions by mnemonic; instructions: size of
     the code; in_flight: most bytes of weights on their way per SM or CU; issue: share of the unit's issue slots needed
-    to keep up with full bandwidth. The last two and weight_bits are 0 for kernels that stream no weights.
+    to keep up with full bandwidth. weight_bits is 0 for kernels that stream no weights, the last
+    two also where weights cannot be told from activations (gfx1100).
     """
 
     target: str
@@ -73,7 +74,7 @@ def line(compiled: ahead.Compiled, target: str, dtype: str, rows: int) -> Line:
     for extent in compiled.grid:
         programs *= extent
     loads = code.weight_loads() if compiled.kernel in PROJECTIONS else []
-    streams = bool(loads)
+    streams = any(load.hint for load in loads)
     return Line(
         target=target,
         dtype=dtype,

@@ -1,7 +1,8 @@
 """What a compiled kernel does, read off its machine code: SASS for NVIDIA, GCN assembly for AMD.
 
 Written for kernels that stream weights. A load is one of weights when it carries the streaming hint (`.EF` in SASS,
-`nt`, `slc` or `TH_LOAD_NT` in AMD's assembly); kernels/dia_kernels/gemv.py gives it to nothing else.
+`nt`, `slc` or `TH_LOAD_NT` in AMD's assembly); kernels/dia_kernels/gemv.py gives it to nothing else. Triton gives
+RDNA 3 no hint.
 """
 
 import re
@@ -75,7 +76,12 @@ class Code:
     shared: int
 
     def weight_loads(self) -> list[Instruction]:
-        return [i for i in self.instructions if i.bits and i.hint]
+        """Those with the hint; where there is none (RDNA 3), all up to the last product: weights, and what they meet."""
+        hinted = [i for i in self.instructions if i.bits and i.hint]
+        products = [n for n, i in enumerate(self.instructions) if MATRIX.match(i.opcode)]
+        if hinted or not products:
+            return hinted
+        return [i for i in self.instructions[: products[-1]] if i.bits]
 
     def matrix(self) -> Counter[str]:
         """Matrix instructions by mnemonic."""

@@ -88,6 +88,16 @@ def test_each_defect_is_named(change: dict, message: str) -> None:
     assert "rms_norm_glu on sm_90, bfloat16, 2 rows" in found[0]
 
 
+def test_loads_without_a_hint_count_up_to_the_last_product() -> None:
+    from bench.machine_code import Code, Instruction
+
+    wide, narrow = Instruction("buffer_load_b128", bits=128), Instruction("buffer_load_b64", bits=64)
+    product = Instruction("v_wmma_f32_16x16x16_bf16")
+    assert Code((wide, narrow, product, narrow), 1, 0, 0).weight_loads() == [wide, narrow]
+    hinted = Instruction("buffer_load_dwordx4", bits=128, hint=True)
+    assert Code((narrow, hinted, product), 1, 0, 0).weight_loads() == [hinted]
+
+
 def test_instructions_that_change_with_the_rows_are_named() -> None:
     from bench.codegen import mnemonics_differ
 
