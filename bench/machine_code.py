@@ -76,7 +76,7 @@ class Code:
     shared: int
 
     def weight_loads(self) -> list[Instruction]:
-        """Those with the hint; where there is none (RDNA 3), all up to the last product: weights, and what they meet."""
+        """Those with the hint; where there is none (RDNA 3), all up to the last product, activations too."""
         hinted = [i for i in self.instructions if i.bits and i.hint]
         products = [n for n, i in enumerate(self.instructions) if MATRIX.match(i.opcode)]
         if hinted or not products:
