@@ -196,7 +196,8 @@ def environment(device: torch.device) -> dict[str, str]:
     facts = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
     for package in ("dia-fast", "torch", "triton", "transformers"):
         try:
-            facts[package] = version(package)
+            # torch itself also names its build (+cpu, +cu130), which its package's version may leave out.
+            facts[package] = torch.__version__ if package == "torch" else version(package)
         except PackageNotFoundError:
             facts[package] = "not installed"
     if device.type == "cuda":

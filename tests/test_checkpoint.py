@@ -210,6 +210,8 @@ def test_loading_needs_little_more_than_the_packed_weights(tmp_path: Path, monke
     found = json.loads(done.stdout)
     assert len(found) == 4
     for name, (more, size, peak) in found.items():
-        assert peak <= 1.2 * size + 500e6, name
+        # A torch built for GPUs takes half a gigabyte for its own libraries as soon as it is imported.
+        if torch.version.cuda is None and torch.version.hip is None:
+            assert peak <= 1.2 * size + 500e6, name
         # What the promise grants for the interpreter and torch does not hide a second copy here.
         assert more <= 1.2 * size + 80e6, (name, more, size)
