@@ -50,6 +50,8 @@ def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, 
     """As `dia_kernels.reference.codebook_logits`. What the arguments must be: `gemv.check`; out is float32."""
     (rows, hidden), features = x.shape, weight.shape[0]
     channels = out.shape[1]
+    if features % channels:
+        raise ValueError(f"weight: {features} rows are no multiple of the {channels} channels of out")
     gemv.check(
         rows,
         {

@@ -101,11 +101,17 @@ def run(
     rows, heads, max_pages = out.shape[0], out.shape[1] // head_dim, block_table.shape[1]
     group = heads // kv_heads
     chosen = launch.configuration(op, _rule, out.dtype, out.device, split=split, group=group, head_dim=head_dim)
+    if chosen["SPLIT"] % page_size:
+        raise ValueError(
+            f"k_pages: pages of {page_size} tokens do not fill splits of {chosen['SPLIT']}, which head_dim {head_dim} in "
+            f"{out.dtype} allows; use smaller pages"
+        )
     splits = triton.cdiv(max_pages * page_size, chosen["SPLIT"])
     if not isinstance(workspace, AttentionWorkspace):
         raise TypeError(f"workspace: {type(workspace).__name__}, needs what attention_workspace returns")
     lines = rows * heads * splits
-    if workspace.stats.numel() < lines * 2 or workspace.partials.numel() < lines * head_dim:
+    short = workspace.stats.numel() < lines * 2 or workspace.partials.numel() < lines * head_dim
+    if short or workspace.arrivals.numel() < rows * kv_heads:
         needed = f"{rows}, {heads}, {head_dim}, {max_pages * page_size}"
         raise ValueError(f"workspace: too small for this call; make it with attention_workspace({needed}, ...)")
     if rows * splits == 0:
