@@ -103,8 +103,8 @@ def run(
     chosen = launch.configuration(op, _rule, out.dtype, out.device, split=split, group=group, head_dim=head_dim)
     if chosen["SPLIT"] % page_size:
         raise ValueError(
-            f"k_pages: pages of {page_size} tokens do not fill splits of {chosen['SPLIT']}, which head_dim {head_dim} in "
-            f"{out.dtype} allows; use smaller pages"
+            f"k_pages: pages of {page_size} tokens do not fill splits of {chosen['SPLIT']}, the size for head_dim "
+            f"{head_dim} in {out.dtype}; use smaller pages"
         )
     splits = triton.cdiv(max_pages * page_size, chosen["SPLIT"])
     if not isinstance(workspace, AttentionWorkspace):
