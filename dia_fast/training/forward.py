@@ -1,0 +1,208 @@
+"""The model as a differentiable function of its weights: what `DiaModel` computes, a whole batch at a time.
+
+Attention and matrix products are torch's; RMSNorm, RoPE, GLU and the heads with their loss are those of
+`dia_kernels.differentiable`. Weights may be wider than the arithmetic: they are rounded where they are used, and their
+gradients arrive in their own dtype.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dia_fast.config import DecoderConfig, EncoderConfig
+from dia_fast.model import DiaModel, rope_table
+from dia_fast.training.batch import Batch
+from dia_kernels.differentiable import glu, gradient_ops, linear_cross_entropy, rms_norm, rope
+
+
+class Adapter(Protocol):
+    """Something added to the product of an input and a packed weight: `added(x)` is `[..., out]` for x `[..., in]`."""
+
+    def added(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Cross-entropy of a batch. total: what to differentiate, the weighted sum over all labels, a float32 scalar.
+
+    weight: the sum of the weights of those labels, so that `total / weight` is the mean. sums, counts: the unweighted
+    losses and the number of labels of each channel, `[channels]`.
+    """
+
+    total: Tensor
+    weight: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The weighted mean over the labels: what transformers calls the loss, when all weights are 1."""
+        return self.total / self.weight
+
+
+def batch_loss(
+    model: DiaModel,
+    batch: Batch,
+    *,
+    dtype: torch.dtype | None = None,
+    channel_weights: Tensor | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
+    recompute: bool = False,
+) -> Loss:
+    """The cross-entropy of a batch on the model's device; call `.mean.backward()` on it.
+
+    dtype: of activations and matrix products (default: that of the weights). channel_weights: `[channels]` float32 on
+    the device (default: ones). adapters, recompute: see `Forward`.
+    """
+    run = Forward(model, dtype or model.dtype, adapters or {}, recompute)
+    x = run.hidden_states(batch)
+    labels = batch.labels.flatten(0, 1)
+    if channel_weights is None:
+        channel_weights = torch.ones(labels.shape[1], device=labels.device)
+    counts = batch.counts()
+    total, sums = linear_cross_entropy(x.flatten(0, 1), model.decoder.head, labels, channel_weights, run.ops)
+    return Loss(total, (counts * channel_weights).sum(), sums, counts)
+
+
+class Forward:
+    """One pass through a model.
+
+    dtype: of activations and matrix products. adapters: by packed name, such as `decoder.layers.0.qkv`. recompute:
+    keep only the input of each layer and compute the rest again in the backward pass: much less memory, a third more
+    time.
+    """
+
+    def __init__(
+        self,
+        model: DiaModel,
+        dtype: torch.dtype,
+        adapters: Mapping[str, Adapter],
+        recompute: bool = False,
+    ) -> None:
+        self.model, self.dtype, self.adapters, self.recompute = model, dtype, adapters, recompute
+        self.weights = dict(model.named_parameters())
+        self.ops = gradient_ops(model.ops.name, model.device)
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """What the heads read: `[batch, steps, hidden]` in `dtype`."""
+        memory = self._encode(batch.text, batch.text_mask)
+        return self._decode(batch.rows, batch.row_mask, memory, batch.text_mask)
+
+    def _encode(self, text: Tensor, mask: Tensor) -> Tensor:
+        config = self.model.config.encoder
+        x = F.embedding(text, self.weights["encoder.embedding"]).to(self.dtype)
+        rotation = _Rotation(config, x)
+        seen = None if bool(mask.all()) else mask[:, None, None, :]
+        for layer in range(config.num_hidden_layers):
+            prefix = f"encoder.layers.{layer}."
+
+            def run(x: Tensor, prefix: str = prefix) -> Tensor:
+                x = x + self._self_attention(x, prefix, config, rotation, seen, causal=False)
+                return x + self._mlp(x, prefix, config.norm_eps)
+
+            x = self._layer(run, x)
+        return self._norm(x, "encoder.norm", config.norm_eps)
+
+    def _decode(self, rows: Tensor, mask: Tensor, memory: Tensor, text_mask: Tensor) -> Tensor:
+        config = self.model.config.decoder
+        index = rows + torch.arange(config.num_channels, device=rows.device) * config.vocab_size
+        # Summed in the weights' own dtype and without nine times the memory.
+        x = F.embedding_bag(index.flatten(0, 1), self.weights["decoder.embedding"], mode="sum")
+        x = x.view(*rows.shape[:2], -1).to(self.dtype)
+        rotation = _Rotation(config, x)
+        seen, causal = _causal_mask(mask)
+        text_seen = None if bool(text_mask.all()) else text_mask[:, None, None, :]
+        for layer in range(config.num_hidden_layers):
+            prefix = f"decoder.layers.{layer}."
+
+            def run(x: Tensor, memory: Tensor, prefix: str = prefix) -> Tensor:
+                x = x + self._self_attention(x, prefix, config, rotation, seen, causal)
+                x = x + self._cross_attention(x, prefix, config, memory, text_seen)
+                return x + self._mlp(x, prefix, config.norm_eps)
+
+            x = self._layer(run, x, memory)
+        return self._norm(x, "decoder.norm", config.norm_eps)
+
+    def _layer(self, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            result: Tensor = checkpoint(run, *inputs, use_reentrant=False)
+            return result
+        return run(*inputs)
+
+    def _self_attention(
+        self,
+        x: Tensor,
+        prefix: str,
+        config: EncoderConfig | DecoderConfig,
+        rotation: "_Rotation",
+        seen: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qkv = self._linear(self._norm(x, f"{prefix}self_norm", config.norm_eps), f"{prefix}qkv")
+        qkv = rope(qkv.flatten(0, 1), rotation.cos, rotation.sin, rotation.positions, kv_heads, self.ops)
+        q, k, v = qkv.view(*x.shape[:2], -1, config.head_dim).split((heads, kv_heads, kv_heads), 2)
+        return self._linear(_attention(q, k, v, seen, causal), f"{prefix}o")
+
+    def _cross_attention(
+        self, x: Tensor, prefix: str, config: DecoderConfig, memory: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        q = self._linear(self._norm(x, f"{prefix}cross_norm", config.norm_eps), f"{prefix}cross_q")
+        q = q.view(*x.shape[:2], -1, config.cross_head_dim)
+        both = self._linear(memory, f"{prefix}cross_kv").view(*memory.shape[:2], -1, config.cross_head_dim)
+        k, v = both.chunk(2, 2)
+        return self._linear(_attention(q, k, v, seen, causal=False), f"{prefix}cross_o")
+
+    def _mlp(self, x: Tensor, prefix: str, eps: float) -> Tensor:
+        both = self._linear(self._norm(x, f"{prefix}mlp_norm", eps), f"{prefix}gate_up")
+        return self._linear(glu(both, self.ops), f"{prefix}down")
+
+    def _norm(self, x: Tensor, name: str, eps: float) -> Tensor:
+        return rms_norm(x, self.weights[name], eps, self.ops)
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        out = F.linear(x, self.weights[name].to(x.dtype))
+        adapter = self.adapters.get(name)
+        return out if adapter is None else out + adapter.added(x)
+
+
+class _Rotation:
+    """The tables of RoPE and the position of every token of `x`, `[batch, tokens, hidden]`.
+
+    Padding on the left shifts positions; only their differences matter.
+    """
+
+    def __init__(self, config: EncoderConfig | DecoderConfig, x: Tensor) -> None:
+        self.cos, self.sin = rope_table(config, x.device)
+        self.positions = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).repeat(x.shape[0])
+
+
+def _causal_mask(mask: Tensor) -> tuple[Tensor | None, bool]:
+    """The mask of the decoder's self-attention, and whether it is plainly causal and none is needed.
+
+    mask: `[batch, steps]` bool. A padded row sees itself, so that its softmax has something to sum; nobody sees it.
+    """
+    if bool(mask.all()):
+        return None, True
+    steps = mask.shape[1]
+    causal = torch.ones(steps, steps, dtype=torch.bool, device=mask.device).tril()
+    itself = torch.eye(steps, dtype=torch.bool, device=mask.device)
+    return ((causal & mask[:, None, :]) | itself)[:, None], False
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
+    """Attention at scale 1: q `[batch, n, heads, head_dim]`, k and v with fewer heads: `[batch, n, heads * head_dim]`.
+
+    seen: bool, broadcast to `[batch, heads, n, keys]`; what is True is attended to.
+    """
+    shared = q.shape[2] != k.shape[2]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=seen, is_causal=causal, scale=1.0, enable_gqa=shared,
+    )  # fmt: skip
+    return out.transpose(1, 2).flatten(2)
