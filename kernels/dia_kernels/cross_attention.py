@@ -63,7 +63,7 @@ def _cross_attention(
     k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
     q = tl.load(q_ptr + at, mask=grouped, other=0.0)
     k, v = keep_both_in_flight(k, v, TARGET)
-    peak, total, acc = attend(q, k, v, live, tl.full([BLOCK_G], float("-inf"), tl.float32))
+    peak, total, acc = attend(q, k, v, live, tl.full([BLOCK_G], float("-inf"), tl.float32), TARGET)
     splits = tl.cdiv(length, SPLIT)
     finish(
         peak, total, acc, split, splits, row_head, d, used, out_ptr, partials_ptr, stats_ptr, arrivals_ptr,

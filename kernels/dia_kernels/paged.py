@@ -55,6 +55,8 @@ def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: in
     warps = min(8, max(4, split * token_bytes // (32 * 256)))
     if arch.startswith("gfx"):  # the operands of matrix products take several times their size in registers there
         split = min(split, 64)
+    if arch.startswith("gfx1"):  # four warps for a 16-bit split: see `attend`
+        warps = min(8, max(4, split * token_bytes // (32 * 256)))
     chunk = warps * 32 * 32 // (triton.next_power_of_2(group) * width)
     return {"SPLIT": split, "CHUNK": min(max(chunk, 1), 16), "num_warps": warps}
 
@@ -196,6 +198,20 @@ def keep_both_in_flight(k, v, TARGET: tl.constexpr):
 
 
 @triton.jit
+def settle(x, TARGET: tl.constexpr):
+    """x unchanged, computed where it is.
+
+    On AMD, left to itself, the compiler moves the arithmetic behind a matrix operand into the operand's layout, where
+    every warp holds all of it: RoPE of q then takes hundreds of registers. It cannot move an assembly statement.
+    """
+    if TARGET == "gfx" or TARGET == "gfx9":
+        PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        return tl.inline_asm_elementwise("", "=v,0", [x], dtype=x.dtype, is_pure=False, pack=PACK)
+    else:
+        return x
+
+
+@triton.jit
 def scores(q, k, DOT: tl.constexpr):
     """`q @ k.T` in fp32: q `[M, D]`, k `[N, D]`; by matrix units, or row by row where there are none."""
     if DOT:
@@ -230,17 +246,23 @@ def attend(
     v,  # [SPLIT, BLOCK_D]
     live,  # [SPLIT]
     least,  # [BLOCK_G] float32, a score that the row has elsewhere, or -inf if a token is live
+    TARGET: tl.constexpr,
 ):
     """Largest score `[BLOCK_G]`, sum of exp(score - largest) and that sum over v `[BLOCK_G, BLOCK_D]`, all float32.
 
     16-bit products go to the matrix units, the group padded to their 16 rows: next to the memory traffic that is free.
-    In float32 most targets would pay the padding's full price.
+    In float32 most targets would pay the padding's full price. RDNA multiplies by V from the other side: Triton gives
+    all warps of a product behind a product to its rows, here the 16 of the group, so each would hold all of V.
     """
     DOT: tl.constexpr = k.dtype.primitive_bitwidth == 16
     score = tl.where(live[None, :], scores(q, k, DOT), float("-inf"))
     peak = tl.maximum(least, tl.max(score, 1))
     weight = tl.exp(score - peak[:, None])
-    return peak, tl.sum(weight, 1), mix(weight, v, DOT)
+    if DOT and TARGET == "gfx":
+        mixed = tl.trans(tl.dot(tl.trans(v), tl.trans(weight.to(v.dtype)), input_precision="ieee"))
+    else:
+        mixed = mix(weight, v, DOT)
+    return peak, tl.sum(weight, 1), mixed
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from dia_kernels import launch, paged
-from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile
+from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile, settle
 
 SPLIT = 128  # tokens; the partial sums of a group of 4 heads are then 3 % of the K and V they stand for
 
@@ -88,7 +88,7 @@ def _rope_attention(
     new_page = tl.load(table_ptr + position // PAGE).to(tl.int64)
     k, v = keep_both_in_flight(k, v, TARGET)
 
-    q = _rotated(q, q_paired, cos[None, :], sin[None, :], d[None, :], HEAD_DIM)
+    q = settle(_rotated(q, q_paired, cos[None, :], sin[None, :], d[None, :], HEAD_DIM), TARGET)
     new_k = _rotated(new_k, new_k_paired, cos, sin, d, HEAD_DIM)
     slot = ((new_page * KV_HEADS + kv_head) * PAGE + position % PAGE) * HEAD_DIM + d
     tl.store(k_ptr + slot, new_k, mask=new)
@@ -96,7 +96,7 @@ def _rope_attention(
 
     new_score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
     new_score = tl.where(owner, new_score, float("-inf"))
-    peak, total, acc = attend(q, k, v, live, new_score)
+    peak, total, acc = attend(q, k, v, live, new_score, TARGET)
     new_weight = tl.exp(new_score - peak)
     total += new_weight
     acc += new_weight[:, None] * new_v.to(tl.float32)[None, :]
