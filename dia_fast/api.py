@@ -81,7 +81,7 @@ class Dia:
         except (ValueError, TypeError) as error:
             raise InputError(str(error)) from error
         checkpoint = open_checkpoint(os.fspath(name_or_path), revision=revision, local_files_only=local_files_only)
-        model = DiaModel(checkpoint.config, ops).load(checkpoint.load(kind, place))
+        model = DiaModel(checkpoint.config, ops).load(checkpoint.load(kind, place)).pack(progress=True)
         dia = cls(model, codec)
         dia._load_codec["local_files_only"] = local_files_only
         return dia

@@ -9,7 +9,7 @@ The unconditional branch reads a text of zeros. All its encoder positions are eq
 are, its cross-attention adds the same vector everywhere: `DecoderLayer.uncond_cross`, computed once by `finalize`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import cast
 
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from dia_fast.cache import BlockTable, PagePool
 from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.packing import packed_shapes
+from dia_fast.prepack import pack_matrices, refuse_packed
 from dia_fast.state import DecodeState, cross_pages
+from dia_kernels.reference import PackedWeight
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -77,7 +79,7 @@ class DiaModel(nn.Module):
     def __init__(self, config: DiaConfig, ops: ModuleType) -> None:
         super().__init__()
         shapes = packed_shapes(config)
-        self.config, self.ops = config, ops
+        self.config, self.ops, self.packed = config, ops, False
         self.encoder = Stack(_below(shapes, "encoder."), EncoderLayer, config.encoder.num_hidden_layers)
         self.decoder = Stack(_below(shapes, "decoder."), DecoderLayer, config.decoder.num_hidden_layers)
 
@@ -87,6 +89,26 @@ class DiaModel(nn.Module):
         self.requires_grad_(False)
         self.finalize()
         return self
+
+    def pack(self, *, progress: bool = False) -> "DiaModel":
+        """Lays the matrices out as the op set multiplies them fastest, where that is another way than they lie.
+
+        On an x86 CPU 16-bit inference needs it to be fast. Afterwards the matrices are no tensors any more: the model
+        only infers, `state_dict`, `load`, `finalize`, `to` and training raise InputError. Memory stays at one copy.
+        progress: draw a bar where somebody may be looking.
+        """
+        self.packed |= pack_matrices(self, self.ops.pack, progress)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> "DiaModel":
+        if requires_grad and self.packed:
+            refuse_packed("trained")
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiaModel":
+        if self.packed:
+            refuse_packed("moved or converted")
+        return super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:
@@ -102,6 +124,8 @@ class DiaModel(nn.Module):
 
         The constants are computed in float32 and rounded once: an error in them would push every step the same way.
         """
+        if self.packed:
+            refuse_packed("read as tensors")
         for stack, config in ((self.encoder, self.config.encoder), (self.decoder, self.config.decoder)):
             cos, sin = rope_table(config, self.device)
             stack.register_buffer("cos", cos, persistent=False)
@@ -295,11 +319,13 @@ def rope_table(config: EncoderConfig | DecoderConfig, device: torch.device) -> t
     return angles.cos().to(device), angles.sin().to(device)
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """`x @ weight.T` for the many rows of a whole sequence, rounded once to the dtype of `x`.
 
     Most CPUs have no 16-bit matrix product worth the name: there it is faster, by a factor of five, to widen first.
     """
+    if isinstance(weight, PackedWeight):
+        return weight.linear(x).to(x.dtype)
     if x.device.type == "cpu" and x.dtype != torch.float32:
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(wide), weight.to(wide)).to(x.dtype)

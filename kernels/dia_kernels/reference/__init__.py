@@ -14,17 +14,20 @@ from dia_kernels.reference.linear import (
     rms_norm_glu,
     rms_norm_linear,
 )
+from dia_kernels.reference.packed import PackedWeight, pack
 from dia_kernels.reference.sampling import philox, sample, sample_weights
 
 name = "torch"
 
 __all__ = [
+    "PackedWeight",
     "attention_workspace",
     "codebook_logits",
     "cross_attention",
     "embed_codes",
     "glu",
     "linear_residual",
+    "pack",
     "philox",
     "ragged_attention",
     "rms_norm",

@@ -1,22 +1,29 @@
 """Projections with what surrounds them: RMSNorm before, SiLU gate or residual after.
 
-Shapes: `rows` activations of width `hidden`; weights are `[out_features, in_features]`, packed once at load.
+Shapes: `rows` activations of width `hidden`; weights are `[out_features, in_features]`, tensors or what `pack` made of
+them. What comes out of a packed weight is float32 and rounded once, where it is stored.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dia_kernels.reference.packed import PackedWeight
+
+Weight = Tensor | PackedWeight
+
 _BLOCK_BYTES = 4 << 20  # of weights that stay in a CPU's cache while one row after another is multiplied
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`. On a CPU a row's result is the same to the bit whatever the other rows are.
 
     A matrix product picks its order of summation by the number of rows, so there each row is multiplied by itself.
     What that costs in arithmetic it saves in traffic: for a few rows it is as fast, or faster. 16-bit products are
     taken as they come where there are no instructions for them: torch then forms every entry by itself anyway.
     """
+    if isinstance(weight, PackedWeight):
+        return weight.linear(x)
     if x.device.type != "cpu" or (x.element_size() == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2"):
         return F.linear(x, weight)
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -38,19 +45,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     return out.copy_(wide.mul_(scale).mul_(weight.float()) if wide is not x else wide * scale * weight.float())
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm(x, weight, eps, torch.empty_like(x))
+def _normed_linear(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float) -> Tensor:
+    """`rms_norm(x) @ weight.T`; for a packed weight, which takes float32, without rounding in between."""
+    dtype = torch.float32 if isinstance(weight, PackedWeight) else x.dtype
+    return _linear(rms_norm(x, norm_weight, eps, torch.empty_like(x, dtype=dtype)), weight)
 
 
-def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float, out: Tensor) -> Tensor:
     """`out = rms_norm(x) @ weight.T`: the QKV projection and the cross-attention query projection.
 
     x: `[rows, hidden]`; norm_weight: `[hidden]`; weight: `[features, hidden]`; out: `[rows, features]`.
     """
-    return out.copy_(_linear(_normed(x, norm_weight, eps), weight))
+    return out.copy_(_normed_linear(x, norm_weight, weight, eps))
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> Tensor:
+def linear_residual(x: Tensor, weight: Weight, residual: Tensor, constant: Tensor | None = None) -> Tensor:
     """`residual[:m] += x @ weight.T`; rows from `m` on, if any, get `constant` added instead. In place.
 
     x: `[m, in_features]`; weight: `[hidden, in_features]`; residual: `[rows, hidden]`, `rows >= m`;
@@ -74,18 +83,18 @@ def glu(x: Tensor, out: Tensor) -> Tensor:
     return out.copy_(F.silu(gate) * up)
 
 
-def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float, out: Tensor) -> Tensor:
     """`out = silu(gate) * up` of `rms_norm(x) @ weight.T`: RMSNorm, gate and up projections, activation.
 
     x: `[rows, hidden]`; weight: `[2 * intermediate, hidden]`, gate rows first; out: `[rows, intermediate]`.
     """
-    return glu(_linear(_normed(x, norm_weight, eps), weight), out)
+    return glu(_normed_linear(x, norm_weight, weight, eps), out)
 
 
-def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float, out: Tensor) -> Tensor:
     """Final RMSNorm and the heads of all channels: `out = (rms_norm(x) @ weight.T)` as float32.
 
     x: `[rows, hidden]`; weight: `[channels * vocab, hidden]`; out: `[rows, channels, vocab]` float32, holding
     values rounded to `x.dtype` (DIA.md: the head's result is rounded, all that follows is float32).
     """
-    return out.copy_(_linear(_normed(x, norm_weight, eps), weight).view(out.shape))
+    return out.copy_(_normed_linear(x, norm_weight, weight, eps).to(x.dtype).view(out.shape))
