@@ -3,15 +3,17 @@
 One page id stands for a page in every layer. The device sees pools and block tables only; the host hands out ids.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dia_fast.errors import OutOfPages
 
 PAGE_SIZE = 32  # tokens; a power of two from 16 to 64
+NOBODY = -1  # stands in a block table for an owner that is not there
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,11 @@ class PagePool:
         self.keys = list(torch.empty(size, dtype=dtype, device=device))
         self.values = list(torch.empty(size, dtype=dtype, device=device))
         self.pages = pages
-        self._free = list(reversed(range(pages)))
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes all pages free."""
+        self._free = list(reversed(range(self.pages)))
         self._taken: set[int] = set()
 
     @property
@@ -78,50 +84,85 @@ class PagePool:
 
 
 class BlockTable:
-    """Which pages each sequence row holds, on the host as lists and on the device as `table` for the ops.
+    """Which pages each owner holds, on the host as lists, and as `table` on the device for the owners of a step.
 
-    table: `[rows, max_pages]` int32. Entries beyond a row's pages are stale and never read.
+    An owner is a number from 0 to `owners - 1`. table: `[rows, max_pages]` int32, row `i` for the `i`th owner last
+    given to `show`; at first, every owner in order. Entries beyond a row's pages are stale and never read.
     """
 
-    def __init__(self, pool: PagePool, rows: int, max_tokens: int, device: torch.device) -> None:
-        self.pool = pool
-        self.table = torch.zeros(rows, max(pool.shape.pages(max_tokens), 1), dtype=torch.int32, device=device)
-        self._held: list[list[int]] = [[] for _ in range(rows)]
+    def __init__(self, pool: PagePool, owners: int, max_tokens: int, device: torch.device) -> None:
+        self.pool, self.owners = pool, owners
+        self._held: list[list[int]] = [[] for _ in range(owners)]
+        self.table = self.new_table(owners, max_tokens, device)
+        self._rows = {owner: owner for owner in range(owners)}
 
-    def held(self, row: int) -> int:
-        """How many pages a row has."""
-        return len(self._held[row])
+    def new_table(self, rows: int, max_tokens: int, device: torch.device) -> Tensor:
+        """A table for `show`, with room for `rows` owners of `max_tokens` tokens."""
+        return torch.zeros(rows, max(self.pool.shape.pages(max_tokens), 1), dtype=torch.int32, device=device)
 
-    def missing(self, row: int, tokens: int) -> int:
-        """How many more pages the row needs to hold `tokens` tokens."""
-        return max(self.pool.shape.pages(tokens) - len(self._held[row]), 0)
+    def show(self, table: Tensor, owners: Sequence[int]) -> None:
+        """Makes `table` the one that is kept up to date from now on, with row `i` for `owners[i]` (or `NOBODY`)."""
+        self.table = table
+        self._rows = {owner: row for row, owner in enumerate(owners) if owner != NOBODY}
+        pages = torch.zeros(len(owners), table.shape[1], dtype=torch.int32)
+        for owner, row in self._rows.items():
+            pages[row, : self.held(owner)] = self.pages(owner)
+        table[: len(owners)] = pages.to(table.device)
 
-    def grow(self, row: int, tokens: int) -> None:
-        """Gives the row the pages it lacks for `tokens` tokens; writes to the device without waiting for it.
+    def held(self, owner: int) -> int:
+        """How many pages an owner has."""
+        return len(self._held[owner])
+
+    def pages(self, owner: int) -> Tensor:
+        """`[held]` int64 on the host: the pages of an owner, in the order of its tokens."""
+        return torch.tensor(self._held[owner], dtype=torch.int64)
+
+    def pages_of(self, owners: Sequence[int]) -> Tensor:
+        """`[len(owners), max_held]` int32 on the device: a table of its own for some owners, as they are now."""
+        lists = [self.pages(owner) for owner in owners]
+        return pad_sequence(lists, batch_first=True).to(self.table.device, torch.int32)
+
+    def missing(self, owner: int, tokens: int) -> int:
+        """How many more pages the owner needs to hold `tokens` tokens."""
+        return max(self.pool.shape.pages(tokens) - len(self._held[owner]), 0)
+
+    def grow(self, owner: int, tokens: int) -> None:
+        """Gives the owner the pages it lacks for `tokens` tokens; writes to the device without waiting for it.
 
         Raises OutOfPages, and changes nothing, if too few are free.
         """
-        missing = self.missing(row, tokens)
+        missing = self.missing(owner, tokens)
         if not missing:
             return
-        held = self._held[row]
+        held = self._held[owner]
         begin, end = len(held), len(held) + missing
         if end > self.table.shape[1]:
             raise ValueError(f"tokens: {tokens} do not fit in a row of {self.table.shape[1]} pages")
         fresh = self.pool.take(missing)
         held += fresh
+        row = self._rows.get(owner)
+        if row is None:
+            return
         if missing == 1:
             self.table[row, begin] = fresh[0]
         else:
             self.table[row, begin:end] = torch.tensor(fresh, dtype=torch.int32).to(self.table.device)
 
-    def release(self, row: int) -> None:
-        """Gives all pages of the row back."""
-        self.pool.give(self._held[row])
-        self._held[row] = []
+    def release(self, owner: int) -> None:
+        """Gives all pages of the owner back."""
+        self.pool.give(self._held[owner])
+        self._held[owner] = []
 
-    def slots(self, row: int, tokens: int) -> Tensor:
-        """`[tokens]` int64: where the row's first tokens lie, as `page * page_size + offset` (see the op `rope`)."""
+    def reset(self) -> None:
+        """Forgets who holds what, and makes all pages of the pool free."""
+        self._held = [[] for _ in self._held]
+        self.pool.reset()
+
+    def slots(self, owner: int, tokens: int, first: int = 0) -> Tensor:
+        """`[tokens - first]` int64: where tokens `first` to `tokens - 1` lie, as the op `rope` wants it.
+
+        That is `page * page_size + offset`.
+        """
         size = self.pool.shape.page_size
-        pages = torch.tensor(self._held[row], dtype=torch.int64)[:, None] * size
-        return (pages + torch.arange(size)).flatten()[:tokens].to(self.table.device)
+        places = self.pages(owner)[:, None] * size + torch.arange(size)
+        return places.flatten()[first:tokens].to(self.table.device)

@@ -11,7 +11,7 @@ are, its cross-attention adds the same vector everywhere: `DecoderLayer.uncond_c
 
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,24 @@ from dia_fast.state import DecodeState, cross_pages
 from dia_kernels.reference import PackedWeight
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+class _Past(NamedTuple):
+    """Keys and values of sequences in pages: block table `[sequences, max_pages]` and lengths `[sequences]`, int32."""
+
+    pool: PagePool
+    table: Tensor
+    lengths: Tensor
+
+
+class _LayerPast(NamedTuple):
+    """`_Past` in one layer; slots: `[tokens]` int64, where the tokens at hand go."""
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    lengths: Tensor
+    slots: Tensor | None
 
 
 class EncoderLayer(nn.Module):
@@ -154,13 +172,13 @@ class DiaModel(nn.Module):
             keys, values = s.pool.keys[i], s.pool.values[i]
             ops.rms_norm_linear(s.x, layer.self_norm, layer.qkv, eps, s.qkv)
             ops.rope_attention(
-                s.qkv, stack.cos, stack.sin, keys, values, s.blocks.table, s.positions, s.attended, s.workspace
+                s.qkv, stack.cos, stack.sin, keys, values, s.table, s.positions, s.attended, s.workspace
             )
             ops.linear_residual(s.attended, layer.o, s.x)
             ops.rms_norm_linear(s.x_cond, layer.cross_norm, layer.cross_q, eps, s.cross_q)
             keys, values = s.cross_pool.keys[i], s.cross_pool.values[i]
             ops.cross_attention(
-                s.cross_q, keys, values, s.cross_blocks.table, s.text_lengths, s.cross_attended, s.cross_workspace
+                s.cross_q, keys, values, s.cross_table, s.text_lengths, s.cross_attended, s.cross_workspace
             )
             ops.linear_residual(s.cross_attended, layer.cross_o, s.x, layer.uncond_cross if s.guided else None)
             ops.rms_norm_glu(s.x, layer.mlp_norm, layer.gate_up, eps, s.gated)
@@ -189,16 +207,19 @@ class DiaModel(nn.Module):
             keys[page, :, offset], values[page, :, offset] = both.chunk(2, 1)
 
     @torch.inference_mode()
-    def prefill(self, rows: Tensor, s: DecodeState, slot: int) -> None:
-        """Computes the keys and values of the first rows of a slot's grid, of its unconditional row too.
+    def prefill(
+        self, rows: Tensor, s: DecodeState, lane: int, text_length: int, *, guided: bool, first: int = 0
+    ) -> None:
+        """Computes the keys and values of rows `first` and following of a lane's grid, of its unconditional row too.
 
-        rows: `[rows, channels]` integer codes. The slot's text and pages must be there.
+        rows: `[rows, channels]` integer codes. The lane's text of `text_length` ids, the rows before `first` and the
+        pages must be there. A prompt cut in other places gives the same values, but not to the bit.
         """
-        owners = [slot, slot + s.batch] if s.guided else [slot]
-        slots = torch.cat([s.blocks.slots(owner, rows.shape[0]) for owner in owners])
-        lane = slice(slot, slot + 1)
-        text = (s.cross_pool, s.cross_blocks.table[lane], s.text_lengths[lane])
-        self._decode_rows(rows.to(self.device), text, s.guided, (s.pool, slots))
+        owners, total = s.owners(lane, guided), first + rows.shape[0]
+        slots = torch.cat([s.blocks.slots(owner, total, first) for owner in owners])
+        text = _Past(s.cross_pool, s.cross_blocks.pages_of([lane]), self._integers([text_length]))
+        past = _Past(s.pool, s.blocks.pages_of(owners), self._integers([total] * len(owners)))
+        self._decode_rows(rows.to(self.device), text, guided, past, slots, first)
 
     @torch.inference_mode()
     def forward_logits(
@@ -218,12 +239,15 @@ class DiaModel(nn.Module):
             blocks = BlockTable(pool, 1, len(ids), self.device)
             blocks.grow(0, len(ids))
             self.store_text(ids, pool, blocks.slots(0, len(ids)))
-            length = torch.tensor([len(ids)], dtype=torch.int32, device=self.device)
-            x = self._decode_rows(rows[request].to(self.device), (pool, blocks.table, length), guidance, None)
+            text = _Past(pool, blocks.table, self._integers([len(ids)]))
+            x = self._decode_rows(rows[request].to(self.device), text, guidance)
             logits = _linear(self._normed(x, self.decoder.norm, config.norm_eps), self.decoder.head)
             for branch, part in zip(branches, logits.split(total), strict=True):
                 branch[request] = part.view(size[1:])
         return branches[0], branches[1] if guidance else None
+
+    def _integers(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32).to(self.device)
 
     def _decoder_layers(self) -> list[DecoderLayer]:
         return cast(list[DecoderLayer], self.decoder.layers)
@@ -241,28 +265,33 @@ class DiaModel(nn.Module):
         return self._normed(x, stack.norm, config.norm_eps)
 
     def _decode_rows(
-        self, rows: Tensor, text: tuple[PagePool, Tensor, Tensor], guided: bool, store: tuple[PagePool, Tensor] | None
+        self,
+        rows: Tensor,
+        text: "_Past",
+        guided: bool,
+        past: "_Past | None" = None,
+        slots: Tensor | None = None,
+        first: int = 0,
     ) -> Tensor:
-        """The decoder over the whole grid of one request, its unconditional copy behind it: `[n or 2 * n, hidden]`.
+        """The decoder over rows of one request's grid, its unconditional copy behind it: `[n or 2 * n, hidden]`.
 
-        rows: `[n, channels]`; text: pages, block table `[1, max_pages]` and length `[1]` of the text; store: where the
-        keys and values of self-attention go, as a pool and slots `[n or 2 * n]`.
+        rows: `[n, channels]`, the grid from row `first` on; text: its keys and values; past: where those of
+        self-attention go, at `slots`, `[n or 2 * n]`, and where the rows before `first` are.
         """
         ops, stack, config = self.ops, self.decoder, self.config.decoder
         total, branches = rows.shape[0], 2 if guided else 1
-        positions = torch.arange(total, dtype=torch.int32, device=self.device).repeat(branches)
+        positions = torch.arange(first, first + total, dtype=torch.int32, device=self.device).repeat(branches)
         starts = torch.arange(branches + 1, dtype=torch.int32, device=self.device) * total
-        pool, table, length = text
         x = self._embed(rows).repeat(branches, 1)
         for i, layer in enumerate(self._decoder_layers()):
-            pages = (store[0].keys[i], store[0].values[i], store[1]) if store is not None else ()
-            self._self_attention(x, layer, stack, config, positions, starts, pages, causal=True)
+            layer_past = past and _LayerPast(past.pool.keys[i], past.pool.values[i], past.table, past.lengths, slots)
+            self._self_attention(x, layer, stack, config, positions, starts, layer_past, first > 0, causal=True)
             q = _linear(self._normed(x[:total], layer.cross_norm, config.norm_eps), layer.cross_q)
             q = q.view(total, -1, config.cross_head_dim)
             attended = q.new_empty(total, layer.cross_q.shape[0])
             ops.ragged_attention(
-                q, pool.keys[i], pool.values[i], starts[:2], attended,
-                causal=False, block_table=table, kv_lengths=length,
+                q, text.pool.keys[i], text.pool.values[i], starts[:2], attended,
+                causal=False, block_table=text.table, kv_lengths=text.lengths,
             )  # fmt: skip
             x[:total] += _linear(attended, layer.cross_o)
             x[total:] += layer.uncond_cross
@@ -286,16 +315,27 @@ class DiaModel(nn.Module):
         config: EncoderConfig | DecoderConfig,
         positions: Tensor,
         starts: Tensor,
-        pages: tuple[Tensor, ...] = (),
+        past: "_LayerPast | None" = None,
+        continues: bool = False,
         causal: bool = False,
     ) -> None:
-        """Adds self-attention to the packed sequences of `x`, `[n, hidden]`, in place; stores k and v in `pages`."""
+        """Adds self-attention to the packed sequences of `x`, `[n, hidden]`, in place; stores k and v in `past`.
+
+        continues: tokens before those of `x` are in `past` and are attended to as well.
+        """
         head_dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         qkv = _linear(self._normed(x, layer.self_norm, config.norm_eps), layer.qkv)
-        self.ops.rope(qkv, stack.cos, stack.sin, positions, kv_heads, *pages)
+        store = (past.keys, past.values, past.slots) if past is not None else ()
+        self.ops.rope(qkv, stack.cos, stack.sin, positions, kv_heads, *store)
         q, k, v = qkv.view(x.shape[0], -1, head_dim).split((heads, kv_heads, kv_heads), 1)
         attended = x.new_empty(x.shape[0], heads * head_dim)
-        self.ops.ragged_attention(q, k, v, starts, attended, causal=causal)
+        if past is not None and continues:
+            self.ops.ragged_attention(
+                q, past.keys, past.values, starts, attended,
+                causal=causal, block_table=past.table, kv_lengths=past.lengths,
+            )  # fmt: skip
+        else:
+            self.ops.ragged_attention(q, k, v, starts, attended, causal=causal)
         x += _linear(attended, layer.o)
 
     def _mlp(self, x: Tensor, layer: EncoderLayer, eps: float) -> None:

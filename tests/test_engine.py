@@ -41,6 +41,16 @@ def random_request(**settings: Any) -> Request:
     return Request(text, prompt, **{"max_new_tokens": 30, "seed": 5} | settings)
 
 
+def admit(model: DiaModel, state: DecodeState, slot: int, request: Request) -> None:
+    """Puts a request into a slot by hand, on the lane of the same number."""
+    item = engine.plan(model.config, request)
+    state.cross_blocks.grow(slot, len(request.text_ids))
+    state.grow(slot, item.first + 1)
+    for _ in engine.prefill(model, state, slot, item):
+        pass
+    engine.place(state, slot, item)
+
+
 def assert_same(ours: Generation, other: Generation) -> None:
     assert torch.equal(ours.rows, other.rows)
     assert torch.equal(ours.frames, other.frames)
@@ -75,7 +85,7 @@ def test_the_logits_of_a_request_are_the_same_to_the_bit_in_any_company(dtype: t
         """`[steps, branches, requests, channels, vocab]`"""
         state = DecodeState(config, model.ops, Sizes(len(chosen), True, 90, 60, 64, 64), dtype, model.device)
         for slot, index in enumerate(chosen):
-            engine.admit(model, state, slot, engine.plan(config, requests[index]))
+            admit(model, state, slot, requests[index])
             state.grow(slot, 30)
         steps = []
         for _ in range(3):
@@ -196,7 +206,7 @@ def test_a_step_makes_eight_calls_a_layer_and_three_more(guided: bool) -> None:
 def one_slot(model: DiaModel, guided: bool = True, pages: int = 64) -> DecodeState:
     state = DecodeState(CONFIG, model.ops, Sizes(1, guided, 60, 9, pages, 1), model.dtype, model.device)
     request = Request([5, 6, 7], max_new_tokens=50, guidance_scale=3.0 if guided else None, seed=3)
-    engine.admit(model, state, 0, engine.plan(CONFIG, request))
+    admit(model, state, 0, request)
     return state
 
 
@@ -208,8 +218,7 @@ def test_a_step_keeps_its_buffers_where_they_are() -> None:
 
     def addresses() -> dict[str, int]:
         tensors = {name: value for name, value in vars(state).items() if isinstance(value, torch.Tensor)}
-        tables = {"blocks": state.blocks.table, "cross_blocks": state.cross_blocks.table}
-        return {name: tensor.data_ptr() for name, tensor in (tensors | tables).items()}
+        return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
     before = addresses()
     for step in range(40):
@@ -225,6 +234,7 @@ def test_a_released_slot_gives_its_pages_back_and_stays_inert() -> None:
     state.grow(0, 50)
     assert state.pool.free < 64 and state.cross_pool.free == 0
     state.release(0)
+    state.clear(0)
     assert (state.pool.free, state.cross_pool.free) == (64, 1)
     for layer in state.pool.keys + state.pool.values:
         layer.fill_(7)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dia_fast.config import DiaConfig
 from dia_fast.delay import FREE
-from dia_fast.engine import Request, admit, plan
+from dia_fast.engine import Request, place, plan, prefill
 from dia_fast.model import DiaModel
 from dia_fast.state import DecodeState, Sizes
 from tests.checkpoints import tiny_config
@@ -38,11 +38,14 @@ def decoded_logits(model: DiaModel, texts: Sequence[Sequence[int]], rows: Tensor
         model.config, model.ops, Sizes(batch, True, steps + 1, max(map(len, texts)), 64, 64), model.dtype, model.device
     )
     for slot, ids in enumerate(texts):
-        admit(model, state, slot, plan(model.config, Request(ids, max_new_tokens=steps, seed=0)))
-        if prompt:
-            state.grow(slot, prompt)
-            model.prefill(rows[slot, :prompt], state, slot)
+        state.cross_blocks.grow(slot, len(ids))
         state.grow(slot, steps)
+        item = plan(model.config, Request(ids, rows[slot, :prompt], max_new_tokens=steps, seed=0))
+        # The rows of `rows` are the grid itself here, not frames that a delay makes a grid of.
+        item.grid[:prompt] = rows[slot, :prompt]
+        for _ in prefill(model, state, slot, item):
+            pass
+        place(state, slot, item)
     state.row.fill_(prompt)
     state.first_row.fill_(prompt)
     state.end_row.fill_(4 * steps + 99)  # beyond reach: no EOS is forced

@@ -1,0 +1,61 @@
+"""From requests to codes: one engine for a single call, a batch, a stream and a server."""
+
+from collections.abc import Callable, Sequence
+
+from dia_fast.engine.handle import Cancelled, Handle
+from dia_fast.engine.request import Generation, Plan, Request, plan
+from dia_fast.engine.scheduler import MAX_BATCH, Engine, Stats, StepFailed
+from dia_fast.engine.sizing import sizes_for
+from dia_fast.engine.slots import collect, place, prefill
+from dia_fast.engine.stepper import Stepper
+from dia_fast.model import DiaModel
+
+__all__ = [
+    "Cancelled",
+    "Engine",
+    "Generation",
+    "Handle",
+    "Plan",
+    "Request",
+    "Stats",
+    "StepFailed",
+    "Stepper",
+    "collect",
+    "generate",
+    "place",
+    "plan",
+    "prefill",
+]
+
+Progress = Callable[[int], None]
+
+
+def generate(
+    model: DiaModel, requests: Sequence[Request], *, progress: Progress | None = None, engine: Engine | None = None
+) -> list[Generation]:
+    """Speaks all requests as one batch, up to 32 at a time.
+
+    progress: called after every decode step with the number of steps since the start. engine: the one to use, of the
+    same model; by default one that is made for these requests. A request whose prompt and `max_new_tokens` together
+    exceed the model's positions is cut there. Raises InputError, before any work, for a text or a prompt that the model
+    cannot take, and whatever ends one of the requests; the others are cancelled then.
+    """
+    plans = [plan(model.config, request) for request in requests]
+    if not plans:
+        return []
+    if engine is None:
+        engine = Engine(model, sizes=sizes_for(model.config, plans, MAX_BATCH, model.dtype, model.device))
+    handles: list[Handle] = []
+    start = engine.stats.steps
+    try:
+        handles += [engine.submit(request) for request in requests]
+        while not all(handle.done for handle in handles):
+            before = engine.stats.steps
+            engine.step()
+            steps = engine.stats.steps
+            if progress is not None and steps > before:
+                progress(steps - start)
+        return [handle.result() for handle in handles]
+    finally:
+        for handle in handles:
+            handle.cancel()

@@ -1,0 +1,92 @@
+"""What a caller holds of a submitted request."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from dia_fast.delay import undo_delay
+from dia_fast.engine.request import Generation, Request
+from dia_fast.errors import DiaFastError
+
+if TYPE_CHECKING:
+    from dia_fast.engine.scheduler import Engine
+
+Status = Literal["waiting", "running", "done", "failed", "cancelled"]
+
+
+class Cancelled(DiaFastError, RuntimeError):
+    """The request was cancelled before it was done."""
+
+
+class Handle:
+    """A request on its way; made by `Engine.submit`. Safe to use from several threads.
+
+    Whoever waits for a handle, by `result` or `frames`, makes the engine's steps meanwhile, for all requests.
+    """
+
+    def __init__(self, engine: "Engine", request: Request, first: int, streams: bool) -> None:
+        self.request = request
+        self.status: Status = "waiting"
+        self.error: BaseException | None = None
+        self._engine, self._first, self._streams = engine, first, streams
+        self._generation: Generation | None = None
+        self._rows: list[Tensor] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come: `status` is `"done"`, `"failed"` or `"cancelled"`."""
+        return self.status not in ("waiting", "running")
+
+    def cancel(self) -> None:
+        """Ends the request and frees its memory, before the next step. Does nothing to one that is done."""
+        self._engine.cancel(self)
+
+    def result(self) -> Generation:
+        """Waits for the end. Raises Cancelled, or the error that ended the request."""
+        while not self.done:
+            self._engine.step()
+        self._raise_if_lost()
+        assert self._generation is not None
+        return self._generation
+
+    def frames(self) -> Iterator[Tensor]:
+        """The frames as they become complete, `[n, channels]` int64 at a time; together they are `result().frames`.
+
+        The first one is complete `max(delay) + 2` steps after the start. Needs `submit(..., stream=True)`. Raises as
+        `result` does, after the last frame there is.
+        """
+        if not self._streams:
+            raise ValueError("frames: this request does not stream; submit it with stream=True")
+        sent = 0
+        while True:
+            finished = self.done
+            ready = self._ready()
+            if len(ready) > sent:
+                yield ready[sent:]
+                sent = len(ready)
+            if finished:
+                break
+            self._engine.step()
+        self._raise_if_lost()
+
+    def _ready(self) -> Tensor:
+        """The frames that are complete so far."""
+        if self._generation is not None:
+            return self._generation.frames
+        config = self._engine.model.config
+        with self._engine.lock:
+            if not self._rows:
+                return torch.empty(0, config.decoder.num_channels, dtype=torch.int64)
+            self._rows = [torch.cat(self._rows)]
+            return undo_delay(self._rows[0], config.delay_pattern, config.decoder.eos_token_id)[self._first :]
+
+    def _raise_if_lost(self) -> None:
+        if self.status == "cancelled":
+            raise Cancelled("the request was cancelled")
+        if self.error is not None:
+            raise self.error
+
+    def __repr__(self) -> str:
+        return f"Handle({self.status}, {len(self.request.text_ids)} bytes of text)"

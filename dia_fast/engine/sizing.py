@@ -1,0 +1,71 @@
+"""How much memory an engine takes, and what it is spent on."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from dia_fast.config import DiaConfig
+from dia_fast.engine.request import Plan
+from dia_fast.errors import InputError
+from dia_fast.state import Sizes, cross_pages, self_pages
+
+_SHARE_FOR_TEXT = 0.4  # of the memory for pages: what a text of 1024 bytes takes beside 3072 rows of sound
+
+
+def sizes_for_any(
+    config: DiaConfig, max_batch: int, memory: int | None, dtype: torch.dtype, device: torch.device
+) -> Sizes:
+    """Room for `max_batch` requests of any kind, in at most `memory` bytes of pages.
+
+    memory: None is as much as the requests could ever need, but no more than half of what is free. Raises InputError if
+    it does not hold one request of one page.
+    """
+    decoder, encoder = config.decoder, config.encoder
+    grid, text = self_pages(config), cross_pages(config)
+    rows = decoder.max_position_embeddings + 1
+    pages = 2 * max_batch * grid.pages(rows)
+    text_pages = max_batch * text.pages(encoder.max_position_embeddings)
+    limit = free_memory(device) // 2 if memory is None else memory
+    if pages * grid.bytes(dtype) + text_pages * text.bytes(dtype) > limit:
+        text_pages = min(text_pages, int(limit * _SHARE_FOR_TEXT) // text.bytes(dtype))
+        pages = min(pages, (limit - text_pages * text.bytes(dtype)) // grid.bytes(dtype))
+        if pages < 2 or text_pages < 1:
+            least = 2 * grid.bytes(dtype) + int(text.bytes(dtype) / _SHARE_FOR_TEXT)
+            raise InputError(f"memory: {limit} bytes hold no request; give at least {least}, and some hundred MB more")
+    return Sizes(max_batch, True, rows, encoder.max_position_embeddings, pages, text_pages)
+
+
+def sizes_for(
+    config: DiaConfig, plans: Sequence[Plan], max_batch: int, dtype: torch.dtype, device: torch.device
+) -> Sizes:
+    """Room for these requests, the `max_batch` longest of them at once, within half of the free memory."""
+    guided = any(item.guided for item in plans)
+    branches = 2 if guided else 1
+    text = cross_pages(config)
+    longest = sorted((item.end + 1 for item in plans), reverse=True)
+    texts = sorted((len(item.request.text_ids) for item in plans), reverse=True)
+    wanted = Sizes(
+        batch=min(len(plans), max_batch),
+        guided=guided,
+        rows=longest[0],
+        text=texts[0],
+        pages=branches * sum(self_pages(config).pages(rows) for rows in longest[:max_batch]),
+        text_pages=sum(text.pages(length) for length in texts[:max_batch]),
+    )
+    limit = sizes_for_any(config, max_batch, None, dtype, device)
+    least = text.pages(texts[0])
+    return replace(
+        wanted, pages=min(wanted.pages, limit.pages), text_pages=max(min(wanted.text_pages, limit.text_pages), least)
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated there now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, AttributeError, OSError):  # not every system tells
+        return 4 << 30

@@ -1,0 +1,88 @@
+"""Requests in and out of the slots of a `DecodeState`: placing, moving up, parking, collecting."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dia_fast.config import DiaConfig
+from dia_fast.delay import undo_delay
+from dia_fast.engine.request import Generation, Plan
+from dia_fast.engine.run import Parked
+from dia_fast.model import DiaModel
+from dia_fast.state import DecodeState
+
+CHUNK = 128
+"""Rows of an audio prompt that are computed at once. Fixed, and counted from row 0: where a prompt is cut decides the
+last bits of its values, so that must not depend on what else is running."""
+
+
+def prefill(model: DiaModel, state: DecodeState, lane: int, item: Plan) -> Iterator[int]:
+    """Fills a lane with the text and the prompt of a request, piece by piece; yields the cost of each, in rows.
+
+    The pages must be there.
+    """
+    ids = item.request.text_ids
+    model.store_text(ids, state.cross_pool, state.cross_blocks.slots(lane, len(ids)))
+    yield len(ids)
+    known = item.grid[: item.first].to(model.device)
+    for begin in range(0, item.first, CHUNK):
+        rows = known[begin : begin + CHUNK]
+        model.prefill(rows, state, lane, len(ids), guided=item.guided, first=begin)
+        yield len(rows) * (2 if item.guided else 1)
+
+
+def place(state: DecodeState, slot: int, item: Plan) -> None:
+    """Sets a slot to the first step of a request whose lane is filled."""
+    settings = item.request.settings
+    state.text_lengths[slot] = len(item.request.text_ids)
+    state.seed[slot] = item.seed
+    state.guidance_scale[slot] = settings.guidance_scale or 1.0
+    state.temperature[slot] = 0.0 if settings.greedy else settings.temperature
+    state.top_k[slot] = settings.top_k or 0
+    state.top_p[slot] = settings.top_p
+    known = item.grid.to(state.codes.device)
+    state.codes[slot, : item.first] = known[: item.first]
+    state.forced[slot] = known[item.first :]
+    state.first_row[slot], state.end_row[slot] = item.first, item.end
+    state.eos_row[slot], state.finished[slot] = -1, 0
+    state.row[slot] = item.first
+
+
+def collect(config: DiaConfig, state: DecodeState, slot: int, item: Plan) -> Generation:
+    """What a slot has produced so far. Waits for the device."""
+    delay, eos = config.delay_pattern, config.decoder.eos_token_id
+    rows = state.codes[slot, : int(state.row[slot])].clone().cpu()
+    ended = int(state.eos_row[slot])
+    truncated = ended < 0 or ended + max(delay) >= item.end
+    return Generation(undo_delay(rows, delay, eos)[item.first :], rows, item.seed, truncated)
+
+
+def park(state: DecodeState, slot: int, lane: int, guided: bool) -> Parked:
+    """Copies a slot and its lane's self-attention pages to the host, and gives those pages back."""
+    owners = state.owners(lane, guided)
+    places = [state.blocks.pages(owner).to(state.table.device) for owner in owners]
+    layers = zip(state.pool.keys, state.pool.values, strict=True)
+    pages = [[(keys[place].cpu(), values[place].cpu()) for place in places] for keys, values in layers]
+    saved = state.save(slot)
+    state.release_grid(lane)
+    return Parked(saved, pages)
+
+
+def unpark(state: DecodeState, slot: int, lane: int, guided: bool, parked: Parked) -> None:
+    """Puts back what `park` took, into any slot and any pages. Raises OutOfPages, with nothing taken."""
+    held = parked.pages[0][0][0].shape[0]
+    state.grow(lane, held * state.pool.shape.page_size, guided)
+    for owner, index in zip(state.owners(lane, guided), range(2), strict=False):
+        place = state.blocks.pages(owner).to(state.table.device)
+        for keys, values, layer in zip(state.pool.keys, state.pool.values, parked.pages, strict=True):
+            keys[place], values[place] = (tensor.to(keys.device) for tensor in layer[index])
+    state.load(slot, parked.slot)
+
+
+def clear_pages(state: DecodeState, owner: int, first: int) -> None:
+    """Sets an owner's pages from the `first` on to zero, so that reading them before they are written is harmless."""
+    place: Tensor = state.blocks.pages(owner)[first:].to(state.table.device)
+    with torch.inference_mode():
+        for keys, values in zip(state.pool.keys, state.pool.values, strict=True):
+            keys[place], values[place] = 0, 0

@@ -1,0 +1,95 @@
+"""One decode step of as many slots as are in use: on which buffers, and on a GPU by which captured graph."""
+
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
+
+import torch
+
+from dia_fast.model import DiaModel
+from dia_fast.state import DecodeState
+
+Capture: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
+"""Takes a step that has been called before on the same buffers, returns what repeats its launches."""
+
+BUCKETS = (1, 2, 4, 8, 16, 32)
+"""Batch sizes that a graph is captured for; a batch between two of them runs in the larger one, padded."""
+
+
+class Stepper:
+    """Runs decode steps of one `DecodeState`.
+
+    capture: makes a graph of a step, once for each bucket and with and without guidance; None runs every step launch by
+    launch. Without it every batch size is its own bucket, since padding would only cost.
+    """
+
+    def __init__(self, model: DiaModel, state: DecodeState, capture: Capture | None = None) -> None:
+        self.model, self.state, self.capture = model, state, capture
+        sizes = range(1, state.batch + 1)
+        self.buckets: Sequence[int] = sizes if capture is None else _up_to(state.batch)
+        self._views: dict[tuple[int, bool], DecodeState] = {}
+        self._replays: dict[tuple[int, bool], Callable[[], None]] = {}
+
+    def view(self, count: int, guided: bool) -> DecodeState:
+        """The buffers for `count` slots: those of the smallest bucket that holds them, the same ones every time."""
+        key = self.buckets[bisect_left(self.buckets, count)], guided
+        if key not in self._views:
+            self._views[key] = self.state.view(*key)
+        return self._views[key]
+
+    def warm_up(self) -> None:
+        """Captures a graph for every bucket. Call it while no slot is in use: the steps of a capture then do nothing.
+
+        If a capture fails a warning says why, and steps run launch by launch from then on: slower, with equal results.
+        """
+        if self.capture is None:
+            return
+        for guided in (True, False) if self.state.guided else (False,):
+            for count in self.buckets:
+                view = self.view(count, guided)
+                view.show([])
+                try:
+                    self._replays[count, guided] = self.capture(partial(self.model.decode_step, view))
+                except Exception as error:
+                    warnings.warn(
+                        f"the decode step for {count} requests could not be captured as a graph "
+                        f"({type(error).__name__}: {error}); steps run launch by launch instead, which is slower",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+                    self.capture = None
+                    self._replays.clear()
+                    return
+
+    def __call__(self, view: DecodeState) -> None:
+        """One step of a view that `view` returned."""
+        replay = self._replays.get((view.batch, view.guided))
+        if replay is None:
+            self.model.decode_step(view)
+        else:
+            replay()
+
+
+class CudaGraphs:
+    """Captures steps as CUDA graphs, all of them in one memory pool. For the current device."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()  # compiles and loads the kernels, which a capture cannot
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            step()
+        return graph.replay
+
+
+def _up_to(batch: int) -> list[int]:
+    """The buckets for at most `batch` slots, `batch` itself the last."""
+    return [size for size in BUCKETS if size < batch] + [batch]
