@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _MOST_ROWS = 128  # of one call; more are multiplied in several
+_MAPPED = 10 << 20  # float32 elements that malloc always maps by themselves: freed, they leave no hole in the heap
 _TOP = 15  # a packed weight's largest magnitude is in [2^14, 2^15); fp16 ends just below 2^16
 
 
@@ -29,7 +30,8 @@ class PackedWeight:
         self.shape = weight.shape
         # What is below 2^-105 throughout keeps a power whose inverse float32 can hold.
         self._scale = 2.0 ** max(math.frexp(largest)[1] - _TOP, -120)
-        wide = torch.empty(weight.shape).copy_(weight).mul_(1 / self._scale)
+        scratch = torch.empty(max(weight.numel(), _MAPPED))
+        wide = scratch[: weight.numel()].view(weight.shape).copy_(weight).mul_(1 / self._scale)
         self._packed: Any = torch.ops.quantized.linear_prepack_fp16(wide, None)
 
     def linear(self, x: Tensor) -> Tensor:
