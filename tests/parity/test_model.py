@@ -153,7 +153,13 @@ def test_low_precision_is_no_worse_than_theirs(dtype: torch.dtype) -> None:
     whole = model.forward_logits(texts, rows)
     assert whole[1] is not None
     error = rms(low - exact)
-    for name, logits in (("sequence", torch.cat((whole[0], whole[1]))), ("steps", decoded_logits(model, texts, rows))):
+    results = {"sequence": torch.cat((whole[0], whole[1])), "steps": decoded_logits(model, texts, rows)}
+    if model.pack().packed:
+        whole = model.forward_logits(texts, rows)
+        assert whole[1] is not None
+        results["packed sequence"] = torch.cat((whole[0], whole[1]))
+        results["packed steps"] = decoded_logits(model, texts, rows)
+    for name, logits in results.items():
         ratio = rms(logits - exact) / error
         print(f"{dtype} {name}: {ratio:.3f} of transformers' error, {error / rms(exact):.2e} of the logits")
         assert ratio <= 1
