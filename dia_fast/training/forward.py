@@ -5,6 +5,7 @@ Attention and matrix products are torch's; RMSNorm, RoPE, GLU and the heads with
 gradients arrive in their own dtype.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -178,8 +179,14 @@ class _Rotation:
     """
 
     def __init__(self, config: EncoderConfig | DecoderConfig, x: Tensor) -> None:
-        self.cos, self.sin = rope_table(config, x.device)
+        self.cos, self.sin = _rope_table(config, x.device)
         self.positions = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).repeat(x.shape[0])
+
+
+@functools.lru_cache(maxsize=8)
+def _rope_table(config: EncoderConfig | DecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # else a first use in inference mode would make tables that cannot be saved
+        return rope_table(config, device)
 
 
 def _causal_mask(mask: Tensor) -> tuple[Tensor | None, bool]:

@@ -1,0 +1,247 @@
+"""Recordings and what is said in them: found, checked, turned into codes once, and put into an order.
+
+Codes are kept on disk under the SHA-256 of the audio file and of the codec's weights, so that neither a second run nor
+a renamed file is encoded again, and a changed one is.
+"""
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dia_fast.audio import FORMATS, load_audio
+from dia_fast.codec import Codec
+from dia_fast.config import DiaConfig
+from dia_fast.errors import InputError
+from dia_fast.files import replacing
+from dia_fast.text import TextWarning, encode_text, text_warnings
+from dia_fast.training.batch import Example, check_example, longest_speech
+
+SHOWN = 3  # sentences about data before "and n more"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """An audio file and its transcript. where: what to call it in a message."""
+
+    audio: Path
+    text: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples to learn from. digest: of all audio, texts and the codec; equal data have equal digests."""
+
+    examples: list[Example]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def default_cache() -> Path:
+    """Where codes are kept if nobody says otherwise: `dia-fast/codes` in the user's folder for caches."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "dia-fast" / "codes"
+
+
+def read_recordings(source: str | os.PathLike[str]) -> list[Recording]:
+    """The recordings of a folder or of a JSONL file, in a fixed order.
+
+    A folder: audio files at any depth (.wav, .flac, .ogg, .mp3), the transcript of `a.wav` beside it in `a.txt`. A
+    JSONL file: one object a line with `audio`, a path relative to the file, and `text`.
+    Raises InputError for a missing transcript, a line that is not such an object, or nothing at all.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = _read_folder(path)
+    elif path.is_file():
+        found = _read_lines(path)
+    else:
+        raise InputError(f"{path}: no such file or folder; training needs a folder of audio and texts, or a JSONL file")
+    if not found:
+        raise InputError(f"{path}: nothing to train on: {_hint(path)}")
+    return found
+
+
+def load_dataset(
+    recordings: Sequence[Recording],
+    config: DiaConfig,
+    codec: Codec,
+    cache: Path,
+    *,
+    skip_bad: bool = False,
+    hidden: bool = False,
+) -> Dataset:
+    """Checks and encodes recordings. Raises InputError naming the first that cannot be used, and why.
+
+    skip_bad: leave such recordings out with a warning; only if all are bad it is an error. hidden: no progress bar.
+    """
+    store = CodeStore(cache, codec)
+    examples, digest, bad, doubts = [], hashlib.sha256(store.codec_key.encode()), [], []
+    for recording in tqdm(recordings, desc="codes", unit="file", disable=hidden, leave=False, dynamic_ncols=True):
+        try:
+            example, key = _load(recording, config, store)
+        except InputError as error:
+            if not skip_bad:
+                raise InputError(f"{recording.where}: {error}") from None
+            bad.append(f"{recording.where}: {error}")
+            continue
+        doubts += [f"{recording.where}: {doubt}" for doubt in text_warnings(recording.text)]
+        digest.update(f"{key} {len(recording.text)} {recording.text}".encode())
+        examples.append(example)
+    _warn("left out", bad)
+    _warn("transcripts", doubts)
+    if not examples:
+        raise InputError(f"nothing to train on: all {len(recordings)} recordings are unusable; the first is {bad[0]}")
+    return Dataset(examples, digest.hexdigest())
+
+
+def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Divides into `(training, held out)`: at least one example is held out unless share is 0 or there is only one."""
+    count = 0 if share == 0 or len(dataset) < 2 else min(max(1, round(share * len(dataset))), len(dataset) - 1)
+    order = permutation(len(dataset), seed, "held out")
+    held_out = set(order[:count])
+    return (
+        Dataset([example for i, example in enumerate(dataset.examples) if i not in held_out], dataset.digest),
+        Dataset([dataset.examples[i] for i in sorted(held_out)], dataset.digest),
+    )
+
+
+def drawn(count: int, first: int, last: int, seed: int) -> list[int]:
+    """Draws `first` to `last` (exclusive) of an endless sequence over `count` examples, shuffled anew in each epoch.
+
+    A pure function of its arguments: a run that is resumed draws on as if nothing had happened.
+    """
+    orders = {epoch: permutation(count, seed, f"epoch {epoch}") for epoch in range(first // count, -(-last // count))}
+    return [orders[draw // count][draw % count] for draw in range(first, last)]
+
+
+def permutation(count: int, seed: int, purpose: str) -> list[int]:
+    """`range(count)` shuffled, the same way for the same seed and purpose."""
+    return torch.randperm(count, generator=generator(seed, purpose)).tolist()
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """Random numbers of their own for every seed and purpose, on the CPU."""
+    digest = hashlib.sha256(f"{seed} {purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+class CodeStore:
+    """Codes of audio files on disk, one small file each, that are read again instead of encoding again."""
+
+    def __init__(self, folder: Path, codec: Codec) -> None:
+        self.folder, self.codec, self.codec_key = folder, codec, _codec_key(codec)
+
+    def codes(self, audio: Path, max_seconds: float) -> tuple[Tensor, str]:
+        """`(codes [frames, channels] int16, key of their content)`. Raises InputError as `load_audio` does."""
+        try:
+            key = hashlib.sha256(audio.read_bytes()).hexdigest() if audio.is_file() else ""
+        except OSError as error:
+            raise InputError(f"{audio}: cannot be read: {error.strerror or error}") from error
+        path = self.folder / self.codec_key[:16] / f"{key}.npy"
+        stored = self._read(path) if key else None
+        if stored is None:
+            samples = load_audio(audio, self.codec.sample_rate, max_seconds=max_seconds)
+            stored = self.codec.encode(samples).cpu().numpy().astype(np.int16)
+            self._write(path, stored)
+        return torch.from_numpy(stored), key
+
+    def _read(self, path: Path) -> Any:
+        try:
+            codes = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None  # not there, or damaged: encoded again
+        sound = codes.ndim == 2 and codes.dtype == np.int16 and codes.shape[1] == self.codec.num_codebooks
+        return codes if sound and len(codes) else None
+
+    def _write(self, path: Path, codes: Any) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot keep codes in {path.parent}: {error.strerror}; choose another folder") from error
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, codes)
+
+
+def _load(recording: Recording, config: DiaConfig, store: CodeStore) -> tuple[Example, str]:
+    limit = config.encoder.max_position_embeddings
+    text = encode_text(recording.text, max_length=limit + 1)
+    if len(text) > limit:
+        raise InputError(f"the transcript has more than the {limit} bytes that the model reads: split the recording")
+    longest = longest_speech(config)
+    seconds = longest * store.codec.hop_length / store.codec.sample_rate
+    codes, key = store.codes(recording.audio, seconds)
+    example = Example(text, codes)
+    check_example(example, config)
+    return example, key
+
+
+def _read_folder(folder: Path) -> list[Recording]:
+    found = []
+    for audio in sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS and path.is_file()):
+        transcript = audio.with_suffix(".txt")
+        if not transcript.is_file():
+            raise InputError(f"{audio} has no transcript: write what is said in it to {transcript}")
+        try:
+            text = transcript.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{transcript}: cannot be read as UTF-8 text: {error}") from error
+        found.append(Recording(audio, text, str(audio)))
+    return found
+
+
+def _read_lines(path: Path) -> list[Recording]:
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f'{where}: not JSON ({error}); expected {{"audio": "a.wav", "text": "[S1] ..."}}'
+            ) from None
+        for name in ("audio", "text"):
+            if not isinstance(entry, dict) or not isinstance(entry.get(name), str) or not entry[name].strip():
+                raise InputError(f'{where}: no "{name}"; expected {{"audio": "a.wav", "text": "[S1] ..."}}')
+        found.append(Recording(path.parent / Path(entry["audio"]).expanduser(), entry["text"].strip(), where))
+    return found
+
+
+def _hint(path: Path) -> str:
+    if path.is_dir():
+        return f"the folder holds no {', '.join(FORMATS)}"
+    return 'the file is empty; each line is to be {"audio": "a.wav", "text": "[S1] ..."}'
+
+
+def _codec_key(codec: Codec) -> str:
+    """The SHA-256 of a codec: configuration and weights."""
+    digest = hashlib.sha256(repr((codec.config, codec.dtype)).encode())
+    for name, tensor in sorted(codec.network.tensors().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _warn(about: str, sentences: list[str]) -> None:
+    if sentences:
+        more = f"; and {len(sentences) - SHOWN} more" if len(sentences) > SHOWN else ""
+        warnings.warn(f"{about}: {'; '.join(sentences[:SHOWN])}{more}", TextWarning, stacklevel=3)

@@ -1,0 +1,143 @@
+"""`finetune`: from a checkpoint and recordings to a checkpoint; what `dia-fast train` does."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dia_fast.checkpoint import Checkpoint, open_checkpoint
+from dia_fast.codec import Codec, load_codec
+from dia_fast.convert import write_checkpoint
+from dia_fast.errors import CheckpointError, InputError
+from dia_fast.placement import choose_device
+from dia_fast.training.data import Dataset, Recording, default_cache, load_dataset, read_recordings, split
+from dia_fast.training.lora import save_adapters
+from dia_fast.training.plot import plot_losses
+from dia_fast.training.run import Run
+from dia_fast.training.settings import TrainSettings
+from dia_fast.training.trainer import Trainer, train_steps
+
+PLOT_SECONDS = 60.0  # between pictures of the loss during a run
+
+
+def finetune(
+    output: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    cache: str | os.PathLike[str] | None = None,
+    offline: bool = False,
+    quiet: bool = True,
+    report: Callable[[dict[str, Any]], None] = lambda line: None,
+) -> Path:
+    """Trains and writes `output/model`, a checkpoint in the layout of transformers; returns its path.
+
+    output: a new folder, or with `resume` that of a run that was interrupted. settings: fields of `TrainSettings`;
+    when resuming only those that are to be checked, or changed where that changes no result. device, backend: see
+    `Dia.from_pretrained`. cache: the folder of codes (default: `data.default_cache`). offline: use only what has been
+    downloaded before. quiet: no progress bar while audio is encoded. report: called with each line of the log.
+    Raises InputError and CheckpointError for what cannot be used, KeyboardInterrupt when it was asked to stop, with a
+    state saved from which `resume` goes on to the same end.
+    """
+    folder, place = Path(output).expanduser(), choose_device(device)
+    named = _absolute(settings)
+    run = Run.reopen(folder, named) if resume else Run.create(folder, TrainSettings.from_dict(named))
+    if run.model.is_dir():
+        return run.model
+    chosen = run.settings
+    checkpoint = open_checkpoint(chosen.model, local_files_only=offline)
+    store = default_cache() if cache is None else Path(cache).expanduser()
+    training, held_out = _datasets(chosen, checkpoint, place, store, offline, quiet)
+    trainer = Trainer(checkpoint, chosen, place, backend)
+    run.begin(f"{training.digest} {held_out.digest}")
+
+    drawn = time.monotonic()
+
+    def look(line: dict[str, Any]) -> None:
+        nonlocal drawn
+        if time.monotonic() - drawn > PLOT_SECONDS:
+            plot_losses(run.lines(), folder / "loss.png")
+            drawn = time.monotonic()
+        report(line)
+
+    try:
+        train_steps(trainer, run, training, held_out, look)
+    finally:
+        run.close()
+        plot_losses(run.lines(), folder / "loss.png")
+    return _write(trainer, run, checkpoint)
+
+
+def _datasets(
+    settings: TrainSettings, checkpoint: Checkpoint, device: torch.device, cache: Path, offline: bool, quiet: bool
+) -> tuple[Dataset, Dataset]:
+    """`(training, held out)`. Texts and paths are looked at before the codec is loaded, which may be a download."""
+    recordings = read_recordings(settings.data)
+    others = [] if settings.eval_data is None else read_recordings(settings.eval_data)
+    codec = load_codec(settings.codec, device, local_files_only=offline)
+    _check_codec(codec, checkpoint)
+
+    def load(found: list[Recording]) -> Dataset:
+        return load_dataset(found, checkpoint.config, codec, cache, skip_bad=settings.skip_bad, hidden=quiet)
+
+    dataset = load(recordings)
+    return (dataset, load(others)) if others else split(dataset, settings.eval_share, settings.seed)
+
+
+def _write(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> Path:
+    """The finished model, its weights in the dtype of the checkpoint it began with; before it, adapters if any."""
+    if trainer.adapters:
+        _write_adapters(trainer, run.folder / "adapter", checkpoint.source)
+    dtypes = {name: checkpoint.stored_dtype(name) for name in dict(trainer.model.named_parameters())}
+
+    def fetch(name: str) -> Tensor:
+        if name in trainer.trained:
+            return trainer.trained[name].detach().to("cpu", dtypes[name])
+        weight = checkpoint.load_packed(name, dtypes[name])
+        adapter = trainer.adapters.get(name)
+        return weight if adapter is None else adapter.merged(weight)
+
+    return write_checkpoint(run.model, checkpoint.config, dtypes, fetch)
+
+
+def _write_adapters(trainer: Trainer, folder: Path, base: str) -> None:
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=".adapter.", suffix=".partial", dir=folder.parent))
+        try:
+            save_adapters(partial / "adapter", trainer.config, trainer.adapters, base)
+            if folder.exists():
+                shutil.rmtree(folder)  # of a run that was killed before its model was written
+            (partial / "adapter").rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def _check_codec(codec: Codec, checkpoint: Checkpoint) -> None:
+    decoder = checkpoint.config.decoder
+    if codec.num_codebooks != decoder.num_channels or codec.codebook_size > decoder.eos_token_id:
+        raise CheckpointError(
+            f"the codec has {codec.num_codebooks} codebooks of {codec.codebook_size} codes, and the model speaks "
+            f"{decoder.num_channels} channels of {decoder.eos_token_id}: they do not belong together"
+        )
+
+
+def _absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths as they are from anywhere, so that a run can be resumed from another folder; Hub names stay."""
+    found = dict(settings)
+    for name in ("model", "codec", "data", "eval_data"):
+        if isinstance(found.get(name), str | os.PathLike):
+            path = Path(os.path.expanduser(found[name]))
+            with contextlib.suppress(OSError):
+                found[name] = str(path.resolve()) if path.exists() else os.fspath(found[name])
+    return found

@@ -1,0 +1,158 @@
+"""A run on disk: what it was started with, its log, and states from which it goes on exactly where it was.
+
+    run.json                  settings and a digest of the data
+    log.jsonl                 one line per step and per evaluation
+    loss.png                  the same as a picture, where matplotlib is installed
+    states/step-00000100.pt   trained weights and the optimizer's moments
+    model/                    at the end: the checkpoint, in the layout of transformers
+    adapter/                  at the end of a LoRA run: the adapters, in the layout of PEFT
+
+Every file appears complete or not at all. A state is written after the log lines that lead to it have reached the disk,
+so a run that was killed has at worst too many lines: they are cut off when it goes on.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from dia_fast.errors import InputError
+from dia_fast.files import replacing
+from dia_fast.training.settings import FREE, TrainSettings
+
+_STATE = re.compile(r"step-(\d{8,})\.pt")
+
+
+class Run:
+    """The folder of a run. `create` begins one, `reopen` goes on with one."""
+
+    def __init__(self, folder: Path, settings: TrainSettings, digest: str | None) -> None:
+        self.folder, self.settings, self.digest = folder, settings, digest
+        self._log: TextIO | None = None
+
+    @classmethod
+    def create(cls, folder: Path, settings: TrainSettings) -> "Run":
+        """A new run in a new or empty folder. Raises InputError if there is something in it."""
+        if (folder / "run.json").is_file():
+            last = cls.reopen(folder, {}).last_step
+            raise InputError(
+                f"{folder} holds a run already, saved at step {last}: go on with it by --resume, or name another folder"
+            )
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is not an empty folder; name a new one, nothing is overwritten")
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise InputError(f"cannot write to {folder}: {existing} is not a folder that can be written to")
+        return cls(folder, settings, None)
+
+    @classmethod
+    def reopen(cls, folder: Path, given: Mapping[str, Any]) -> "Run":
+        """An existing run. given: settings that the caller names again.
+
+        Raises InputError if there is none, or if a setting that decides the result differs from that of the run.
+        """
+        path = folder / "run.json"
+        if not path.is_file():
+            raise InputError(f"{folder} holds no run to resume: it has no run.json")
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            before, digest = TrainSettings.from_dict(stored["settings"]), stored["data"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged, the run cannot be resumed: {error}") from error
+        settings = TrainSettings.from_dict(before.to_dict() | dict(given))
+        for name, value in settings.to_dict().items():
+            if name not in FREE and value != (old := before.to_dict()[name]):
+                raise InputError(
+                    f"cannot resume with another {name}: the run in {folder} was started with {old!r}, now it is "
+                    f"{value!r}. Leave it out, or start a new run in another folder"
+                )
+        return cls(folder, settings, digest)
+
+    @property
+    def last_step(self) -> int:
+        """The step of the newest state, 0 if there is none."""
+        return max(self._states(), default=0)
+
+    @property
+    def model(self) -> Path:
+        """Where the finished checkpoint goes."""
+        return self.folder / "model"
+
+    def begin(self, digest: str) -> None:
+        """Fixes the data of a new run, or checks that they are still the same; removes what a killed run left.
+
+        Raises InputError if the data have changed, or if the folder cannot be written.
+        """
+        if self.digest is not None and digest != self.digest:
+            raise InputError(
+                f"the data changed since the run in {self.folder} began (other audio, texts or codec): it cannot go "
+                "on exactly. Restore them, or start a new run in another folder"
+            )
+        try:
+            (self.folder / "states").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to {self.folder}: {error.strerror}") from error
+        for left in (*self.folder.glob(".*.part*"), *self.folder.glob("states/.*.part")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        with replacing(self.folder / "run.json") as temporary:
+            stored = {"settings": self.settings.to_dict(), "data": digest}
+            temporary.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        step = self.last_step
+        kept = [line for line in self.lines() if line["step"] <= step] if step else []
+        with replacing(self.folder / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Appends one line, after `begin`."""
+        assert self._log is not None
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """The lines of the log; a last one that was cut off in the middle is left out."""
+        path = self.folder / "log.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+    def save(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+        """Writes the state after a step and removes the oldest ones beyond `settings.keep`."""
+        if self._log is not None:
+            os.fsync(self._log.fileno())
+        with replacing(self._path(step)) as temporary:
+            try:
+                torch.save({"step": step, "weights": dict(weights), "optimizer": dict(optimizer)}, temporary)
+            except RuntimeError as error:  # what torch raises when the disk is full
+                raise InputError(f"cannot write {self._path(step)}: {error}") from error
+        for old in sorted(self._states())[: -self.settings.keep]:
+            self._path(old).unlink()
+
+    def load(self, step: int) -> dict[str, Any]:
+        """What `save` wrote, on the CPU. Raises InputError if the file is damaged."""
+        path = self._path(step)
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch has no error class of its own for a damaged file
+            raise InputError(f"{path} is damaged ({error}); delete it to go on from the state before it") from error
+        return state
+
+    def close(self) -> None:
+        """Closes the log."""
+        if self._log is not None:
+            self._log.close()
+
+    def _states(self) -> list[int]:
+        found = (_STATE.fullmatch(path.name) for path in self.folder.glob("states/*.pt"))
+        return [int(match[1]) for match in found if match]
+
+    def _path(self, step: int) -> Path:
+        return self.folder / "states" / f"step-{step:08}.pt"

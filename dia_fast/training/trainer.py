@@ -1,0 +1,236 @@
+"""The loop: steps of AdamW over a data set, evaluated, logged and saved so that a kill loses nothing but time."""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dia_fast.checkpoint import Checkpoint
+from dia_fast.errors import InputError
+from dia_fast.model import DiaModel
+from dia_fast.placement import DTYPES
+from dia_fast.training.batch import Batch, Example, build_batch, drop_conditions
+from dia_fast.training.data import Dataset, drawn, generator
+from dia_fast.training.forward import batch_loss
+from dia_fast.training.lora import LoRA, make_adapters
+from dia_fast.training.run import Run
+from dia_fast.training.settings import TrainSettings
+from dia_kernels import get_ops
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Trainer:
+    """A model in training: its trained weights, its optimizer, and steps over data.
+
+    Everything random follows from the seed and the number of the step alone, so that the state of a run is the trained
+    weights and the optimizer's moments, and nothing else.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, settings: TrainSettings, device: torch.device, backend: str = "auto"
+    ) -> None:
+        """Loads the checkpoint onto the device: float32 if its weights are trained, else in the settings' dtype."""
+        self.settings, self.device, self.config = settings, device, checkpoint.config
+        self.dtype = DTYPES[settings.dtype]
+        try:
+            ops = get_ops(backend, device)
+        except (ValueError, TypeError) as error:
+            raise InputError(str(error)) from error
+        held = self.dtype if settings.lora_rank else torch.float32
+        self.model = DiaModel(checkpoint.config, ops).load(checkpoint.load(held, device))
+        self.adapters: dict[str, LoRA] = {}
+        if settings.lora_rank:
+            alpha = 2.0 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
+            made = make_adapters(self.config, settings.lora_targets, settings.lora_rank, alpha, settings.seed)
+            self.adapters = {name: adapter.to(device) for name, adapter in made.items()}
+        else:
+            self.model.requires_grad_(True)
+        channels = self.config.decoder.num_channels
+        weights = settings.channel_weights or (1.0,) * channels
+        if len(weights) != channels:
+            raise InputError(f"channel_weights has {len(weights)} numbers; the model has {channels} channels")
+        self.channel_weights = torch.tensor(weights, device=device)
+        self.trained = self._trained()
+        self.optimizer = self._optimizer()
+
+    def step(self, number: int, dataset: Dataset) -> dict[str, Any]:
+        """Takes one step, counted from 1; returns its line of the log. Raises InputError if the loss is not finite."""
+        settings, started = self.settings, time.perf_counter()
+        rate = settings.rate(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batches = [batch.to(self.device) for batch in self._batches(number, dataset.examples)]
+        weight = sum((batch.counts() * self.channel_weights).sum() for batch in batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = sums = counts = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self._loss(batch)
+            (loss.total / weight).backward()
+            total, sums, counts = total + loss.total.detach(), sums + loss.sums, counts + loss.counts
+        limit = settings.clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
+        mean = float(total / weight)
+        if not (torch.isfinite(norm) and math.isfinite(mean)):
+            raise InputError(
+                f"training diverged at step {number}: the loss is {mean}, the norm of its gradient {float(norm)}. "
+                "Lower the learning rate, or lengthen the warm-up"
+            )
+        self.optimizer.step()
+        return {
+            "step": number,
+            "loss": mean,
+            "channels": (sums / counts.clamp(min=1)).tolist(),
+            "rate": rate,
+            "norm": float(norm),
+            "labels": int(counts.sum()),
+            "seconds": round(time.perf_counter() - started, 4),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, number: int, dataset: Dataset) -> dict[str, Any]:
+        """The loss on held-out examples, with their texts; the line of the log after step `number`."""
+        total = weight = sums = counts = torch.zeros((), device=self.device)
+        for examples in _alike(dataset.examples, self.settings.batch_size):
+            loss = self._loss(build_batch(examples, self.config).to(self.device))
+            total, weight = total + loss.total, weight + loss.weight
+            sums, counts = sums + loss.sums, counts + loss.counts
+        return {
+            "step": number,
+            "eval_loss": float(total / weight),
+            "eval_channels": (sums / counts.clamp(min=1)).tolist(),
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """`(trained weights by name, the optimizer's state)`, the tensors themselves, not copies."""
+        return {name: tensor.detach() for name, tensor in self.trained.items()}, self.optimizer.state_dict()
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+        """Takes up a state. Raises InputError if it is of another model."""
+        shapes = {name: tensor.shape for name, tensor in self.trained.items()}
+        if shapes != {name: tensor.shape for name, tensor in weights.items()}:
+            raise InputError("the saved state is of another model: it has other weights")
+        for name, tensor in self.trained.items():
+            tensor.copy_(weights[name])
+        self.optimizer.load_state_dict(optimizer)
+
+    def _loss(self, batch: Batch) -> Any:
+        return batch_loss(
+            self.model,
+            batch,
+            dtype=self.dtype,
+            channel_weights=self.channel_weights,
+            adapters=self.adapters,
+            recompute=self.settings.recompute,
+        )
+
+    def _batches(self, number: int, examples: Sequence[Example]) -> Iterator[Batch]:
+        """The batches of a step: its examples, those of like length together, some without their text."""
+        settings = self.settings
+        size = settings.batch_size * settings.accumulate
+        chosen = [examples[i] for i in drawn(len(examples), (number - 1) * size, number * size, settings.seed)]
+        draws = generator(settings.seed, f"texts of step {number}")
+        for part in _alike(chosen, settings.batch_size):
+            yield drop_conditions(build_batch(part, self.config), settings.drop_text, draws)
+
+    def _trained(self) -> dict[str, Tensor]:
+        if not self.adapters:
+            return dict(self.model.named_parameters())
+        return {f"{name}.{part}": getattr(self.adapters[name], part) for name in self.adapters for part in "ab"}
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        """Weight decay pulls at matrices; not at norms, nor at embeddings, of which most rows rest in most steps."""
+        free = [name for name, tensor in self.trained.items() if tensor.ndim < 2 or name.endswith(".embedding")]
+        groups = [
+            {
+                "params": [t for n, t in self.trained.items() if n not in free],
+                "weight_decay": self.settings.weight_decay,
+            },
+            {"params": [self.trained[name] for name in free], "weight_decay": 0.0},
+        ]
+        betas = self.settings.beta1, self.settings.beta2
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas)
+
+
+def train_steps(
+    trainer: Trainer, run: Run, training: Dataset, held_out: Dataset, report: Report = lambda line: None
+) -> None:
+    """Takes the steps that are left of a run, logs, evaluates and saves.
+
+    report: called with every line of the log. Ctrl-C and SIGTERM end it after the current step with a saved state and
+    KeyboardInterrupt; a second Ctrl-C ends it at once.
+    """
+    settings, first = run.settings, run.last_step
+    if first:
+        state = run.load(first)
+        trainer.restore(state["weights"], state["optimizer"])
+
+    def log(line: dict[str, Any]) -> None:
+        run.log(line)
+        report(line)
+
+    with _deterministic(trainer.device), _stopping() as stopped:
+        if not first and held_out.examples:
+            log(trainer.evaluate(0, held_out))
+        for number in range(first + 1, settings.steps + 1):
+            log(trainer.step(number, training))
+            last = number == settings.steps
+            if held_out.examples and (last or number % settings.eval_every == 0):
+                log(trainer.evaluate(number, held_out))
+            if last or number % settings.save_every == 0 or stopped():
+                run.save(number, *trainer.state())
+            if stopped() and not last:
+                raise KeyboardInterrupt
+
+
+def _alike(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Groups of at most `size`, of similar length each: less padding."""
+    ordered = sorted(examples, key=lambda example: len(example.codes))
+    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into an answer to the function it yields; the second Ctrl-C works as ever."""
+    asked: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield lambda: False
+        return
+    before = {kind: signal.signal(kind, remember) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Asks torch for kernels on a GPU that give the same bits every time, where it has such; a CPU's do anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("once", message=".*does not have a deterministic implementation.*")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
