@@ -242,13 +242,17 @@ def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int
     if config["USE_PDL"]:
         config |= {"launch_pdl": 1}
     block_n, depth = 16, 4
-    if dtype == torch.float32:
+    if dtype == torch.float32 and config["AMD"]:
         depth = 1 if block_r >= 32 else 2
+    elif dtype == torch.float32:  # a thread multiplies by all columns of a step at once: half as many spill nothing
+        config["CHUNKS"] = 1
+        block_n, depth = {32: (16, 4), 64: (8, 2)}.get(block_r, (16, 8))
     elif normed and config["AMD"]:
         block_n = 16 if config["K_LANES"] == 2 else 64 if block_r == 32 else 32
         depth = 4 if block_r == 16 and config["K_LANES"] == 4 else 2
-    elif normed and dtype == torch.float16 and block_r >= 32:
-        block_n, depth = 32, 64 // block_r  # it normalises every row in every program: the fewer programs the better
+    elif normed and (block_r == 32 or (block_r == 64 and dtype == torch.float16)):
+        # Every program forms x * norm, in fp16 with the scale, for all rows: the fewer programs the fewer instructions.
+        block_n, depth = 32, 64 // block_r
     elif normed and block_r == 64:
         depth = 2
     return config | {"BLOCK_R": block_r, "BLOCK_N": block_n, "DEPTH": depth}
