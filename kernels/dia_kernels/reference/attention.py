@@ -22,20 +22,46 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _gather(pages: Tensor, block_table: Tensor, length: int) -> Tensor:
-    """`[kv_heads, length, head_dim]`: the first `length` tokens of one sequence."""
+    """`[kv_heads, length, head_dim]` in float32: the first `length` tokens of one sequence, and no more than those.
+
+    Whole pages are picked first: that is a copy of memory, which is several times faster than picking their heads.
+    """
     size = pages.shape[2]
-    used = pages.transpose(0, 1)[:, block_table[: -(-length // size)].long()]
-    return used.reshape(pages.shape[1], -1, pages.shape[3])[:, :length]
+    used = pages.index_select(0, block_table[: -(-length // size)])
+    wide = used.new_empty(used.transpose(0, 1).shape, dtype=_wide(pages.dtype)).copy_(used.transpose(0, 1))
+    return wide.view(pages.shape[1], -1, pages.shape[3])[:, :length]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """q: `[heads, n, head_dim]`, k, v: `[kv_heads, m, head_dim]` -> `[heads, n, head_dim]`."""
-    groups = q.shape[0] // k.shape[0]
-    if mask is None:
-        folded = q.reshape(k.shape[0], groups * q.shape[1], q.shape[2])
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """One query per head over one sequence: scores, softmax and weighted sum in float32, rounded once.
+
+    q, out: `[heads * head_dim]`; k, v: `[kv_heads, length, head_dim]` float32. Nothing here knows of other sequences:
+    shapes and addresses, on which orders of summation may depend, are those of a request alone.
+    """
+    wide = q.new_empty(k.shape[0], q.numel() // (k.shape[0] * k.shape[2]), k.shape[2], dtype=k.dtype)
+    scores = torch.bmm(wide.copy_(q.view(wide.shape)), k.transpose(1, 2))
+    out.view(wide.shape).copy_(torch.bmm(scores.softmax(-1), v))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """q: `[heads, n, head_dim]`, k, v: `[kv_heads, m, head_dim]`, the queries last -> `[heads, n, head_dim]`.
+
+    On a CPU in float32: products of 16-bit numbers are several times slower there, and less exact.
+    """
+    n, m, groups = q.shape[1], k.shape[1], q.shape[0] // k.shape[0]
+    dtype = _wide(q.dtype) if q.device.type == "cpu" else q.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not causal or n == 1:
+        folded = q.reshape(k.shape[0], groups * n, q.shape[2])
         return F.scaled_dot_product_attention(folded[None], k[None], v[None], scale=1.0)[0].reshape(q.shape)
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=1.0)[0]
+    mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None, scale=1.0)[0]
 
 
 def rope_attention(
@@ -60,19 +86,17 @@ def rope_attention(
     """
     kv_heads, page_size, head_dim = k_pages.shape[1:]
     heads = out.shape[1] // head_dim
-    q, k, v = qkv.view(qkv.shape[0], -1, head_dim).split((heads, kv_heads, kv_heads), 1)
     at = positions.long().clamp(min=0)
-    q, k = _rotate(q, cos[at], sin[at]), _rotate(k, cos[at], sin[at])
-    for row, position in enumerate(positions.tolist()):
-        if position < 0:
-            out[row] = 0
-            continue
-        page, offset = block_table[row, position // page_size], position % page_size
-        k_pages[page, :, offset] = k[row]
-        v_pages[page, :, offset] = v[row]
-        keys, values = (_gather(pages, block_table[row], position + 1) for pages in (k_pages, v_pages))
-        out[row] = _attend(q[row][:, None], keys, values).reshape(-1)
-    return out
+    split = qkv.view(qkv.shape[0], -1, head_dim)
+    turned = _rotate(split[:, : heads + kv_heads], cos[at], sin[at])
+    q, k, v = turned[:, :heads], turned[:, heads:], split[:, heads + kv_heads :]
+    lengths = [position + 1 for position in positions.tolist()]
+    active = positions >= 0
+    page = block_table.gather(1, (at // page_size)[:, None])[active, 0].long()
+    offset = (at % page_size)[active]
+    k_pages[page, :, offset] = k[active]
+    v_pages[page, :, offset] = v[active]
+    return _attend_each(q.flatten(1), k_pages, v_pages, block_table, lengths, out)
 
 
 def cross_attention(
@@ -89,14 +113,19 @@ def cross_attention(
     q, out: `[batch, heads * head_dim]`; k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`;
     block_table: `[batch, max_pages]` int32; lengths: `[batch]` int32, tokens of text; at 0 `out` is 0.
     """
-    head_dim = k_pages.shape[3]
-    heads = q.view(q.shape[0], -1, head_dim)
-    for row, length in enumerate(lengths.tolist()):
+    return _attend_each(q, k_pages, v_pages, block_table, lengths.tolist(), out)
+
+
+def _attend_each(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: list[int], out: Tensor
+) -> Tensor:
+    """Row by row, each over the first `lengths[row]` tokens of its pages. q, out: `[rows, heads * head_dim]`."""
+    for row, length in enumerate(lengths):
         if length == 0:
             out[row] = 0
-            continue
-        keys, values = (_gather(pages, block_table[row], length) for pages in (k_pages, v_pages))
-        out[row] = _attend(heads[row][:, None], keys, values).reshape(-1)
+        else:
+            keys, values = (_gather(pages, block_table[row], length) for pages in (k_pages, v_pages))
+            _attend_one(q[row], keys, values, out[row])
     return out
 
 
@@ -164,9 +193,6 @@ def ragged_attention(
             keys, values = k[begin:end].transpose(0, 1), v[begin:end].transpose(0, 1)
         else:
             keys, values = (_gather(pages, block_table[sequence], m) for pages in (k, v))
-        mask = None
-        if causal and n > 1:
-            mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-        result = _attend(q[begin:end].transpose(0, 1), keys, values, mask)
+        result = _attend(q[begin:end].transpose(0, 1), keys, values, causal)
         out[begin:end] = result.transpose(0, 1).reshape(n, -1)
     return out
