@@ -46,15 +46,14 @@ def generate(
     if engine is None:
         engine = Engine(model, sizes=sizes_for(model.config, plans, MAX_BATCH, model.dtype, model.device))
     handles: list[Handle] = []
-    start = engine.stats.steps
+    start = engine.steps
     try:
         handles += [engine.submit(request) for request in requests]
         while not all(handle.done for handle in handles):
-            before = engine.stats.steps
-            engine.step()
-            steps = engine.stats.steps
-            if progress is not None and steps > before:
-                progress(steps - start)
+            before = engine.steps
+            engine.advance()
+            if progress is not None and engine.steps > before:
+                progress(engine.steps - start)
         return [handle.result() for handle in handles]
     finally:
         for handle in handles:

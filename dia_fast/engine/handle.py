@@ -1,5 +1,6 @@
 """What a caller holds of a submitted request."""
 
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -33,6 +34,7 @@ class Handle:
         self._engine, self._first, self._streams = engine, first, streams
         self._generation: Generation | None = None
         self._rows: list[Tensor] = []
+        self._received, self._joining = 0, threading.Lock()
 
     @property
     def done(self) -> bool:
@@ -46,7 +48,7 @@ class Handle:
     def result(self) -> Generation:
         """Waits for the end. Raises Cancelled, or the error that ended the request."""
         while not self.done:
-            self._engine.step()
+            self._engine.advance()
         self._raise_if_lost()
         assert self._generation is not None
         return self._generation
@@ -57,30 +59,45 @@ class Handle:
         The first one is complete `max(delay) + 2` steps after the start. Needs `submit(..., stream=True)`. Raises as
         `result` does, after the last frame there is.
         """
-        if not self._streams:
-            raise ValueError("frames: this request does not stream; submit it with stream=True")
+        self._require_stream()
         sent = 0
         while True:
             finished = self.done
-            ready = self._ready()
+            ready = self.ready()
             if len(ready) > sent:
                 yield ready[sent:]
                 sent = len(ready)
             if finished:
                 break
-            self._engine.step()
+            self._engine.advance()
         self._raise_if_lost()
 
-    def _ready(self) -> Tensor:
-        """The frames that are complete so far."""
+    def ready(self) -> Tensor:
+        """The frames that are complete so far, `[n, channels]` int64. Waits for nothing; needs `stream=True`."""
         if self._generation is not None:
             return self._generation.frames
+        self._require_stream()
         config = self._engine.model.config
-        with self._engine.lock:
-            if not self._rows:
+        with self._joining:
+            count = len(self._rows)
+            if not count:
                 return torch.empty(0, config.decoder.num_channels, dtype=torch.int64)
-            self._rows = [torch.cat(self._rows)]
+            # In one go: a step of another thread may add to the list at any time.
+            self._rows[:count] = [torch.cat(self._rows[:count])]
             return undo_delay(self._rows[0], config.delay_pattern, config.decoder.eos_token_id)[self._first :]
+
+    def has(self, frames: int) -> bool:
+        """Whether `ready` holds at least so many frames, told cheaply while it does not."""
+        rows = self._first + 1 + frames + max(self._engine.model.config.delay_pattern)
+        return (self._received >= rows or self.done) and len(self.ready()) >= frames
+
+    def _receive(self, rows: Tensor) -> None:
+        self._rows.append(rows)
+        self._received += len(rows)
+
+    def _require_stream(self) -> None:
+        if not self._streams:
+            raise ValueError("frames: this request does not stream; submit it with stream=True")
 
     def _raise_if_lost(self) -> None:
         if self.status == "cancelled":

@@ -12,7 +12,7 @@ from dia_fast.engine.handle import Handle
 from dia_fast.engine.request import Request, plan
 from dia_fast.engine.run import Run
 from dia_fast.engine.sizing import sizes_for_any
-from dia_fast.engine.stepper import Capture, CudaGraphs, Stepper
+from dia_fast.engine.stepper import Capture, Stepper, choose_capture
 from dia_fast.engine.watch import Watch
 from dia_fast.errors import DiaFastError, InputError, OutOfPages
 from dia_fast.model import DiaModel
@@ -76,11 +76,13 @@ class Engine:
             raise InputError(f"prefill_rows must be at least 1, not {prefill_rows}")
         self.model, self.prefill_rows = model, prefill_rows
         self.lock = threading.RLock()
+        self._turn, self._led = threading.Condition(), False
+        self._busy, self._cancelled = False, list[Handle]()
         self._device = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
         if sizes is None:
             sizes = sizes_for_any(model.config, max_batch, memory, model.dtype, model.device)
         self.state = DecodeState(model.config, model.ops, sizes, model.dtype, model.device)
-        self._stepper = Stepper(model, self.state, _capture(capture, model))
+        self._stepper = Stepper(model, self.state, choose_capture(capture, model))
         with self._device:
             self._stepper.warm_up()
         self._watch = Watch(model.device)
@@ -124,6 +126,7 @@ class Engine:
         failed; the engine can be used again.
         """
         with self.lock, self._device:
+            self._busy = True
             try:
                 self._admit()
                 self._make_room()
@@ -132,15 +135,37 @@ class Engine:
             except BaseException as error:
                 self._abandon(error)
                 raise
+            finally:
+                self._busy = False
+                self._sweep()
             return bool(self._running or self._waiting or self._newcomer or self._parked)
+
+    def advance(self) -> None:
+        """One `step`, or the wait for the end of the one that another thread makes: what waiting for a handle is.
+
+        So every thread that waits looks at its handle after every step, whoever made it.
+        """
+        leads = False
+        try:
+            with self._turn:
+                if self._led:
+                    self._turn.wait()
+                    return
+                leads = self._led = True
+            self.step()
+        finally:
+            if leads:
+                with self._turn:
+                    self._led = False
+                    self._turn.notify_all()
 
     def cancel(self, handle: Handle) -> None:
         """Ends a request as `Handle.cancel` does."""
         with self.lock:
-            for run in [*self._waiting, *self._parked, *self._running, *filter(None, [self._newcomer])]:
-                if run.handle is handle:
-                    self._drop(run)
-                    handle.status = "cancelled"
+            self._cancelled.append(handle)
+            # Busy is this very thread: the garbage collector can come in anywhere and end whoever holds a handle.
+            if not self._busy:
+                self._sweep()
 
     def close(self) -> None:
         """Cancels everything that is not done."""
@@ -153,6 +178,11 @@ class Engine:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def steps(self) -> int:
+        """Decode steps since the engine was made; `stats` would wait for the one under way."""
+        return self._steps
 
     @property
     def stats(self) -> Stats:
@@ -243,18 +273,10 @@ class Engine:
                     self._make_way(run, error)
 
     def _grow(self, run: Run, guided: bool) -> None:
-        """Pages for a request's next row. Beside guided ones every request has an unconditional row, read or not."""
-        state = self.state
-        idle = state.unconditional(run.lane)
-        if run.guided or not guided:
-            if not run.guided and state.guided and state.blocks.held(idle):
-                state.blocks.release(idle)
-            state.grow(run.lane, run.rows_needed, run.guided)
-            return
-        held = state.blocks.held(idle)
-        state.grow(run.lane, run.rows_needed, True)
-        if state.blocks.held(idle) > held:
-            slots.clear_pages(state, idle, held)
+        """Pages for a request's next row. In a batch with guidance every one has an unconditional row, read or not."""
+        if not guided and self.state.guided:
+            self.state.blocks.release(self.state.unconditional(run.lane))
+        self.state.grow(run.lane, run.rows_needed, guided)
 
     def _make_way(self, run: Run, error: OutOfPages) -> None:
         """Frees pages for `run`: those of the newcomer, or of the youngest that runs. Alone, `run` fails."""
@@ -297,11 +319,24 @@ class Engine:
         self._peak = max(self._peak, self._bytes(self.state.pool.free, self.state.cross_pool.free))
         for item in seen:
             if item.rows is not None:
-                item.run.handle._rows.append(item.rows)
+                item.run.handle._receive(item.rows)
             if item.finished and item.run in self._running:
                 self._finish(item.run)
 
     # Leaving
+
+    def _sweep(self) -> None:
+        """Ends the requests that have been cancelled."""
+        self._busy = True
+        try:
+            while self._cancelled:
+                handle = self._cancelled.pop()
+                for run in [*self._waiting, *self._parked, *self._running, *filter(None, [self._newcomer])]:
+                    if run.handle is handle:
+                        self._drop(run)
+                        handle.status = "cancelled"
+        finally:
+            self._busy = False
 
     def _finish(self, run: Run) -> None:
         run.handle._generation = slots.collect(self.model.config, self.state, self._running.index(run), run.plan)
@@ -352,14 +387,3 @@ class Engine:
         else:
             self.state.clear(slot)
         self._running.pop()
-
-
-def _capture(wanted: Capture | str | None, model: DiaModel) -> Capture | None:
-    if isinstance(wanted, str):
-        if wanted != "auto":
-            raise InputError(f'capture must be "auto", None or a function, not {wanted!r}')
-        # The torch ops read lengths back to the host: no graph can hold them.
-        return CudaGraphs() if model.device.type == "cuda" and model.ops.name == "triton" else None
-    if wanted is not None and not callable(wanted):
-        raise InputError(f'capture must be "auto", None or a function, not {wanted!r}')
-    return wanted

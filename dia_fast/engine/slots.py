@@ -2,9 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
 from dia_fast.config import DiaConfig
 from dia_fast.delay import undo_delay
 from dia_fast.engine.request import Generation, Plan
@@ -78,11 +75,3 @@ def unpark(state: DecodeState, slot: int, lane: int, guided: bool, parked: Parke
         for keys, values, layer in zip(state.pool.keys, state.pool.values, parked.pages, strict=True):
             keys[place], values[place] = (tensor.to(keys.device) for tensor in layer[index])
     state.load(slot, parked.slot)
-
-
-def clear_pages(state: DecodeState, owner: int, first: int) -> None:
-    """Sets an owner's pages from the `first` on to zero, so that reading them before they are written is harmless."""
-    place: Tensor = state.blocks.pages(owner)[first:].to(state.table.device)
-    with torch.inference_mode():
-        for keys, values in zip(state.pool.keys, state.pool.values, strict=True):
-            keys[place], values[place] = 0, 0

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 
+from dia_fast.errors import InputError
 from dia_fast.model import DiaModel
 from dia_fast.state import DecodeState
 
@@ -88,6 +89,18 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self.pool):
             step()
         return graph.replay
+
+
+def choose_capture(wanted: Capture | str | None, model: DiaModel) -> Capture | None:
+    """The function that captures steps of this model, or None. Raises InputError for anything else."""
+    if isinstance(wanted, str):
+        if wanted != "auto":
+            raise InputError(f'capture must be "auto", None or a function, not {wanted!r}')
+        # The torch ops read lengths back to the host: no graph can hold them.
+        return CudaGraphs() if model.device.type == "cuda" and model.ops.name == "triton" else None
+    if wanted is not None and not callable(wanted):
+        raise InputError(f'capture must be "auto", None or a function, not {wanted!r}')
+    return wanted
 
 
 def _up_to(batch: int) -> list[int]:
