@@ -1,54 +1,66 @@
 """The front door: `Dia`."""
 
 import os
+import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dia_fast import engine
+from dia_fast.arguments import (
+    FRAMES_PER_SECOND,
+    AnyCodec,
+    Memory,
+    Progress,
+    Prompts,
+    Seeds,
+    Texts,
+    check_codec,
+    engine_limits,
+    is_list,
+    progress_of,
+    seeds_of,
+    texts_of,
+)
 from dia_fast.audio import Audio
 from dia_fast.checkpoint import open_checkpoint
 from dia_fast.config import DiaConfig
 from dia_fast.convert import save_pretrained
-from dia_fast.engine import Generation, Request
+from dia_fast.engine import MAX_BATCH, Engine, Generation, Request
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model import DiaModel
 from dia_fast.placement import choose_device, choose_dtype
-from dia_fast.progress import StepBar
 from dia_fast.prompts import AudioPrompt, encode_prompt, prompt_for_each
-from dia_fast.settings import SamplingSettings, random_seed
+from dia_fast.settings import SamplingSettings
 from dia_fast.text import TextWarning, encode_text, warn_about
 from dia_kernels import get_ops
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
 
-Texts: TypeAlias = str | bytes | Sequence[str | bytes]
-Prompts: TypeAlias = AudioPrompt | list[AudioPrompt]
-Seeds: TypeAlias = int | Sequence[int] | None
-Progress: TypeAlias = bool | Callable[[int], None]
-
-FRAMES_PER_SECOND = 44_100 / 512  # of the codec that Dia was trained on
-
 
 class Dia:
-    """A loaded model and, from its first use on, a codec. Make one with `Dia.from_pretrained`.
+    """A loaded model and, from their first use on, a codec and an engine. Make one with `Dia.from_pretrained`.
 
-    Nothing is kept between calls: the result of a call depends on its arguments alone.
+    The result of a call depends on its arguments alone. Calls from several threads share the batch of one engine. Its
+    memory stays taken until `close`, or the end of a `with` block.
     """
 
-    def __init__(self, model: DiaModel, codec: "str | os.PathLike[str] | Codec | None" = None) -> None:
-        """model: with its weights loaded. codec: see `from_pretrained`."""
-        _check_codec(codec)
+    def __init__(
+        self, model: DiaModel, codec: AnyCodec = None, *, max_batch: int = MAX_BATCH, memory: Memory = None
+    ) -> None:
+        """model: with its weights loaded. The others: see `from_pretrained`."""
+        check_codec(codec)
         self.model = model
         self._codec = codec
         self._load_codec: dict[str, Any] = {"device": model.device, "ops": model.ops}
+        self._engine: Engine | None = None
+        self._limits = engine_limits(max_batch, memory)
+        self._making = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -58,7 +70,9 @@ class Dia:
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | str | None = None,
         backend: str = "auto",
-        codec: "str | os.PathLike[str] | Codec | None" = "descript/dac_44khz",
+        codec: AnyCodec = "descript/dac_44khz",
+        max_batch: int = MAX_BATCH,
+        memory: Memory = None,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> "Dia":
@@ -68,12 +82,16 @@ class Dia:
         GPU if torch sees one, else the CPU. dtype: by default bfloat16 on a GPU (float16 where it lacks that), float32
         on a CPU. backend: the ops, `"torch"`, `"triton"` or `"auto"` (triton on a GPU). codec: Hub repository, folder
         or file of a DAC, loaded when first used; `"descript"` for the dac package's own; a loaded codec; None for none,
-        which leaves `generate_codes`. revision: branch, tag or commit on the Hub. local_files_only: stay offline.
+        which leaves `generate_codes`. max_batch: most texts spoken at once, 1 to 32; more wait. memory: for keys and
+        values, in bytes or as in `"4GB"`; by default what `max_batch` texts can need, at most half of what is free at
+        first use. A GPU sets it aside then; on a CPU it is taken as it is used. revision: branch, tag or commit on the
+        Hub. local_files_only: stay offline.
         Raises InputError for an argument, CheckpointError for a checkpoint that cannot be used.
         """
         if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
             raise InputError(f"name_or_path must be a Hub repository or a path, not {name_or_path!r}")
-        _check_codec(codec)
+        check_codec(codec)
+        limits = engine_limits(max_batch, memory)
         place = choose_device(device)
         kind = choose_dtype(dtype, place)
         try:
@@ -82,7 +100,7 @@ class Dia:
             raise InputError(str(error)) from error
         checkpoint = open_checkpoint(os.fspath(name_or_path), revision=revision, local_files_only=local_files_only)
         model = DiaModel(checkpoint.config, ops).load(checkpoint.load(kind, place)).pack(progress=True)
-        dia = cls(model, codec)
+        dia = cls(model, codec, **limits)
         dia._load_codec["local_files_only"] = local_files_only
         return dia
 
@@ -103,19 +121,46 @@ class Dia:
         """The codec, loaded now if it was not. Raises InputError if there is none, CheckpointError if it is no fit."""
         if self._codec is None:
             raise InputError("this Dia has no codec (codec=None): use generate_codes, or name one in from_pretrained")
-        codec = self._codec
-        if isinstance(codec, str | os.PathLike):
-            from dia_fast.codec import load_codec
+        with self._making:
+            codec = self._codec
+            if isinstance(codec, str | os.PathLike):
+                from dia_fast.codec import load_codec
 
-            codec = load_codec(os.fspath(codec), **self._load_codec)
+                codec = load_codec(os.fspath(codec), **self._load_codec)
+            self._check_fit(codec)
+            self._codec = codec
+            return codec
+
+    def _check_fit(self, codec: "Codec") -> None:
         decoder = self.config.decoder
         if codec.num_codebooks != decoder.num_channels or codec.codebook_size < decoder.eos_token_id:
             raise CheckpointError(
                 f"the codec has {codec.num_codebooks} codebooks of {codec.codebook_size} codes, and the model speaks "
                 f"{decoder.num_channels} channels of {decoder.eos_token_id}: they do not belong together"
             )
-        self._codec = codec
-        return codec
+
+    @property
+    def engine(self) -> Engine:
+        """What all calls of this Dia run on, made now if it was not. Raises InputError if its memory holds nothing."""
+        with self._making:
+            if self._engine is None:
+                self._engine = Engine(self.model, **self._limits)
+            return self._engine
+
+    def close(self) -> None:
+        """Cancels whatever other threads are doing and gives the engine's memory back. A later call makes a new one."""
+        with self._making:
+            running, self._engine = self._engine, None
+        if running is not None:
+            running.close()
+
+    def __enter__(self) -> "Dia":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def generate(
         self,
@@ -153,7 +198,7 @@ class Dia:
         codec = self.codec
         spoken = self._speak(text, audio_prompt, settings, seed, progress)
         audios = [Audio(codec.decode(item.frames).cpu().numpy(), codec.sample_rate, item.seed) for item in spoken]
-        return audios if _is_list(text) else audios[0]
+        return audios if is_list(text) else audios[0]
 
     def generate_codes(
         self,
@@ -191,7 +236,7 @@ class Dia:
         the model's device; without guidance uncond is None. Raises InputError.
         """
         decoder = self.config.decoder
-        texts = _as_list(text)
+        texts = texts_of(text)
         grid = torch.as_tensor(rows)
         wanted = f"[{len(texts)}, steps, {decoder.num_channels}]"
         if grid.ndim != 3 or grid.shape[0] != len(texts) or grid.shape[2] != decoder.num_channels:
@@ -240,10 +285,10 @@ class Dia:
         self, text: Texts, prompts: Prompts, settings: SamplingSettings, seed: Seeds, progress: Progress
     ) -> list[Generation]:
         """Checks everything, warns, and generates. Called by the public methods only: warnings blame their caller."""
-        texts = _as_list(text)
-        seeds = _seeds(seed, len(texts), settings)
+        texts = texts_of(text)
+        seeds = seeds_of(seed, len(texts), settings)
         ids = [self._ids(item) for item in texts]
-        codes = self._codes(prompt_for_each(prompts, len(texts), _is_list(text)))
+        codes = self._codes(prompt_for_each(prompts, len(texts), is_list(text)))
         longest = self.config.encoder.max_position_embeddings
         for item, prompt in zip(texts, codes, strict=True):
             seconds = 0.0 if prompt is None else len(prompt) / FRAMES_PER_SECOND
@@ -265,8 +310,8 @@ class Dia:
         given = [0 if prompt is None else len(prompt) for prompt in codes]
         limits = [min(settings.max_new_tokens, positions - frames) for frames in given]
         # One step more than rows: the last one only puts the last row in its place.
-        with _progress(progress, max(limits) + 1) as report:
-            spoken = engine.generate(self.model, requests, progress=report)
+        with progress_of(progress, max(limits) + 1) as report:
+            spoken = engine.generate(self.model, requests, progress=report, engine=self.engine)
         for index, (result, limit) in enumerate(zip(spoken, limits, strict=True)):
             if result.truncated:
                 which = f"text {index}: " if len(spoken) > 1 else ""
@@ -291,43 +336,3 @@ class Dia:
             for key, prompt in different.items()
         }
         return [codes[id(prompt)] for prompt in prompts]
-
-
-def _check_codec(codec: object) -> None:
-    if codec is None or isinstance(codec, str | os.PathLike):
-        return
-    from dia_fast.codec import Codec
-
-    if not isinstance(codec, Codec):
-        raise InputError(f"codec must be the name or path of one, a loaded Codec, or None, not {codec!r:.40}")
-
-
-def _is_list(text: Texts) -> bool:
-    return isinstance(text, list | tuple)
-
-
-def _as_list(text: Texts) -> list[str | bytes]:
-    if not _is_list(text):
-        return [text]  # type: ignore[list-item]
-    if not text:
-        raise InputError("text is an empty list: there is nothing to say")
-    return list(text)  # type: ignore[arg-type]
-
-
-def _seeds(seed: Seeds, count: int, settings: SamplingSettings) -> list[int | None]:
-    """A checked seed for each text."""
-    if seed is None:
-        return [random_seed() for _ in range(count)]
-    given: list[Any] = list(seed) if isinstance(seed, list | tuple) else [seed] * count
-    if len(given) != count:
-        raise InputError(f"seed has {len(given)} entries for {count} texts: give one for each, or one int for all")
-    return [replace(settings, seed=random_seed() if item is None else item).seed for item in given]
-
-
-def _progress(progress: Progress, total: int) -> Any:
-    """A context whose value is what the engine calls after each step, or None."""
-    if callable(progress):
-        return nullcontext(progress)
-    if not isinstance(progress, bool):
-        raise InputError(f"progress must be True, False or a function of the number of steps, not {progress!r}")
-    return StepBar(total, FRAMES_PER_SECOND) if progress else nullcontext(None)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import dia_fast
 from dia_fast import Audio, CheckpointError, Dia, InputError, TextWarning
-from dia_fast.api import FRAMES_PER_SECOND
+from dia_fast.arguments import FRAMES_PER_SECOND
 from dia_fast.audio import load_audio
 from dia_fast.codec import load_codec
 from dia_fast.settings import SamplingSettings

@@ -236,11 +236,11 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(home: Path, tmp_path: Path) -> 
         "from dia_fast import engine\n"
         "from dia_fast.cli import main\n"
         "real = engine.generate\n"
-        "def interrupted(model, requests, *, progress):\n"
+        "def interrupted(model, requests, *, progress, engine):\n"
         "    def step(count):\n"
         "        progress(count)\n"
         f"        if count == 5: os.kill(os.getpid(), {int(signal.SIGINT)})\n"
-        "    return real(model, requests, progress=step)\n"
+        "    return real(model, requests, progress=step, engine=engine)\n"
         "engine.generate = interrupted\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

@@ -63,6 +63,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     voice.add_argument("--prompt", metavar="AUDIO", help="recording of the voice to speak in, 5 to 10 seconds")
     voice.add_argument("--prompt-text", metavar="TEXT", help="what is said in it, with speaker tags")
 
+    add_model(parser)
+    add_sampling(parser)
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("-m", "--model", metavar="MODEL", help=f"Hub repository or local folder: {OFFICIAL_MODEL}")
     model.add_argument("--codec", metavar="CODEC", default="descript/dac_44khz", help="codec (%(default)s)")
@@ -71,11 +77,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
     model.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 on a GPU, fp32 on a CPU)")
     model.add_argument("--backend", default="auto", help="auto, torch or triton (default: triton on a GPU)")
-    _add_sampling(parser)
-    return parser
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def add_sampling(parser: argparse.ArgumentParser) -> None:
     usual = SamplingSettings()
     group = parser.add_argument_group("sampling")
     group.add_argument(
@@ -191,7 +195,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _speak(args: argparse.Namespace, settings: SamplingSettings, text: str, output: Path) -> int:
-    from dia_fast.api import FRAMES_PER_SECOND, Dia
+    from dia_fast.api import Dia
+    from dia_fast.arguments import FRAMES_PER_SECOND
     from dia_fast.progress import StepBar
 
     dia = Dia.from_pretrained(
