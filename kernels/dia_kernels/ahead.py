@@ -24,10 +24,11 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gf
 
 @dataclass(frozen=True)
 class Compiled:
-    """One launch, compiled: kernel's name, grid, launch options, and Triton's result (`asm`, `metadata`)."""
+    """One launch, compiled: kernel's name, grid, arguments, launch options, and Triton's result (`asm`, `metadata`)."""
 
     kernel: str
     grid: tuple[int, ...]
+    arguments: dict[str, Any]
     meta: dict[str, Any]
     result: Any
 
@@ -99,7 +100,9 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
         # device 0 may find what is compiled here.
         kernel.device_caches.clear()
         try:
-            compiled.append(Compiled(kernel.fn.__name__, grid, meta, kernel.warmup(*args, grid=grid, **meta)))
+            result = kernel.warmup(*args, grid=grid, **meta)
+            named = dict(zip(kernel.arg_names, args, strict=False))
+            compiled.append(Compiled(kernel.fn.__name__, grid, named, meta, result))
         finally:
             kernel.device_caches.clear()
 
