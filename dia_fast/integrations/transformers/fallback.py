@@ -1,0 +1,71 @@
+"""When a call goes the model's own way, and how that is said."""
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import DiaForConditionalGeneration, GenerationConfig
+
+from dia_fast.errors import InputError
+
+# Inputs that the engine takes; every other one of `forward` asks for something that only the model itself can do.
+INPUTS = {"inputs", "input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
+# Arguments of `generate` itself that say nothing about the result, or that are settings.
+_HARMLESS = {"self", "generation_config", "use_model_defaults", "streamer", "kwargs"}
+
+
+class FallbackWarning(UserWarning):
+    """A call of `generate` that the engine cannot serve and that the model serves as if it were not accelerated."""
+
+
+def asks_for_more(arguments: inspect.BoundArguments) -> str | None:
+    """The first argument of `generate` that the engine cannot honour, or None."""
+    given = arguments.arguments
+    for name, value in given.items():
+        if name not in INPUTS | _HARMLESS and _is_set(value):
+            return name
+    settings = vars(GenerationConfig())
+    for name, value in given.get("kwargs", {}).items():
+        if name not in INPUTS and name not in settings and value is not None:
+            return name
+    return None
+
+
+def _is_set(value: Any) -> bool:
+    """Whether an argument says something: None, False and an empty list do not."""
+    return value is not None and value is not False and not (isinstance(value, list) and not value)
+
+
+def asks_for_more_in_settings(config: GenerationConfig) -> str | None:
+    """The first setting that wants more returned than the engine computes, or the model itself compiled, or None."""
+    if getattr(config, "compile_config", None) is not None:
+        return "compile_config"
+    if config.return_dict_in_generate:
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if getattr(config, name, False):
+                return name
+    return None
+
+
+def say(reason: str, stacklevel: int) -> None:
+    """Warns that a call goes the model's own way."""
+    warnings.warn(
+        f"generate runs as transformers' own, not on dia-fast: {reason}", FallbackWarning, stacklevel=stacklevel + 1
+    )
+
+
+@contextlib.contextmanager
+def own_random_numbers(model: DiaForConditionalGeneration, seed: int | list[int] | None) -> Iterator[None]:
+    """Lets the model's own sampling start from a seed, and leaves torch's random numbers as they were."""
+    if seed is None:
+        yield
+        return
+    if not isinstance(seed, int):
+        raise InputError("seed: a list of seeds needs the engine, and this call cannot run on it; give one int")
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,284 @@
+"""`accelerate`: a model of transformers whose `generate` runs on the engine.
+
+`generate` of transformers stays in charge of arguments, settings, checks and the shape of the result. What is replaced
+is the loop at its end (`_sample`), and the two preparations that only that loop needs (the encoder's pass and the
+cache); they are put off until it is known who generates, and done then if it is the model itself.
+"""
+
+import contextlib
+import contextvars
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import DiaForConditionalGeneration
+
+from dia_fast.config import DiaConfig
+from dia_fast.engine import generate as speak
+from dia_fast.errors import InputError
+from dia_fast.integrations.transformers import calls, fallback, modules, weights
+from dia_fast.model import DiaModel
+from dia_fast.settings import SamplingSettings
+from dia_kernels import get_ops
+
+STATE = "_dia_fast"
+# What prepares the encoder's output: version 5, version 4.57.
+_ENCODER_HOOKS = ("_maybe_prepare_encoder_kwargs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation")
+_CACHE_HOOK, _LOOP = "_prepare_cache_for_generation", "_sample"
+
+
+class State:
+    """What an accelerated model carries: the engine's model on its weights, made again when those have changed."""
+
+    def __init__(self, backend: str, replaced: list[str]) -> None:
+        self.backend, self.replaced = backend, replaced
+        self._watch: weights.Watch | None = None
+        self._obstacle: str | None = None
+        self._ours: DiaModel | None = None
+
+    def forget(self) -> None:
+        """Lets go of the engine's model; the next call makes it again."""
+        self._watch = self._ours = self._obstacle = None
+
+    def obstacle(self, model: DiaForConditionalGeneration) -> str | None:
+        """Why the engine cannot stand in for the model as it is now, or None; packs weights that have changed."""
+        if self._watch is None or self._watch.changed(model):
+            self._ours = None
+            self._obstacle = weights.foreign_module(model)
+            if self._obstacle is None:
+                config = weights.read_config(model)
+                self._ours = self._load(config, weights.pack(model, config))
+            self._watch = weights.Watch(model)
+        return self._obstacle or self._watch.obstacle(modules.FORWARDS)
+
+    def model_for(self, text: int, rows: int) -> DiaModel:
+        """The engine's model, with positions for so much text and so many rows: RoPE knows no limit of its own."""
+        assert self._ours is not None
+        config = self._ours.config
+        encoder, decoder = config.encoder, config.decoder
+        if text > encoder.max_position_embeddings or rows > decoder.max_position_embeddings:
+            encoder = replace(encoder, max_position_embeddings=max(text, encoder.max_position_embeddings))
+            decoder = replace(decoder, max_position_embeddings=max(rows, decoder.max_position_embeddings))
+            packed = self._ours.state_dict()
+            self._ours = self._load(replace(config, encoder=encoder, decoder=decoder), packed)
+        return self._ours
+
+    def _load(self, config: DiaConfig, packed: dict[str, Tensor]) -> DiaModel:
+        ops = get_ops(self.backend, next(iter(packed.values())).device)
+        return DiaModel(config, ops).load(packed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "State":
+        return State(self.backend, list(self.replaced))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled model is unpickled with transformers' own methods.
+        return type(None), ()
+
+
+@dataclass
+class _Call:
+    """A call of `generate` under way: what was put off, and the seeds."""
+
+    seed: int | list[int] | None
+    texts: Tensor | None = None
+    postponed: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+_CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("dia_fast_call", default=None)
+
+
+def accelerate(
+    model: DiaForConditionalGeneration,
+    *,
+    generate: bool = True,
+    rms_norm: bool = False,
+    glu: bool = False,
+    rope_attention: bool = False,
+    backend: str = "auto",
+) -> DiaForConditionalGeneration:
+    """Makes a model generate on the engine of dia-fast, in place, and returns it.
+
+    generate: replace the decoding loop. rms_norm, glu, rope_attention: take a single op of `dia_kernels` in the model's
+    own modules, for `model(**inputs)`: training, scoring, and calls that the engine cannot serve. backend: as in
+    `dia_kernels.get_ops`.
+
+    At the first call the model's parameters become views of the tensors that the engine streams, so that there is one
+    copy of the weights. They may be trained, loaded, moved and cast as before: the next `generate` notices. `generate`
+    keeps its arguments and results, and takes `seed` beside them (an int for all texts, or a list). Where a call asks
+    for something that the engine has no counterpart of, the model serves it as if it were not accelerated, with a
+    `FallbackWarning` that names the argument. Calling `accelerate` again replaces the choices of the last call.
+
+    Raises InputError for another model or a backend that cannot run, CheckpointError for a configuration that dia-fast
+    does not compute.
+    """
+    if not isinstance(model, DiaForConditionalGeneration):
+        raise InputError(f"model must be a DiaForConditionalGeneration of transformers, not {type(model).__name__}")
+    unaccelerate(model)
+    weights.read_config(model)
+    try:
+        get_ops(backend, model.device)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    state = State(backend, [])
+    if generate:
+        hooks: dict[str, Any] = {"generate": _generate, _LOOP: _sample, _CACHE_HOOK: _prepare_cache, "_apply": _apply}
+        hooks |= {name: _prepare_encoder for name in _ENCODER_HOOKS if hasattr(model, name)}
+        if len(hooks) != 5 or not all(hasattr(model, name) for name in hooks):
+            raise InputError(f"transformers {transformers.__version__} is not supported; 4.57 and 5 are")
+        for name, hook in hooks.items():
+            hook.__name__ = name  # by which a bound method is pickled
+            setattr(model, name, MethodType(hook, model))
+        state.replaced = list(hooks)
+    modules.patch(model, backend, rms_norm=rms_norm, glu=glu, rope_attention=rope_attention)
+    setattr(model, STATE, state)
+    return model
+
+
+def unaccelerate(model: DiaForConditionalGeneration) -> DiaForConditionalGeneration:
+    """Gives a model its own methods back, and returns it; the weights stay where they are. Harmless if not accelerated."""
+    state = model.__dict__.pop(STATE, None)
+    modules.unpatch(model)
+    for name in state.replaced if state is not None else ():
+        model.__dict__.pop(name, None)
+    return model
+
+
+def refresh(model: DiaForConditionalGeneration) -> None:
+    """Makes the engine read an accelerated model's weights again.
+
+    Needed after writes that torch does not count, those through `parameter.data`; any others are noticed.
+    """
+    state = model.__dict__.get(STATE)
+    if state is None:
+        raise InputError("model is not accelerated; there is nothing to refresh")
+    state.forget()
+
+
+@functools.wraps(DiaForConditionalGeneration.generate)
+def _generate(self: Any, *args: Any, seed: int | list[int] | None = None, **kwargs: Any) -> Any:
+    own = type(self).generate
+    bound = inspect.signature(own).bind(self, *args, **kwargs)
+    reason = fallback.asks_for_more(bound) or self.__dict__[STATE].obstacle(self)
+    if reason is not None:
+        fallback.say(reason, stacklevel=2)
+        with fallback.own_random_numbers(self, seed):
+            return own(self, *args, **kwargs)
+    token = _CALL.set(_Call(seed))
+    try:
+        return own(self, *args, **kwargs)
+    finally:
+        _CALL.reset(token)
+
+
+def _prepare_encoder(self: Any, inputs: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Puts the encoder's pass off."""
+    name = next(name for name in _ENCODER_HOOKS if hasattr(type(self), name))
+    own = functools.partial(getattr(type(self), name), self, inputs, dict(model_kwargs), *args, **kwargs)
+    call = _CALL.get()
+    if call is None:
+        return own()
+    call.texts, call.postponed["encoder"] = inputs, own
+    return model_kwargs
+
+
+def _prepare_cache(self: Any, config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Puts the allocation of a cache off."""
+    own = functools.partial(getattr(type(self), _CACHE_HOOK), self, config)
+    call = _CALL.get()
+    if call is None:
+        return own(model_kwargs, *args, **kwargs)
+    call.postponed["cache"] = lambda later: own(later, *args, **kwargs)
+    return False
+
+
+def _sample(
+    self: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    call = _CALL.get()
+    arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+    own = functools.partial(getattr(type(self), _LOOP), self, *arguments, synced_gpus=synced_gpus, streamer=streamer)
+    if call is None:
+        return own(**model_kwargs)
+    try:
+        reason = fallback.asks_for_more_in_settings(generation_config) or ("synced_gpus" if synced_gpus else None)
+        if reason is not None:
+            raise calls.NotOurs(reason)
+        rows = _speak(self, call, *arguments, streamer, model_kwargs)
+    except calls.NotOurs as error:
+        fallback.say(str(error), stacklevel=6)
+        if "encoder" in call.postponed:
+            model_kwargs["encoder_outputs"] = call.postponed["encoder"]()["encoder_outputs"]
+        if "cache" in call.postponed:
+            call.postponed["cache"](model_kwargs)
+        with _no_call(), fallback.own_random_numbers(self, call.seed):
+            return own(**model_kwargs)
+    if not generation_config.return_dict_in_generate:
+        return rows
+    return transformers.generation.GenerateEncoderDecoderOutput(sequences=rows)
+
+
+def _speak(
+    self: Any, call: _Call, start: Tensor, processors: Any, criteria: Any, generation: Any, streamer: Any, given: Any
+) -> Tensor:
+    """The rows that the engine makes of a prepared call. Raises NotOurs."""
+    state: State = self.__dict__[STATE]
+    config = weights.read_config(self)
+    settings = calls.read_settings(processors, criteria, generation, config)
+    batch, known = start.shape[0] // config.decoder.num_channels, start.shape[1]
+    if call.texts is None or call.texts.ndim != 2 or call.texts.is_floating_point():
+        raise calls.NotOurs("encoder_outputs")
+    mask = given.get("attention_mask")
+    texts = calls.read_texts(call.texts[:batch], None if mask is None else mask[:batch])
+    grids, pads = calls.read_grids(given["decoder_delay_mask"], given["decoder_attention_mask"], known, config)
+    seeds = _seeds(call.seed, batch, sampled=settings.temperature > 0)
+    requests = calls.make_requests(texts, grids, settings, known, seeds)
+    model = state.model_for(max(map(len, texts)), settings.max_length)
+    spoken = speak(model, requests)
+    rows = calls.assemble(start, spoken, pads, settings, config)
+    if streamer is not None:
+        for column in rows[:, known:].cpu().unbind(1):
+            streamer.put(column)
+        streamer.end()
+    return rows
+
+
+def _seeds(seed: int | list[int] | None, batch: int, sampled: bool) -> list[int | None]:
+    """A seed for each text: as given, or drawn from torch's random numbers, which greedy decoding leaves alone.
+
+    Raises InputError for seeds that cannot be.
+    """
+    if isinstance(seed, list | tuple):
+        if len(seed) != batch:
+            raise InputError(f"seed has {len(seed)} entries for {batch} texts: give one for each, or one int for all")
+        return [SamplingSettings(seed=item).seed for item in seed]
+    if seed is not None or not sampled:
+        return [SamplingSettings(seed=0 if seed is None else seed).seed] * batch
+    return torch.randint(0, 2**63 - 1, (batch,)).tolist()
+
+
+def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`.to()` and its kin give parameters other memory; the engine must not hold on to the old one meanwhile."""
+    self.__dict__[STATE].forget()
+    return type(self)._apply(self, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _no_call() -> Iterator[None]:
+    token = _CALL.set(None)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
