@@ -1,8 +1,10 @@
 """The front door: `Dia`."""
 
+import asyncio
 import os
 import threading
-import warnings
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dia_fast import engine
+from dia_fast import engine, streaming
 from dia_fast.arguments import (
-    FRAMES_PER_SECOND,
     AnyCodec,
     Memory,
     Progress,
@@ -20,23 +21,30 @@ from dia_fast.arguments import (
     Seeds,
     Texts,
     check_codec,
+    checked_rows,
     engine_limits,
+    ids_of,
     is_list,
+    one_text,
     progress_of,
+    request_of,
+    row_limit,
     seeds_of,
+    settings_for,
     texts_of,
+    warn_if_cut,
 )
 from dia_fast.audio import Audio
 from dia_fast.checkpoint import open_checkpoint
 from dia_fast.config import DiaConfig
 from dia_fast.convert import save_pretrained
-from dia_fast.engine import MAX_BATCH, Engine, Generation, Request
+from dia_fast.engine import MAX_BATCH, Engine, Generation
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model import DiaModel
 from dia_fast.placement import choose_device, choose_dtype
-from dia_fast.prompts import AudioPrompt, encode_prompt, prompt_for_each
+from dia_fast.prompts import AudioPrompt, encode_prompts, prompt_for_each
 from dia_fast.settings import SamplingSettings
-from dia_fast.text import TextWarning, encode_text, warn_about
+from dia_fast.streaming import checked_seconds
 from dia_kernels import get_ops
 
 if TYPE_CHECKING:
@@ -187,7 +195,8 @@ class Dia:
         a function that is called with the number of steps so far.
         Raises InputError, before anything is computed, for whatever cannot be used.
         """
-        settings = self._settings(
+        settings = settings_for(
+            self.config,
             max_new_tokens=max_new_tokens,
             guidance_scale=guidance_scale,
             temperature=temperature,
@@ -218,7 +227,8 @@ class Dia:
 
         Needs no codec, unless a prompt is sound.
         """
-        settings = self._settings(
+        settings = settings_for(
+            self.config,
             max_new_tokens=max_new_tokens,
             guidance_scale=guidance_scale,
             temperature=temperature,
@@ -228,6 +238,89 @@ class Dia:
         )
         return [item.frames for item in self._speak(text, audio_prompt, settings, seed, progress)]
 
+    def stream(
+        self,
+        text: str | bytes,
+        *,
+        chunk_seconds: float = 0.5,
+        audio_prompt: AudioPrompt = None,
+        max_new_tokens: int = 3072,
+        guidance_scale: float | None = 3.0,
+        temperature: float = 1.2,
+        top_p: float = 0.95,
+        top_k: int | None = 45,
+        do_sample: bool = True,
+        seed: int | None = None,
+        progress: Progress = False,
+    ) -> Generator[Audio, None, None]:
+        """Speaks one text and yields the sound piece by piece, each as soon as it is certain.
+
+        chunk_seconds: length of every chunk but the last, rounded to frames of 11.6 ms. The first one comes when its
+        own frames, 10 more that its samples depend on and the 15 rows of the delay pattern are done. The rest as in
+        `generate`, whose sound for the same seed the chunks are when joined. Streams in several threads share a batch.
+        Nothing happens between two chunks unless other threads use this Dia. To give up early, leave the loop and
+        `close()` the iterator (or drop it): the request ends and its memory is free. Raises as `generate` does, at
+        once; after the first chunk only what went wrong since, and then in this stream alone.
+        """
+        settings = settings_for(
+            self.config,
+            max_new_tokens=max_new_tokens,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            do_sample=do_sample,
+        )
+        seconds, ids = checked_seconds(chunk_seconds), ids_of(self.config, one_text(text))
+        [drawn] = seeds_of(seed, 1, settings)
+        progress_of(progress, 1)
+        codec = self.codec
+        [codes] = self._codes(prompt_for_each(audio_prompt, 1, False))
+        request = request_of(self.config, text, ids, drawn, codes, settings, stacklevel=2)
+        return streaming.stream(self.engine, codec, request, seconds, progress)
+
+    def astream(
+        self,
+        text: str | bytes,
+        *,
+        chunk_seconds: float = 0.5,
+        audio_prompt: AudioPrompt = None,
+        max_new_tokens: int = 3072,
+        guidance_scale: float | None = 3.0,
+        temperature: float = 1.2,
+        top_p: float = 0.95,
+        top_k: int | None = 45,
+        do_sample: bool = True,
+        seed: int | None = None,
+    ) -> AsyncGenerator[Audio, None]:
+        """`stream` for asyncio: `async for chunk in dia.astream(text)`. Never blocks the event loop.
+
+        Streams of one loop share a batch, and one thread that makes the steps. A task that is cancelled, or an iterator
+        that is closed with `aclose()`, ends its request. Raises InputError at once for a text or a setting, and with
+        the first chunk for an audio prompt or the codec.
+        """
+        settings = settings_for(
+            self.config,
+            max_new_tokens=max_new_tokens,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            do_sample=do_sample,
+        )
+        seconds, ids = checked_seconds(chunk_seconds), ids_of(self.config, one_text(text))
+        [drawn] = seeds_of(seed, 1, settings)
+        prompts = prompt_for_each(audio_prompt, 1, False)
+
+        async def chunks() -> AsyncGenerator[Audio, None]:
+            running, codec, [codes] = await asyncio.to_thread(lambda: (self.engine, self.codec, self._codes(prompts)))
+            request = request_of(self.config, text, ids, drawn, codes, settings, stacklevel=2)
+            async with aclosing(streaming.astream(running, codec, request, seconds)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
+        return chunks()
+
     def forward_logits(self, text: Texts, rows: Any, *, guidance: bool = True) -> tuple[Tensor, Tensor | None]:
         """Teacher forcing: the logits that follow each of the given rows, for research and comparisons.
 
@@ -235,22 +328,11 @@ class Dia:
         (all BOS), special codes included. Returns `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32 on
         the model's device; without guidance uncond is None. Raises InputError.
         """
-        decoder = self.config.decoder
         texts = texts_of(text)
-        grid = torch.as_tensor(rows)
-        wanted = f"[{len(texts)}, steps, {decoder.num_channels}]"
-        if grid.ndim != 3 or grid.shape[0] != len(texts) or grid.shape[2] != decoder.num_channels:
-            raise InputError(f"rows must have shape {wanted}, not {list(grid.shape)}")
-        if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
-            raise InputError(f"rows must be integers, not {grid.dtype}")
-        if not 1 <= grid.shape[1] <= decoder.max_position_embeddings:
-            raise InputError(f"rows must have 1 to {decoder.max_position_embeddings} steps, not {grid.shape[1]}")
-        low, high = int(grid.min()), int(grid.max())
-        if low < 0 or high >= decoder.vocab_size:
-            raise InputError(f"rows hold code {low if low < 0 else high}; codes go from 0 to {decoder.vocab_size - 1}")
+        grid = checked_rows(self.config, rows, len(texts))
         if not isinstance(guidance, bool):
             raise InputError(f"guidance must be True or False, not {guidance!r}")
-        return self.model.forward_logits([self._ids(item) for item in texts], grid, guidance)
+        return self.model.forward_logits([ids_of(self.config, item) for item in texts], grid, guidance)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the model, without the codec, in the transformers layout and in its present dtype; returns the folder.
@@ -264,75 +346,24 @@ class Dia:
         kind = str(self.dtype).removeprefix("torch.")
         return f"Dia({size:,} parameters, {kind} on {self.device}, {self.model.ops.name} ops)"
 
-    def _settings(self, **values: Any) -> SamplingSettings:
-        settings = SamplingSettings(**values)
-        least = max(self.config.delay_pattern) + 2
-        if settings.max_new_tokens < least:
-            raise InputError(
-                f"max_new_tokens must be at least {least}, not {settings.max_new_tokens}: the delay pattern completes "
-                "the first frame of sound no earlier"
-            )
-        return settings
-
-    def _ids(self, text: str | bytes) -> list[int]:
-        encoder = self.config.encoder
-        ids = encode_text(text, max_length=encoder.max_position_embeddings)
-        if max(ids) >= encoder.vocab_size:
-            raise InputError(f"text holds byte {max(ids)}, but the model knows only {encoder.vocab_size}")
-        return ids
-
     def _speak(
         self, text: Texts, prompts: Prompts, settings: SamplingSettings, seed: Seeds, progress: Progress
     ) -> list[Generation]:
         """Checks everything, warns, and generates. Called by the public methods only: warnings blame their caller."""
         texts = texts_of(text)
         seeds = seeds_of(seed, len(texts), settings)
-        ids = [self._ids(item) for item in texts]
+        ids = [ids_of(self.config, item) for item in texts]
         codes = self._codes(prompt_for_each(prompts, len(texts), is_list(text)))
-        longest = self.config.encoder.max_position_embeddings
-        for item, prompt in zip(texts, codes, strict=True):
-            seconds = 0.0 if prompt is None else len(prompt) / FRAMES_PER_SECOND
-            warn_about(item, max_length=longest, prompt_seconds=seconds, stacklevel=3)
-        requests = [
-            Request(
-                text_ids,
-                prompt,
-                max_new_tokens=settings.max_new_tokens,
-                guidance_scale=settings.guidance_scale,
-                temperature=0.0 if settings.greedy else settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                seed=item_seed,
-            )
-            for text_ids, prompt, item_seed in zip(ids, codes, seeds, strict=True)
-        ]
-        positions = self.config.decoder.max_position_embeddings
-        given = [0 if prompt is None else len(prompt) for prompt in codes]
-        limits = [min(settings.max_new_tokens, positions - frames) for frames in given]
+        requests = []
+        for parts in zip(texts, ids, seeds, codes, strict=True):
+            requests.append(request_of(self.config, *parts, settings, stacklevel=3))
         # One step more than rows: the last one only puts the last row in its place.
-        with progress_of(progress, max(limits) + 1) as report:
+        with progress_of(progress, max(row_limit(self.config, item) for item in requests) + 1) as report:
             spoken = engine.generate(self.model, requests, progress=report, engine=self.engine)
-        for index, (result, limit) in enumerate(zip(spoken, limits, strict=True)):
-            if result.truncated:
-                which = f"text {index}: " if len(spoken) > 1 else ""
-                cause = "max_new_tokens" if limit == settings.max_new_tokens else "the model's positions"
-                warnings.warn(f"{which}speech was cut after {limit} steps, by {cause}", TextWarning, stacklevel=3)
+        for index, (request, result) in enumerate(zip(requests, spoken, strict=True)):
+            which = f"text {index}: " if len(spoken) > 1 else ""
+            warn_if_cut(self.config, request, result, which=which, stacklevel=3)
         return spoken
 
     def _codes(self, prompts: list[AudioPrompt]) -> list[Tensor | None]:
-        """The codes of each prompt; one that serves several texts is encoded once."""
-        decoder = self.config.decoder
-        # Positions must be left for one new frame and the rows that complete it.
-        room = decoder.max_position_embeddings - max(self.config.delay_pattern) - 2
-        different = {id(prompt): prompt for prompt in prompts}
-        codes = {
-            key: encode_prompt(
-                prompt,
-                lambda: self.codec,
-                channels=decoder.num_channels,
-                codes=decoder.eos_token_id,
-                max_frames=room,
-            )
-            for key, prompt in different.items()
-        }
-        return [codes[id(prompt)] for prompt in prompts]
+        return encode_prompts(self.config, prompts, lambda: self.codec)

@@ -2,16 +2,22 @@
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from dia_fast.engine import MAX_BATCH
+import torch
+from torch import Tensor
+
+from dia_fast.config import DiaConfig
+from dia_fast.engine import MAX_BATCH, Generation, Request
 from dia_fast.errors import InputError
 from dia_fast.progress import StepBar
 from dia_fast.prompts import AudioPrompt
 from dia_fast.settings import SamplingSettings, random_seed
+from dia_fast.text import TextWarning, encode_text, warn_about
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -51,6 +57,13 @@ def texts_of(text: Texts) -> list[str | bytes]:
     return list(text)  # type: ignore[arg-type]
 
 
+def one_text(text: str | bytes) -> str | bytes:
+    """Raises InputError for a list of texts."""
+    if is_list(text):
+        raise InputError("text is a list, and a stream speaks one text: start one for each, in threads or with astream")
+    return text
+
+
 def seeds_of(seed: Seeds, count: int, settings: SamplingSettings) -> list[int | None]:
     """A checked seed for each text."""
     if seed is None:
@@ -68,6 +81,86 @@ def progress_of(progress: Progress, total: int) -> Any:
     if not isinstance(progress, bool):
         raise InputError(f"progress must be True, False or a function of the number of steps, not {progress!r}")
     return StepBar(total, FRAMES_PER_SECOND) if progress else nullcontext(None)
+
+
+def settings_for(config: DiaConfig, **values: Any) -> SamplingSettings:
+    """Checked settings that leave room for a frame of sound."""
+    settings = SamplingSettings(**values)
+    least = max(config.delay_pattern) + 2
+    if settings.max_new_tokens < least:
+        raise InputError(
+            f"max_new_tokens must be at least {least}, not {settings.max_new_tokens}: the delay pattern completes "
+            "the first frame of sound no earlier"
+        )
+    return settings
+
+
+def ids_of(config: DiaConfig, text: str | bytes) -> list[int]:
+    """A checked text as the encoder reads it."""
+    encoder = config.encoder
+    ids = encode_text(text, max_length=encoder.max_position_embeddings)
+    if max(ids) >= encoder.vocab_size:
+        raise InputError(f"text holds byte {max(ids)}, but the model knows only {encoder.vocab_size}")
+    return ids
+
+
+def request_of(
+    config: DiaConfig,
+    text: str | bytes,
+    ids: list[int],
+    seed: int | None,
+    prompt: Tensor | None,
+    settings: SamplingSettings,
+    *,
+    stacklevel: int = 1,
+) -> Request:
+    """Warns about a text and makes a request of it; `stacklevel` 1 blames the caller, 2 its caller."""
+    seconds = 0.0 if prompt is None else len(prompt) / FRAMES_PER_SECOND
+    longest = config.encoder.max_position_embeddings
+    warn_about(text, max_length=longest, prompt_seconds=seconds, stacklevel=stacklevel + 1)
+    return Request(
+        ids,
+        prompt,
+        max_new_tokens=settings.max_new_tokens,
+        guidance_scale=settings.guidance_scale,
+        temperature=0.0 if settings.greedy else settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=seed,
+    )
+
+
+def checked_rows(config: DiaConfig, rows: Any, count: int) -> Tensor:
+    """Rows of the delayed grid for each of `count` texts, `[count, steps, channels]` integers."""
+    decoder = config.decoder
+    grid = torch.as_tensor(rows)
+    wanted = f"[{count}, steps, {decoder.num_channels}]"
+    if grid.ndim != 3 or grid.shape[0] != count or grid.shape[2] != decoder.num_channels:
+        raise InputError(f"rows must have shape {wanted}, not {list(grid.shape)}")
+    if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
+        raise InputError(f"rows must be integers, not {grid.dtype}")
+    if not 1 <= grid.shape[1] <= decoder.max_position_embeddings:
+        raise InputError(f"rows must have 1 to {decoder.max_position_embeddings} steps, not {grid.shape[1]}")
+    low, high = int(grid.min()), int(grid.max())
+    if low < 0 or high >= decoder.vocab_size:
+        raise InputError(f"rows hold code {low if low < 0 else high}; codes go from 0 to {decoder.vocab_size - 1}")
+    return grid
+
+
+def row_limit(config: DiaConfig, request: Request) -> int:
+    """Rows that a request may take at most: its own limit, or what its prompt leaves of the model's positions."""
+    given = 0 if request.prompt is None else len(request.prompt)
+    return min(request.max_new_tokens, config.decoder.max_position_embeddings - given)
+
+
+def warn_if_cut(
+    config: DiaConfig, request: Request, result: Generation, *, which: str = "", stacklevel: int = 1
+) -> None:
+    """Warns of speech that reached its limit; `stacklevel` 1 blames the caller, 2 its caller. which: of several."""
+    if result.truncated:
+        limit = row_limit(config, request)
+        cause = "max_new_tokens" if limit == request.max_new_tokens else "the model's positions"
+        warnings.warn(f"{which}speech was cut after {limit} steps, by {cause}", TextWarning, stacklevel=stacklevel + 1)
 
 
 def engine_limits(max_batch: int, memory: Memory) -> dict[str, Any]:

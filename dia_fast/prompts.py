@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dia_fast.audio import Audio, convert, load_audio
+from dia_fast.config import DiaConfig
 from dia_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +38,20 @@ def prompt_for_each(prompt: "AudioPrompt | Sequence[AudioPrompt]", count: int, l
     if len(prompt) != count:
         raise InputError(f"audio_prompt has {len(prompt)} entries for {count} texts: give one for each, None for none")
     return prompt
+
+
+def encode_prompts(
+    config: DiaConfig, prompts: Sequence[AudioPrompt], codec: "Callable[[], Codec]"
+) -> list[Tensor | None]:
+    """The codes of each prompt, as `encode_prompt` gives them; one that serves several texts is encoded once."""
+    decoder = config.decoder
+    # Positions must be left for one new frame and the rows that complete it.
+    room = decoder.max_position_embeddings - max(config.delay_pattern) - 2
+    codes = {
+        key: encode_prompt(prompt, codec, channels=decoder.num_channels, codes=decoder.eos_token_id, max_frames=room)
+        for key, prompt in {id(prompt): prompt for prompt in prompts}.items()
+    }
+    return [codes[id(prompt)] for prompt in prompts]
 
 
 def encode_prompt(

@@ -1,0 +1,173 @@
+"""Sound while it is being made: what `Dia.stream` and `Dia.astream` do.
+
+The delay pattern completes a frame 15 rows after it begins, and its samples depend on a few frames on either side of it
+(`Codec.decode_context_frames`). So a chunk is decoded once so many frames beyond its end are complete, together with
+just so many on either side, and the chunks joined are what one decode of all frames gives.
+"""
+
+import asyncio
+import math
+import threading
+from asyncio import AbstractEventLoop
+from collections.abc import AsyncGenerator, Generator
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from dia_fast.arguments import Progress, progress_of, row_limit, warn_if_cut
+from dia_fast.audio import Audio
+from dia_fast.engine import Engine, Handle, Request
+from dia_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from dia_fast.codec import Codec
+
+
+def checked_seconds(chunk_seconds: Any) -> float:
+    """Raises InputError unless it is a positive number."""
+    seconds = float(chunk_seconds) if isinstance(chunk_seconds, Real) and not isinstance(chunk_seconds, bool) else 0.0
+    if not 0 < seconds < math.inf:
+        raise InputError(f"chunk_seconds must be a number above 0, such as 0.5, not {chunk_seconds!r:.40}")
+    return seconds
+
+
+def stream(
+    engine: Engine, codec: "Codec", request: Request, chunk_seconds: float, progress: Progress
+) -> Generator[Audio, None, None]:
+    """Speaks a request chunk by chunk. However the generator ends, nothing of the request is left in the engine."""
+    chunks = _Chunks(codec, chunk_seconds)
+    handle = engine.submit(request, stream=True)
+    try:
+        with progress_of(progress, row_limit(engine.model.config, request) + 1) as report:
+            start = engine.steps
+            while not handle.done:
+                while span := chunks.cut(handle):
+                    yield chunks.decode(span, request.seed)
+                before = engine.steps
+                engine.advance()
+                if report is not None and engine.steps > before:
+                    report(engine.steps - start)
+        result = handle.result()
+        while span := chunks.cut(handle):
+            yield chunks.decode(span, request.seed)
+        warn_if_cut(engine.model.config, request, result, stacklevel=2)
+    finally:
+        handle.cancel()
+
+
+async def astream(
+    engine: Engine, codec: "Codec", request: Request, chunk_seconds: float
+) -> AsyncGenerator[Audio, None]:
+    """As `stream`, with everything that takes time or waits for a lock in threads of asyncio's pool."""
+    chunks, pump, submission = _Chunks(codec, chunk_seconds), _pump(engine), _Submission()
+    try:
+        handle = await asyncio.to_thread(submission.submit, engine, request)
+        while not handle.done:
+            while span := chunks.cut(handle):
+                yield await asyncio.to_thread(chunks.decode, span, request.seed)
+            await pump.wait(engine, handle, chunks.needed)
+        result = handle.result()
+        while span := chunks.cut(handle):
+            yield await asyncio.to_thread(chunks.decode, span, request.seed)
+        warn_if_cut(engine.model.config, request, result, stacklevel=3)
+    finally:
+        await asyncio.shield(asyncio.to_thread(submission.withdraw))
+
+
+class _Chunks:
+    """Cuts the frames of one stream into spans, in order, and decodes them."""
+
+    def __init__(self, codec: "Codec", seconds: float) -> None:
+        self.codec = codec
+        # A day is as good as any longer time, and has a finite number of frames.
+        self.size = max(1, round(min(seconds, 86_400) * codec.sample_rate / codec.hop_length))
+        self.sent = 0
+
+    @property
+    def needed(self) -> int:
+        """Frames that must be complete before the next span can be cut, unless the speech ends."""
+        return self.sent + self.size + self.codec.decode_context_frames
+
+    def cut(self, handle: Handle) -> tuple[Tensor, int, int] | None:
+        """The next span, as all frames so far and its first and last but one; None if it is not there yet."""
+        finished = handle.status == "done"
+        if not finished and not handle.has(self.needed):
+            return None
+        frames, start = handle.ready(), self.sent
+        self.sent = min(start + self.size, len(frames))
+        return (frames, start, self.sent) if self.sent > start else None
+
+    def decode(self, span: tuple[Tensor, int, int], seed: int | None) -> Audio:
+        return Audio(self.codec.decode_span(*span).cpu().numpy(), self.codec.sample_rate, seed)
+
+
+class _Submission:
+    """A request that one thread submits, and another may withdraw before, meanwhile or after."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._handle: Handle | None = None
+        self._withdrawn = False
+
+    def submit(self, engine: Engine, request: Request) -> Handle:
+        handle = engine.submit(request, stream=True)
+        with self._lock:
+            self._handle = handle
+            withdrawn = self._withdrawn
+        if withdrawn:
+            handle.cancel()
+        return handle
+
+    def withdraw(self) -> None:
+        with self._lock:
+            self._withdrawn = True
+            handle = self._handle
+        if handle is not None:
+            handle.cancel()
+
+
+class _Pump:
+    """Makes an engine's steps in one thread for all streams of an event loop that wait."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[Handle, int] = {}
+        self._steps: asyncio.Task[None] | None = None
+
+    async def wait(self, engine: Engine, handle: Handle, frames: int) -> None:
+        """Returns when so many frames are complete, or nothing more will come."""
+        self._waiting[handle] = frames
+        try:
+            while not _is_there(handle, frames):
+                if self._steps is None:
+                    self._steps = asyncio.create_task(self._make_steps(engine))
+                await asyncio.shield(self._steps)  # the others still wait if this one is cancelled
+        finally:
+            del self._waiting[handle]
+
+    async def _make_steps(self, engine: Engine) -> None:
+        try:
+            await asyncio.to_thread(self._advance, engine)
+        finally:
+            self._steps = None
+
+    def _advance(self, engine: Engine) -> None:
+        """Goes on until one of those that wait, the ones that have joined meanwhile included, has what it needs."""
+        while (waiting := self._waiting.copy()) and not any(_is_there(*item) for item in waiting.items()):
+            engine.advance()
+
+
+def _is_there(handle: Handle, frames: int) -> bool:
+    return handle.done or handle.has(frames)
+
+
+# Event loops end without a word and engines with their Dia, so neither is kept alive here.
+_pumps: WeakKeyDictionary[Engine, WeakKeyDictionary[AbstractEventLoop, _Pump]] = WeakKeyDictionary()
+_pumps_lock = threading.Lock()
+
+
+def _pump(engine: Engine) -> _Pump:
+    """The pump of an engine for the running event loop."""
+    with _pumps_lock:
+        return _pumps.setdefault(engine, WeakKeyDictionary()).setdefault(asyncio.get_running_loop(), _Pump())
