@@ -76,15 +76,21 @@ class Handle:
         """The frames that are complete so far, `[n, channels]` int64. Waits for nothing; needs `stream=True`."""
         if self._generation is not None:
             return self._generation.frames
-        self._require_stream()
         config = self._engine.model.config
+        return undo_delay(self.rows(), config.delay_pattern, config.decoder.eos_token_id)[self._first :]
+
+    def rows(self) -> Tensor:
+        """The delayed grid so far, from row 0 on, `[rows, channels]` int32. Waits for nothing; needs `stream=True`."""
+        if self._generation is not None:
+            return self._generation.rows
+        self._require_stream()
         with self._joining:
             count = len(self._rows)
             if not count:
-                return torch.empty(0, config.decoder.num_channels, dtype=torch.int64)
+                return torch.empty(0, self._engine.model.config.decoder.num_channels, dtype=torch.int32)
             # In one go: a step of another thread may add to the list at any time.
             self._rows[:count] = [torch.cat(self._rows[:count])]
-            return undo_delay(self._rows[0], config.delay_pattern, config.decoder.eos_token_id)[self._first :]
+            return self._rows[0]
 
     def has(self, frames: int) -> bool:
         """Whether `ready` holds at least so many frames, told cheaply while it does not."""

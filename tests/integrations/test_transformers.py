@@ -30,7 +30,7 @@ def model() -> DiaForConditionalGeneration:
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 1.0, 3.0])
-@pytest.mark.parametrize("eos_gain", [0.0, 1.6], ids=["never ends", "ends"])
+@pytest.mark.parametrize("eos_gain", [0.0, 2.5], ids=["never ends", "ends"])
 @pytest.mark.parametrize(
     "limit", [{"max_new_tokens": 40}, {"max_length": 35, "max_new_tokens": None}], ids=["new", "length"]
 )
@@ -193,6 +193,17 @@ def test_errors_are_those_of_transformers(model: DiaForConditionalGeneration) ->
             model.generate(**batch, nonsense=3)
 
 
+def test_engines_are_kept_while_they_fit(model: DiaForConditionalGeneration) -> None:
+    state = model.__dict__[patch.STATE]
+    same_as_own(model, inputs(), **greedy(max_new_tokens=16))
+    first = state._engine
+    same_as_own(model, inputs(texts=(20, 30, 3)), **greedy(max_new_tokens=20, guidance_scale=None))
+    assert state._engine is first
+    same_as_own(model, inputs(texts=(5,) * 4, prompts=(0, 0, 3, 2)), **greedy(max_new_tokens=16))
+    assert state._engine is not first
+    same_as_own(model, inputs(texts=(5,) * 35, prompts=(0,) * 35), **greedy(max_new_tokens=3))
+
+
 class Listener(BaseStreamer):
     def __init__(self) -> None:
         self.heard: list[Tensor] = []
@@ -216,6 +227,20 @@ def test_streamer(model: DiaForConditionalGeneration) -> None:
     assert torch.equal(heard, rows[:, 13:])
 
 
+def test_a_streamer_hears_each_row_when_it_is_there(model: DiaForConditionalGeneration) -> None:
+    class Interrupting(Listener):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if len(self.heard) == 10:
+                raise KeyboardInterrupt
+
+    listener = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**inputs(), **greedy(max_new_tokens=3000), streamer=listener)
+    stats = model.__dict__[patch.STATE]._engine.stats
+    assert stats.steps < 15 and stats.running == 0 and stats.pages == 0
+
+
 def test_other_models_are_refused() -> None:
     with pytest.raises(InputError, match="DiaForConditionalGeneration"):
         accelerate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
@@ -229,8 +254,8 @@ def test_other_models_are_refused() -> None:
 
 def test_the_engine_is_what_runs(model: DiaForConditionalGeneration, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    speak = patch.speak
-    monkeypatch.setattr(patch, "speak", lambda *args, **kwargs: calls.append(1) or speak(*args, **kwargs))
+    speak = patch.loop.speak
+    monkeypatch.setattr(patch.loop, "speak", lambda *args, **kwargs: calls.append(1) or speak(*args, **kwargs))
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model itself has run"))
     unhooked = model._forward_pre_hooks.copy()
     monkeypatch.setattr(patch.weights.Watch, "obstacle", lambda *_: None)

@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import DiaForConditionalGeneration
 
 from dia_fast.config import DiaConfig
-from dia_fast.engine import generate as speak
+from dia_fast.engine import Engine, Request
 from dia_fast.errors import InputError
-from dia_fast.integrations.transformers import calls, fallback, modules, weights
+from dia_fast.integrations.transformers import calls, fallback, loop, modules, weights
 from dia_fast.model import DiaModel
 from dia_fast.settings import SamplingSettings
 from dia_kernels import get_ops
@@ -41,15 +41,16 @@ class State:
         self._watch: weights.Watch | None = None
         self._obstacle: str | None = None
         self._ours: DiaModel | None = None
+        self._engine: Engine | None = None
 
     def forget(self) -> None:
-        """Lets go of the engine's model; the next call makes it again."""
-        self._watch = self._ours = self._obstacle = None
+        """Lets go of the engine and its model; the next call makes them again."""
+        self._watch = self._ours = self._obstacle = self._engine = None
 
     def obstacle(self, model: DiaForConditionalGeneration) -> str | None:
         """Why the engine cannot stand in for the model as it is now, or None; packs weights that have changed."""
         if self._watch is None or self._watch.changed(model):
-            self._ours = None
+            self.forget()
             self._obstacle = weights.foreign_module(model)
             if self._obstacle is None:
                 config = weights.read_config(model)
@@ -68,6 +69,14 @@ class State:
             packed = self._ours.state_dict()
             self._ours = self._load(replace(config, encoder=encoder, decoder=decoder), packed)
         return self._ours
+
+    def engine_for(self, model: DiaModel, requests: Sequence[Request]) -> Engine:
+        """An engine with room for these requests: that of the last call if it has it, so that graphs are kept."""
+        wanted = loop.sizes_with_room(model, requests)
+        if self._engine is None or self._engine.model is not model or not loop.holds(self._engine.state.sizes, wanted):
+            self._engine = None  # its memory first
+            self._engine = Engine(model, sizes=wanted)
+        return self._engine
 
     def _load(self, config: DiaConfig, packed: dict[str, Tensor]) -> DiaModel:
         ops = get_ops(self.backend, next(iter(packed.values())).device)
@@ -141,7 +150,7 @@ def accelerate(
 
 
 def unaccelerate(model: DiaForConditionalGeneration) -> DiaForConditionalGeneration:
-    """Gives a model its own methods back, and returns it; the weights stay where they are. Harmless if not accelerated."""
+    """Gives a model its own methods back and returns it; the weights stay where they are. Harmless on any model."""
     state = model.__dict__.pop(STATE, None)
     modules.unpatch(model)
     for name in state.replaced if state is not None else ():
@@ -246,12 +255,12 @@ def _speak(
     seeds = _seeds(call.seed, batch, sampled=settings.temperature > 0)
     requests = calls.make_requests(texts, grids, settings, known, seeds)
     model = state.model_for(max(map(len, texts)), settings.max_length)
-    spoken = speak(model, requests)
+    engine = state.engine_for(model, requests)
+    heard = None if streamer is None else loop.Columns(streamer, known, pads, config.decoder.pad_token_id)
+    spoken = loop.speak(engine, requests, heard)
     rows = calls.assemble(start, spoken, pads, settings, config)
-    if streamer is not None:
-        for column in rows[:, known:].cpu().unbind(1):
-            streamer.put(column)
-        streamer.end()
+    if heard is not None:
+        heard.end(rows)
     return rows
 
 
