@@ -266,11 +266,12 @@ def configuration(op: str, x: Tensor, features: int, normed: bool) -> dict[str, 
     )
 
 
-def check(rows: int, named: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+def check(rows: int, named: Mapping[str, tuple[Tensor, tuple[int, ...]]], out_dtype: torch.dtype | None = None) -> None:
     """Raises ValueError or TypeError naming the argument that the kernels cannot take.
 
     named: each tensor with the shape it must have, x first. Rows 1 to 64, hidden size (the last axis of x) a multiple
-    of 16, everything contiguous, 16-byte aligned, on one device and of one dtype (float32, float16 or bfloat16).
+    of 16, everything contiguous, 16-byte aligned, on one device and of one dtype (float32, float16 or bfloat16), but
+    for `out` if it must be of out_dtype.
     """
     x = next(iter(named.values()))[0]
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -282,8 +283,9 @@ def check(rows: int, named: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> Non
     for name, (tensor, shape) in named.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.dtype != x.dtype and not (name == "out" and tensor.dtype == torch.float32):
-            raise TypeError(f"{name}: dtype {tensor.dtype}, x has {x.dtype}")
+        expected = out_dtype if name == "out" and out_dtype else x.dtype
+        if tensor.dtype != expected:
+            raise TypeError(f"{name}: dtype {tensor.dtype}, needs {expected} beside x of {x.dtype}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: has strides {tensor.stride()}, must be contiguous")
         if tensor.device != x.device:

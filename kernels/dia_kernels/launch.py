@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-# Every op whose kernel takes its configuration from here, and may therefore stand in a table.
+# Every op: all take their configuration from here, and may therefore stand in a table.
 OPS = frozenset(
     {
         "codebook_logits", "cross_attention", "embed_codes", "glu", "linear_residual", "ragged_attention", "rms_norm",
-        "rms_norm_glu", "rms_norm_linear", "rope_attention", "sample", "snake",
+        "rms_norm_glu", "rms_norm_linear", "rope", "rope_attention", "sample", "snake",
     }
 )  # fmt: skip
 

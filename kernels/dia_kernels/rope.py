@@ -61,6 +61,11 @@ def _rope(
         tl.store(v_ptr + place + HALF, second, mask=is_v)
 
 
+def _rule(dtype: torch.dtype, arch: str, *, heads: int, head_dim: int) -> dict[str, int]:
+    """Heads per program, counting those of q, k and v, and warps."""
+    return {"BLOCK_H": min(32, triton.next_power_of_2(heads)), "num_warps": 4}
+
+
 def _check_pages(
     qkv: torch.Tensor, kv_heads: int, head_dim: int, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
 ) -> None:
@@ -103,10 +108,11 @@ def rope(
         page_size = k_pages.shape[2]
     if tokens == 0:
         return qkv
-    block_h = min(32, triton.next_power_of_2(heads + 2 * kv_heads))
+    every = heads + 2 * kv_heads
+    chosen = launch.configuration("rope", _rule, qkv.dtype, qkv.device, heads=every, head_dim=head_dim)
     launch.run(
         _rope,
-        (tokens, triton.cdiv(heads + 2 * kv_heads, block_h)),
+        (tokens, triton.cdiv(every, chosen["BLOCK_H"])),
         qkv,
         cos,
         sin,
@@ -118,9 +124,8 @@ def rope(
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         PAGE=page_size,
-        BLOCK_H=block_h,
         BLOCK_A=triton.next_power_of_2(head_dim // 2),
         enable_fp_fusion=True,
-        num_warps=4,
+        **chosen,
     )
     return qkv

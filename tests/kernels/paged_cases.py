@@ -83,7 +83,9 @@ def unluckiest(evaluate: Callable[[Tensor], Tensor], width: int, exact: Tensor) 
     """Of eight evaluations by plain torch, the one with the largest error.
 
     evaluate: the result with the terms of each score taken in the order of a permutation of `width`. All scores of a
-    head share its roundings: the error of a single evaluation of few heads says little about what plain torch does.
+    head share its roundings, so that few errors of a result are independent, and how large a single evaluation's are
+    is luck: of two evaluations equally good, normally distributed, one is over twice the other's error in 30 % of
+    cases for one independent value, in 12 % for four. Over twice the worst of eight it is in 0.8 % and 0.06 %.
     """
     generator = torch.Generator().manual_seed(width)
     orders = [torch.arange(width), *(torch.randperm(width, generator=generator) for _ in range(7))]

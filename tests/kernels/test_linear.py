@@ -262,7 +262,7 @@ def test_residual_is_rounded_once() -> None:
         (
             lambda i: i._replace(norm=i.norm.double()),
             TypeError,
-            "norm_weight: dtype torch.float64, x has torch.float32",
+            "norm_weight: dtype torch.float64, needs torch.float32",
         ),
         (lambda i: i._replace(x=i.x.repeat(33, 1)), ValueError, "x: 66 rows, one launch takes 1 to 64"),
         (lambda i: i._replace(x=i.x[:0]), ValueError, "x: 0 rows"),
@@ -284,6 +284,20 @@ def test_wrong_arguments_are_named(change: Callable[[Inputs], Inputs], error: ty
     inputs = change(make(2, 32, 18, torch.float32))
     with pytest.raises(error, match=message):
         run_linear(inputs, Kernels)
+
+
+@pytest.mark.parametrize("op", ["rms_norm_linear", "rms_norm_glu"])
+def test_results_are_of_the_dtype_of_x(op: str) -> None:
+    i = make(2, 32, 18, torch.bfloat16)
+    out = poisoned((2, 18 if op == "rms_norm_linear" else 9), torch.float32, i.x.device)
+    with pytest.raises(TypeError, match="out: dtype torch.float32, needs torch.bfloat16 beside x of torch.bfloat16"):
+        getattr(Kernels, op)(i.x, i.norm, i.weight, EPS, out)
+
+
+def test_logits_are_float32() -> None:
+    i = make(2, 32, 18, torch.bfloat16)
+    with pytest.raises(TypeError, match="out: dtype torch.bfloat16, needs torch.float32 beside x of torch.bfloat16"):
+        codebook_logits(i.x, i.norm, i.weight, EPS, poisoned((2, 2, 9), torch.bfloat16, i.x.device))
 
 
 def test_rows_without_input_need_a_constant() -> None:
