@@ -1,0 +1,152 @@
+"""How does the work done per second grow with the number of requests in the batch?
+
+    python -m bench.throughput --model FOLDER [--requests 1 2 4 8 16 32] [--against transformers] [--out FOLDER]
+
+Equal requests, all admitted before the first step that counts. Prints a table and, with `--out`, writes it as
+`throughput.csv` and draws `throughput.png` (needs matplotlib, extra `bench`). With `--against transformers`, its static
+batches of up to `--against-most` requests are timed in turns with ours. Every number of requests gets `--steps` steps:
+the wall time is that of the median step.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.measure import (
+    WARM_UP,
+    Seconds,
+    add_model_options,
+    bytes_per_step,
+    describe,
+    load,
+    median,
+    now,
+    step_times,
+    their_run,
+)
+from dia_fast.config import DiaConfig
+from dia_fast.engine import MAX_BATCH, Engine, Request
+from dia_fast.errors import DiaFastError
+from dia_fast.model import DiaModel
+
+FRAMES_PER_SECOND = 44100 / 512  # of Dia's codec: one frame per request and step
+
+
+def equal_requests(config: DiaConfig, count: int, options: argparse.Namespace, steps: int) -> list[Request]:
+    """Random texts of one length."""
+    texts = torch.randint(1, config.encoder.vocab_size, (count, options.text)).tolist()
+    return [Request(ids, None, steps, options.guidance, seed=number) for number, ids in enumerate(texts)]
+
+
+def our_steps(model: DiaModel, count: int, options: argparse.Namespace) -> list[Seconds]:
+    """What steps with `count` running requests take."""
+    engine = Engine(model, max_batch=count)
+    # Newcomers join one after another; the first is to run until the last has had its steps.
+    longest = count + WARM_UP + options.steps + 1
+    handles = [engine.submit(request) for request in equal_requests(model.config, count, options, longest)]
+    spans: list[Seconds] = []
+    while len(spans) < WARM_UP + options.steps:
+        ready = engine.stats.running == count
+        start = now()
+        engine.step()
+        if ready:
+            spans.append(now().since(start))
+    for handle in handles:
+        handle.cancel()
+    return spans[WARM_UP:]
+
+
+def measure(model: DiaModel, theirs: Any, options: argparse.Namespace) -> list[dict[str, float]]:
+    """One row for each number of requests."""
+    rows = []
+    for count in options.requests:
+        ours, others = list[Seconds](), list[Seconds]()
+        for _ in range(options.rounds):
+            ours += our_steps(model, count, options)
+            if theirs is not None and count <= options.against_most:
+                requests = equal_requests(model.config, count, options, options.steps + WARM_UP + 1)
+                others += step_times(their_run(theirs, model.config, requests))[: options.steps]
+        step = median(ours)
+        rows.append(
+            {
+                "requests": count,
+                "step_ms": step.wall * 1e3,
+                "step_cpu_ms": step.cpu * 1e3,
+                "frames_per_second": count / step.wall,
+                "realtime": count / step.wall / FRAMES_PER_SECOND,
+                "gigabytes_per_second": bytes_per_step(model) / step.wall / 1e9,
+            }
+        )
+        if others:
+            rows[-1] |= {"transformers_step_ms": median(others).wall * 1e3, "ratio": median(others).wall / step.wall}
+        print("  ".join(f"{rows[-1].get(name, float('nan')):>{len(name)}.2f}" for name in HEADINGS), flush=True)
+    return rows
+
+
+HEADINGS = (
+    "requests", "step_ms", "step_cpu_ms", "frames_per_second", "realtime", "gigabytes_per_second",
+    "transformers_step_ms", "ratio",
+)  # fmt: skip
+
+
+def plot(rows: Sequence[dict[str, float]], title: str, file: Path) -> None:
+    """Frames per second over the number of requests, beside the line of perfect scaling."""
+    from matplotlib.figure import Figure
+
+    counts = [row["requests"] for row in rows]
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.add_subplot()
+    axes.plot(counts, [row["frames_per_second"] for row in rows], "o-", label="dia-fast")
+    theirs = [row for row in rows if "transformers_step_ms" in row]
+    if theirs:
+        rates = [row["requests"] / row["transformers_step_ms"] * 1e3 for row in theirs]
+        axes.plot([row["requests"] for row in theirs], rates, "s-", label="transformers, static batch")
+    ideal = [rows[0]["frames_per_second"] * count / counts[0] for count in counts]
+    axes.plot(counts, ideal, ":", color="gray", label="perfect scaling")
+    axes.set(xscale="log", yscale="log", xlabel="requests in the batch", ylabel="frames per second")
+    axes.set_xticks(counts, [f"{count:g}" for count in counts])
+    axes.set_title(title, fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="throughput", description=(__doc__ or "").splitlines()[0])
+    add_model_options(parser)
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--steps", type=int, default=8, help="timed steps per round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--against-most", type=int, default=8, help="largest static batch of transformers")
+    parser.add_argument("--out", type=Path, help="folder for the table and the plot")
+    options = parser.parse_args(arguments)
+    if not all(1 <= count <= MAX_BATCH for count in options.requests):
+        parser.error(f"--requests: from 1 to {MAX_BATCH} fit in a batch, got {options.requests}")
+    torch.manual_seed(0)
+    try:
+        model, theirs = load(options)
+    except DiaFastError as error:
+        print(f"throughput: {error}", file=sys.stderr)
+        return 2
+    title = describe(model, options)
+    print(title, "  ".join(HEADINGS), sep="\n")
+    rows = measure(model, theirs, options)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        with (options.out / "throughput.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, HEADINGS, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        plot(rows, title, options.out / "throughput.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
