@@ -43,6 +43,7 @@ from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model import DiaModel
 from dia_fast.placement import choose_device, choose_dtype
 from dia_fast.prompts import AudioPrompt, encode_prompts, prompt_for_each
+from dia_fast.reading import readings_of, speak_scripts
 from dia_fast.settings import SamplingSettings
 from dia_fast.streaming import checked_seconds
 from dia_kernels import get_ops
@@ -175,6 +176,8 @@ class Dia:
         text: Texts,
         *,
         audio_prompt: Prompts = None,
+        prompt_text: str | None = None,
+        split: str | None = None,
         max_new_tokens: int = 3072,
         guidance_scale: float | None = 3.0,
         temperature: float = 1.2,
@@ -189,10 +192,14 @@ class Dia:
         text: a transcript with speaker tags, `"[S1] ... [S2] ..."`. audio_prompt: a voice to go on in, as a path, an
         `Audio`, a pair `(samples, sample_rate)` or codes `[frames, channels]`; the text must then begin with what the
         prompt says, and the result holds the new words only. For a list of texts: one prompt for all, or a list with
-        one for each (None for none). The other settings: see `SamplingSettings`; `max_new_tokens` is cut to the
-        positions that the prompt leaves. seed: an int for all texts, or one for each; a text sounds the same alone and
-        in a list. None draws one for each text; it is in `Audio.seed`. progress: True for a bar on standard error, or
-        a function that is called with the number of steps so far.
+        one for each (None for none). prompt_text: what the prompts say, so that no text needs to begin with it. split:
+        `"auto"` cuts a text that is too long for the model (some 20 s) into pieces of about 9 s, speaks each in the
+        voice of the prompt, or of what was spoken before, and joins them with a fade of 10 ms on either side;
+        `max_new_tokens` holds for each piece, and the seed for the first (see `reading.piece_seed`). The other
+        settings: see `SamplingSettings`; `max_new_tokens` is cut to the positions that the prompt leaves. seed: an int
+        for all texts, or one for each; a text sounds the same alone and in a list. None draws one for each text; it is
+        in `Audio.seed`. progress: True for a bar on standard error, or a function that is called with the number of
+        steps so far.
         Raises InputError, before anything is computed, for whatever cannot be used.
         """
         settings = settings_for(
@@ -205,6 +212,12 @@ class Dia:
             do_sample=do_sample,
         )
         codec = self.codec
+        if split is not None or prompt_text is not None:
+            texts, prompts = texts_of(text), prompt_for_each(audio_prompt, len(texts_of(text)), is_list(text))
+            seeds = seeds_of(seed, len(texts), settings)
+            readings = readings_of(self.config, texts, self._codes(prompts), prompt_text, split, settings, seeds)
+            joined = speak_scripts(self.engine, codec, readings, progress, stacklevel=2)
+            return joined if is_list(text) else joined[0]
         spoken = self._speak(text, audio_prompt, settings, seed, progress)
         audios = [Audio(codec.decode(item.frames).cpu().numpy(), codec.sample_rate, item.seed) for item in spoken]
         return audios if is_list(text) else audios[0]

@@ -118,6 +118,11 @@ def request_of(
     seconds = 0.0 if prompt is None else len(prompt) / FRAMES_PER_SECOND
     longest = config.encoder.max_position_embeddings
     warn_about(text, max_length=longest, prompt_seconds=seconds, stacklevel=stacklevel + 1)
+    return make_request(ids, seed, prompt, settings)
+
+
+def make_request(ids: list[int], seed: int | None, prompt: Tensor | None, settings: SamplingSettings) -> Request:
+    """A request with these settings, whatever their seed."""
     return Request(
         ids,
         prompt,

@@ -1,5 +1,6 @@
 """A progress bar on standard error that says how far, how fast, and how that compares with the speed of speech."""
 
+import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,61 @@ class StepBar:
         self.steps, self.seconds = steps, time.perf_counter() - self._start
         self._bar.set_postfix_str(f"{steps / self.seconds / self.realtime:.2f}x realtime", refresh=False)
         self._bar.update(steps - self._bar.n)
+
+    def pieces(self, done: int, count: int, total: int) -> None:
+        """Shows how many of `count` pieces of a script are done; total: steps expected of all."""
+        self._bar.total = max(total, self.steps)
+        self._bar.set_description_str(f"{done}/{count} pieces", refresh=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+
+class ItemBar:
+    """Counts items, and shows how fast they come in terms of the speed of speech. Use it in a `with` block.
+
+    total: items; done: of them, before now. steps_per_second: steps that make one second of sound. hidden: draw
+    nothing.
+    """
+
+    def __init__(self, total: int, done: int, steps_per_second: float, *, hidden: bool = False) -> None:
+        from tqdm import tqdm
+
+        self.realtime = steps_per_second
+        self.rows = 0
+        self._bar = tqdm(
+            total=total, initial=done, unit="item", disable=hidden, dynamic_ncols=True, leave=False, mininterval=0.5
+        )
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> "ItemBar":
+        return self
+
+    def restart(self) -> None:
+        """The clock starts now: loading does not count."""
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def stepped(self, running: int) -> None:
+        """After a step of `running` requests."""
+        self.rows += running
+        self._bar.set_postfix_str(f"{self.rows / self.seconds / self.realtime:.2f}x realtime", refresh=False)
+        self._bar.update(0)
+
+    def ended(self, message: str | None = None) -> None:
+        """After an item, with what there is to say about it."""
+        if message is not None:
+            self.tell(message)
+        self._bar.update(1)
+
+    def tell(self, message: str) -> None:
+        """Prints above the bar."""
+        self._bar.write(message, file=sys.stderr)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -15,9 +15,11 @@ MAX_BYTES = 1024
 ABSURD_BYTES = 1 << 16
 """A longer text is taken for a mistake (a book, a binary file) instead of being cut to its first 1024 bytes."""
 
+GOOD_SECONDS = 20
+"""The authors' advice; longer texts are spoken hastily and stray from the script."""
+TAG = re.compile(r"\[S[12]\]")
+
 _CHARACTERS_PER_SECOND = 15  # unhurried English
-_GOOD_SECONDS = 20  # the authors' advice; longer texts are spoken hastily and stray from the script
-_TAG = re.compile(r"\[S[12]\]")
 _LOOKS_LIKE_TAG = re.compile(r"\[\s*[sS](?:peaker)?\s*\d+\s*\]")
 _RESERVED = {0: "padding", 1: "[S1]", 2: "[S2]"}
 
@@ -69,7 +71,7 @@ def checked_text(text: str | bytes) -> str:
             )
     if not text.strip():
         raise InputError("text is empty: there is nothing to say; write for example '[S1] Hello there. [S2] Hi.'")
-    if not _TAG.sub("", text).strip():
+    if not TAG.sub("", text).strip():
         raise InputError(f"text has only speaker tags ({text.strip()[:40]!r}): put words after them: '[S1] Hello.'")
     return text
 
@@ -81,9 +83,9 @@ def text_warnings(text: str | bytes, *, max_length: int = MAX_BYTES, prompt_seco
     Raises InputError as `encode_text` does.
     """
     text = checked_text(text)
-    tags = _TAG.findall(text)
+    tags = TAG.findall(text)
     found = []
-    if not _TAG.match(text.lstrip()):
+    if not TAG.match(text.lstrip()):
         found.append("the text does not begin with a speaker tag: begin with [S1]")
     elif tags[0] != "[S1]":
         found.append(f"the text begins with {tags[0]}: begin with [S1]")
@@ -94,14 +96,14 @@ def text_warnings(text: str | bytes, *, max_length: int = MAX_BYTES, prompt_seco
     unknown = [tag for tag in _LOOKS_LIKE_TAG.findall(text) if tag not in SPEAKER_IDS]
     if unknown:
         found.append(f"{unknown[0]} is not a speaker tag and will be read out as letters: there are only [S1] and [S2]")
-    spoken = _TAG.sub("", text)
+    spoken = TAG.sub("", text)
     size = len(spoken.encode()) + len(tags)
-    seconds = len(spoken) / _CHARACTERS_PER_SECOND - prompt_seconds
+    seconds = spoken_seconds(text) - prompt_seconds
     if size > max_length:
         found.append(f"the text takes {size} bytes and the model reads {max_length}: the rest is left out; split it")
-    elif seconds > _GOOD_SECONDS:
+    elif seconds > GOOD_SECONDS:
         found.append(
-            f"the text is about {seconds:.0f} s of speech, and beyond {_GOOD_SECONDS} s it is spoken hastily and "
+            f"the text is about {seconds:.0f} s of speech, and beyond {GOOD_SECONDS} s it is spoken hastily and "
             "words get lost: split it"
         )
     return found
@@ -113,6 +115,11 @@ def warn_about(
     """Issues each of `text_warnings` as a `TextWarning`; `stacklevel` 1 blames the caller, 2 its caller."""
     for sentence in text_warnings(text, max_length=max_length, prompt_seconds=prompt_seconds):
         warnings.warn(sentence, TextWarning, stacklevel=stacklevel + 1)
+
+
+def spoken_seconds(text: str) -> float:
+    """About how long the text takes to say; its tags take no time."""
+    return len(TAG.sub("", text)) / _CHARACTERS_PER_SECOND
 
 
 def join_prompt(prompt_text: str, text: str) -> str:

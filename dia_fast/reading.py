@@ -1,0 +1,340 @@
+"""Scripts on their way through an engine: which piece can go next, in which voice, and what became of it."""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dia_fast.arguments import FRAMES_PER_SECOND, Progress, ids_of, make_request, progress_of
+from dia_fast.audio import Audio, Samples
+from dia_fast.config import DiaConfig
+from dia_fast.engine import Engine, Generation, Handle, Request
+from dia_fast.errors import InputError
+from dia_fast.progress import StepBar
+from dia_fast.script import LEAST_SECONDS, PIECE_SECONDS, continued, join_pieces, split_script
+from dia_fast.settings import MAX_SEED, SamplingSettings
+from dia_fast.text import (
+    ABSURD_BYTES,
+    GOOD_SECONDS,
+    TAG,
+    TextWarning,
+    checked_text,
+    encode_text,
+    join_prompt,
+    spoken_seconds,
+    text_warnings,
+)
+
+if TYPE_CHECKING:
+    from dia_fast.codec import Codec
+
+_SLACK = 1.2  # how much longer than expected a piece may turn out
+
+
+@dataclass(frozen=True)
+class Voice:
+    """codes: `[frames, channels]` of a recording; text: what is said in it, or "" if the script begins with that."""
+
+    codes: Tensor
+    text: str
+
+
+def longest_prompt(config: DiaConfig) -> int:
+    """Frames of the longest audio prompt that leaves positions for one new frame and the rows that complete it."""
+    return config.decoder.max_position_embeddings - max(config.delay_pattern) - 2
+
+
+def cut(text: str | bytes, config: DiaConfig, voice: Voice | None = None) -> list[str]:
+    """The text itself, if the model takes it well in one piece (20 s, its bytes and positions); else pieces of it.
+
+    voice: the one that each piece is to be spoken in; without it there is room for one more piece as the voice.
+    Raises InputError for a text that cannot be spoken, and for a voice that leaves no room.
+    """
+    text = checked_text(text)
+    size = config.encoder.max_position_embeddings
+    frames = longest_prompt(config)
+    if voice is not None:
+        frames -= len(voice.codes)
+        size -= len(encode_text(voice.text, max_length=ABSURD_BYTES)) + 1 if voice.text else 0
+    seconds = frames / FRAMES_PER_SECOND / _SLACK
+    if spoken_seconds(text) <= min(GOOD_SECONDS, seconds) and len(encode_text(text, max_length=ABSURD_BYTES)) <= size:
+        return [text]
+    if voice is None:
+        seconds, size = seconds / 2, (size - 1) // 2
+    elif not voice.text:
+        raise InputError("a script that is split needs prompt_text beside audio_prompt: what is said in the recording")
+    if seconds < LEAST_SECONDS or size < 16:
+        raise InputError(
+            f"the audio prompt and its text leave room for {max(seconds, 0):.1f} s and {max(size, 0)} bytes: too "
+            "little for a piece; use a shorter recording"
+        )
+    return split_script(text, max_seconds=min(PIECE_SECONDS, seconds), max_bytes=size)
+
+
+def piece_seed(seed: int, index: int) -> int:
+    """The seed of a piece: the script's for the first; for piece i the first 63 bits of SHA-256 of "seed/i"."""
+    if index == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "big") & MAX_SEED
+
+
+class Reading:
+    """A script being spoken, piece by piece.
+
+    With a voice, each piece is independent: all may run at once. Without, each goes on in the voice of what was spoken
+    before: the last piece, or an earlier one, or both, if the last lacks a speaker that is needed. Only whole pieces
+    serve as a voice, since text and sound must match: none that the length limit has cut, and none that leaves no room.
+
+    config: of the model. pieces: as from `cut`. settings: for every piece; with a seed. name: the caller's own.
+    `frames` are the codes of each piece, `remarks` what the user should hear about, `error` what ended it, if anything.
+    Raises InputError for a text that cannot be spoken.
+    """
+
+    def __init__(
+        self,
+        config: DiaConfig,
+        pieces: Sequence[str],
+        settings: SamplingSettings,
+        voice: Voice | None = None,
+        name: str = "",
+    ) -> None:
+        assert settings.seed is not None
+        self.config, self.pieces, self.settings, self.voice, self.name = config, pieces, settings, voice, name
+        self.seed = settings.seed
+        self.frames: list[Tensor | None] = [None] * len(pieces)
+        self.truncated = [False] * len(pieces)
+        self.error: Exception | None = None
+        self.remarks = self._warnings()
+        self._next = 0
+
+    @property
+    def spoken(self) -> int:
+        """Pieces done."""
+        return sum(item is not None for item in self.frames)
+
+    @property
+    def done(self) -> bool:
+        return self.error is not None or self.spoken == len(self.pieces)
+
+    def next_request(self) -> tuple[int, Request] | None:
+        """The next piece and its request; None if there is none, or none that can start yet."""
+        index = self._next
+        waits = self.voice is None and index > 0 and self.frames[index - 1] is None
+        if self.error is not None or index == len(self.pieces) or waits:
+            return None
+        self._next += 1
+        prompt, text = self._in_voice(index)
+        ids = ids_of(self.config, text)
+        return index, make_request(ids, piece_seed(self.seed, index), prompt, self.settings)
+
+    def take(self, index: int, spoken: Generation) -> None:
+        """Keeps what became of a piece."""
+        self.frames[index], self.truncated[index] = spoken.frames, spoken.truncated
+        which = f"piece {index + 1} of {len(self.pieces)}: " if len(self.pieces) > 1 else ""
+        if spoken.truncated:
+            self.remarks.append(f"{which}speech was cut at the length limit")
+        elif not len(spoken.frames) and which:
+            self.remarks.append(f"{which}the model ended it before it began, its words are missing: try another seed")
+
+    def sound(self, codec: "Codec") -> Samples:
+        """The decoded pieces, joined; no samples if the model said nothing."""
+        spoken = [frames for frames in self.frames if frames is not None and len(frames)]
+        return join_pieces([codec.decode(frames).cpu().numpy() for frames in spoken], codec.sample_rate)
+
+    def expected_steps(self) -> int:
+        """About how many steps all pieces take: one after the other, or at once in a voice of their own."""
+        rows = max(self.config.delay_pattern) + 2
+        steps = (math.ceil(spoken_seconds(piece) * FRAMES_PER_SECOND) + rows for piece in self.pieces)
+        counts = [min(count, self.settings.max_new_tokens + 1) for count in steps]
+        return max(counts) if self.voice else sum(counts)
+
+    def _warnings(self) -> list[str]:
+        if len(self.pieces) > 1:
+            # About tags only: the length has been dealt with, and so has a piece that begins with [S2].
+            texts = [self.pieces[0], *map(continued, self.pieces[1:])]
+            each = (text_warnings(text, max_length=ABSURD_BYTES, prompt_seconds=math.inf) for text in texts)
+            found = list(dict.fromkeys(sentence for sentences in each for sentence in sentences))
+            known = set(TAG.findall(self.voice.text)) if self.voice else set()
+            missing = sorted(set(TAG.findall(" ".join(self.pieces))) - known) if self.voice else []
+            if missing:
+                found.append(f"{missing[0]} is not heard in the audio prompt: its voice will differ between pieces")
+            return found
+        seconds = len(self.voice.codes) / FRAMES_PER_SECOND if self.voice else 0.0
+        size = self.config.encoder.max_position_embeddings
+        return text_warnings(self._in_voice(0)[1], max_length=size, prompt_seconds=seconds)
+
+    def _in_voice(self, index: int) -> tuple[Tensor | None, str]:
+        """The audio prompt of a piece, and the text to read."""
+        piece = self.pieces[index]
+        if self.voice is not None:
+            if not self.voice.text:
+                return self.voice.codes, piece
+            alone = len(self.pieces) == 1
+            return self.voice.codes, join_prompt(self.voice.text, piece) if alone else continued(self.voice.text, piece)
+        if index == 0:
+            return None, piece
+        return self._carried_on(index)
+
+    def _carried_on(self, index: int) -> tuple[Tensor | None, str]:
+        """As `_in_voice`, with what was spoken before as the voice: the choice that has most of the speakers needed."""
+        needed = set(TAG.findall(self.pieces[index]))
+        latest: dict[frozenset[str], int] = {}
+        for before in range(index):
+            frames = self.frames[before]
+            if frames is not None and len(frames) and not self.truncated[before]:
+                latest[frozenset(TAG.findall(self.pieces[before]))] = before
+        usable = sorted(latest.values())
+        choices = [(one,) for one in reversed(usable)] + [(one, usable[-1]) for one in reversed(usable[:-1])]
+        best: tuple[int, Tensor | None, str] = (0, None, continued(self.pieces[index]))
+        for choice in choices:
+            heard = needed & {tag for before in choice for tag in TAG.findall(self.pieces[before])}
+            found = self._prompted(choice, index)
+            if found is not None and len(heard) + 1 > best[0]:
+                best = (len(heard) + 1, *found)
+        if best[1] is None:
+            self.remarks.append(f"piece {index + 1} of {len(self.pieces)} begins with a new voice: none fits before it")
+        return best[1], best[2]
+
+    def _prompted(self, choice: Sequence[int], index: int) -> tuple[Tensor, str] | None:
+        """Codes of earlier pieces and the text with theirs in front; None if that leaves too little room."""
+        codes = torch.cat([item for before in choice if (item := self.frames[before]) is not None])
+        text = continued(*(self.pieces[before] for before in choice), self.pieces[index])
+        wanted = math.ceil(spoken_seconds(self.pieces[index]) * FRAMES_PER_SECOND * _SLACK)
+        fits = len(codes) + wanted <= longest_prompt(self.config)
+        size = len(encode_text(text, max_length=ABSURD_BYTES))
+        return (codes, text) if fits and size <= self.config.encoder.max_position_embeddings else None
+
+
+def read_all(
+    engine: Engine, readings: Iterable[Reading], at_once: int, stepped: Callable[[], None] | None = None
+) -> Iterator[Reading]:
+    """Speaks readings, and yields each when it is done or has failed, in that order.
+
+    readings: taken one by one, only when there is room. at_once: most requests in the engine. stepped: called after
+    each step. What goes wrong with one is in its `error`; an interruption is raised. The engine is left with none of
+    these requests, whatever happens.
+    """
+    source = iter(readings)
+    begun: list[Reading] = []
+    flying: list[tuple[Handle, Reading, int]] = []
+    try:
+        while True:
+            _fill(engine, source, at_once, begun, flying)
+            if flying:
+                engine.step()
+                if stepped is not None:
+                    stepped()
+                for landed in [item for item in flying if item[0].done]:
+                    flying.remove(landed)
+                    _land(*landed)
+            done = [reading for reading in begun if reading.done]
+            for reading in done:
+                for handle, _, _ in [item for item in flying if item[1] is reading]:
+                    handle.cancel()
+                flying = [item for item in flying if item[1] is not reading]
+                begun.remove(reading)
+                yield reading
+            if not (begun or done):
+                return
+    finally:
+        for handle, _, _ in flying:
+            handle.cancel()
+
+
+def _fill(
+    engine: Engine,
+    source: Iterator[Reading],
+    at_once: int,
+    begun: list[Reading],
+    flying: list[tuple[Handle, Reading, int]],
+) -> None:
+    """Submits what can start: first of the readings that have begun, in their order, then of new ones."""
+    for reading in begun:
+        _submit(engine, reading, at_once, flying)
+    while len(flying) < at_once:
+        new = next(source, None)
+        if new is None:
+            return
+        begun.append(new)
+        _submit(engine, new, at_once, flying)
+
+
+def _submit(engine: Engine, reading: Reading, at_once: int, flying: list[tuple[Handle, Reading, int]]) -> None:
+    while len(flying) < at_once and (ready := reading.next_request()) is not None:
+        index, request = ready
+        try:
+            flying.append((engine.submit(request), reading, index))
+        except Exception as error:
+            reading.error = error
+
+
+def _land(handle: Handle, reading: Reading, index: int) -> None:
+    try:
+        reading.take(index, handle.result())
+    except Exception as error:
+        reading.error = error
+
+
+def readings_of(
+    config: DiaConfig,
+    texts: Sequence[str | bytes],
+    prompts: Sequence[Tensor | None],
+    prompt_text: str | None,
+    split: str | None,
+    settings: SamplingSettings,
+    seeds: Sequence[int | None],
+) -> list[Reading]:
+    """One for each text, with its prompt's codes and its seed. split: "auto" or None. Raises InputError."""
+    if split not in (None, "auto"):
+        raise InputError(f'split must be "auto" or None, not {split!r:.40}')
+    if prompt_text is not None:
+        checked_text(prompt_text)
+        if any(prompt is None for prompt in prompts):
+            raise InputError("prompt_text needs audio_prompt: the recording in which it is said")
+    found = []
+    for text, prompt, seed in zip(texts, prompts, seeds, strict=True):
+        voice = None if prompt is None else Voice(prompt, prompt_text or "")
+        pieces = cut(text, config, voice) if split else [checked_text(text)]
+        found.append(Reading(config, pieces, replace(settings, seed=seed), voice))
+    return found
+
+
+def speak_scripts(
+    engine: Engine, codec: "Codec", readings: Sequence[Reading], progress: Progress, *, stacklevel: int = 1
+) -> list[Audio]:
+    """The sound of each reading, its pieces joined; all share the engine. Warns of what there is to remark.
+
+    progress: as in `Dia.generate`; a bar counts pieces too. stacklevel: 1 blames the caller of this. Raises what ended
+    one of the readings.
+    """
+    known = [_warn(reading, index, len(readings), 0, stacklevel) for index, reading in enumerate(readings)]
+    count, total = sum(len(reading.pieces) for reading in readings), max(item.expected_steps() for item in readings)
+    start = engine.stats.steps
+    with progress_of(progress, total) as report:
+
+        def stepped() -> None:
+            if isinstance(report, StepBar) and count > len(readings):
+                report.pieces(sum(reading.spoken for reading in readings), count, total)
+            steps = engine.stats.steps - start
+            if report is not None and steps:
+                report(steps)
+
+        for reading in read_all(engine, readings, engine.state.sizes.batch, stepped):
+            if reading.error is not None:
+                raise reading.error
+    for index, (reading, before) in enumerate(zip(readings, known, strict=True)):
+        _warn(reading, index, len(readings), before, stacklevel)
+    return [Audio(reading.sound(codec), codec.sample_rate, reading.seed) for reading in readings]
+
+
+def _warn(reading: Reading, index: int, count: int, first: int, stacklevel: int) -> int:
+    """Warns of a reading's remarks from the `first` on; returns how many there are."""
+    which = f"text {index}: " if count > 1 else ""
+    for remark in reading.remarks[first:]:
+        warnings.warn(which + remark, TextWarning, stacklevel=stacklevel + 2)
+    return len(reading.remarks)

@@ -1,0 +1,187 @@
+"""Long scripts: no word is lost, nothing is cut that belongs together, pieces fit the model, joints do not click."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dia_fast import InputError
+from dia_fast.script import continued, join_pieces, split_script
+from dia_fast.text import TAG, encode_text, spoken_seconds, text_warnings
+
+LONG = (
+    "[S1] Good evening, and welcome back. Tonight we talk to Dr. Ada M. Finch (laughs) about the sea, its tides, and "
+    "what they carry. [S2] Thank you. It is good to be here, it really is. I have been by the sea all my life, and I "
+    "am still surprised by it every day. (sighs) Not everybody can say that. [S1] No. [S2] Let me begin with a story."
+)
+
+words = st.one_of(
+    st.sampled_from(
+        ["a", "the", "Hello,", "there.", "Dr.", "What?!", "“Yes.”", "(laughs)", "(clears throat)", "[S3]", "—"]
+    ),
+    st.text(st.characters(exclude_categories=["Cs", "Cc", "Z"], exclude_characters="[]()"), min_size=1, max_size=12),
+)
+spaces = st.sampled_from([" ", "  ", "\n", "\n\n", "\t", "\u00a0", " \r\n "])
+turns = st.tuples(st.sampled_from(["[S1]", "[S2]"]), st.lists(st.tuples(spaces, words), min_size=1, max_size=60))
+scripts = st.lists(turns, min_size=1, max_size=8).map(
+    lambda parts: " ".join(tag + "".join(space + word for space, word in said) for tag, said in parts)
+)
+
+
+def said_by(text: str) -> list[tuple[str, str]]:
+    """(tag, word) of every word."""
+    parts = re.split(rf"({TAG.pattern})", text)
+    tags = ["[S1]", *parts[1::2]]
+    return [(tag, word) for tag, said in zip(tags, parts[::2], strict=True) for word in said.split()]
+
+
+@settings(max_examples=150)
+@given(scripts, st.floats(3, 20), st.integers(200, 1000))
+def test_every_word_keeps_its_place_and_its_speaker(text: str, seconds: float, size: int) -> None:
+    pieces = split_script(text, max_seconds=seconds, max_bytes=size)
+    assert [pair for piece in pieces for pair in said_by(piece)] == said_by(text)
+    for piece in pieces:
+        tags = TAG.findall(piece)
+        assert TAG.match(piece) and piece == piece.strip()
+        assert all(first != second for first, second in zip(tags, tags[1:], strict=False))
+        assert spoken_seconds(piece) <= seconds and len(encode_text(piece)) <= size
+        assert TAG.sub("", piece).strip(), "a piece without words"
+
+
+@settings(max_examples=100)
+@given(
+    st.text(st.sampled_from("aé東🙂\u0301\u200d🏽🇩🇪한ᄀ"), min_size=1, max_size=300),
+    st.floats(1, 5),
+    st.integers(60, 200),
+)
+def test_an_endless_word_is_cut_between_characters(word: str, seconds: float, size: int) -> None:
+    pieces = split_script("[S2] " + word, max_seconds=seconds, max_bytes=size)
+    assert "".join(piece.removeprefix("[S2] ") for piece in pieces) == word
+    assert all(spoken_seconds(piece) <= seconds and len(encode_text(piece)) <= size for piece in pieces)
+
+
+def test_characters_of_several_code_points_stay_whole() -> None:
+    for character in ("e\u0301", "👩🏽\u200d🚀", "🇩🇪", "각", "க\u0bcd"):
+        pieces = split_script("[S1] " + character * 60, max_seconds=2.0, max_bytes=200)
+        assert len(pieces) > 1
+        for piece in pieces:
+            assert not piece.removeprefix("[S1] ").replace(character, ""), (character, piece)
+
+
+def test_cuts_prefer_turns_then_sentences_then_commas() -> None:
+    assert split_script(LONG, max_seconds=100) == [" ".join(LONG.split())]
+    pieces = split_script(LONG)
+    assert len(pieces) == 2 and all(8 <= spoken_seconds(piece) <= 12 for piece in pieces), (
+        "a long turn shares its words"
+    )
+    assert pieces[1].startswith("[S2] I have been") and "Dr. Ada M. Finch (laughs)" in pieces[0]
+    turn = "[S1] A turn of some five seconds, or a little more than that, which nothing cuts. Never. "
+    assert sum(piece.count(turn.strip()) for piece in split_script((turn + "[S2] Yes. ") * 9)) == 9
+    assert all(piece[-1] in ".)" for piece in pieces)
+    by_comma = split_script("[S1] " + "one, two three four five six seven eight, nine ten eleven twelve " * 6)
+    assert len(by_comma) > 1 and all(piece.endswith((",", "twelve")) for piece in by_comma)
+    spaces_only = split_script("[S1] " + "word " * 100)
+    assert all(piece.endswith("word") for piece in spaces_only)
+    lengths = [spoken_seconds(piece) for piece in spaces_only]
+    assert max(lengths) - min(lengths) < 1, "pieces of one turn are even"
+    wide = split_script("[S1] " + "今日は天気がいいですね、散歩しましょう。" * 20, max_bytes=300)
+    assert len(wide) > 1 and all(piece.endswith("。") for piece in wide)
+
+
+def test_a_sound_is_never_cut() -> None:
+    sound = "(clears throat very loudly indeed)"
+    for width in range(30):
+        pieces = split_script("[S1] " + "a" * width + " " + f"{sound} " * 10, max_seconds=3)
+        assert sum(piece.count(sound) for piece in pieces) == 10
+    glued = split_script("[S1] " + ("(laughs)" + "x" * 9) * 20, max_seconds=3)
+    assert sum(piece.count("(laughs)") for piece in glued) == 20
+
+
+def test_turns_of_one_speaker_become_one_and_empty_ones_go() -> None:
+    assert split_script("Hello. [S1] Again. [S1] And [S2] [S1] again. [S2] Bye. [S1]", max_seconds=30) == [
+        "[S1] Hello. Again. And again. [S2] Bye."
+    ]
+    assert split_script("[S2] Second first.") == ["[S2] Second first."]
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(0.2, 500), (float("nan"), 500), (10, 15)])
+def test_limits_that_hold_no_word_are_refused(seconds: float, size: int) -> None:
+    with pytest.raises(InputError, match="no word fits"):
+        split_script("[S1] Hello.", max_seconds=seconds, max_bytes=size)
+
+
+def test_unusable_texts_are_refused() -> None:
+    for text in ("", "[S1] [S2]", "\x00", b"\xff", "a" * 70_000):
+        with pytest.raises(InputError):
+            split_script(text)
+
+
+@pytest.mark.parametrize(
+    ("parts", "joined"),
+    [
+        (("[S1] A. [S2] B.", "[S1] C."), "[S1] A. [S2] B. [S1] C."),
+        (("[S1] A. [S2] B.", "[S2] C. [S1] D."), "[S1] A. [S2] B. C. [S1] D."),
+        (("[S2] A. [S1] B.", "[S2] C."), "[S1] A. [S2] B. [S1] C."),
+        (("[S2] A.", "[S1] B.", "[S1] C."), "[S1] A. [S2] B. C."),
+        (("Untagged.", "[S1] A."), "Untagged. [S1] A."),
+        (("[S2] Alone.",), "[S1] Alone."),
+    ],
+)
+def test_a_piece_goes_on_from_its_prompt(parts: tuple[str, ...], joined: str) -> None:
+    assert continued(*parts) == joined
+
+
+@settings(max_examples=100)
+@given(scripts.map(lambda text: "[S1] begin " + text))
+def test_pieces_that_follow_each_other_read_like_the_script(text: str) -> None:
+    pieces = split_script(text, max_seconds=5)
+    for first, second in zip(pieces, pieces[1:], strict=False):
+        read = continued(first, second)
+        wrong = [warning for warning in text_warnings(read) if "alternate" in warning or "begin" in warning]
+        assert not wrong
+        spoken = said_by(first) + said_by(second)
+        assert [word for _, word in said_by(read)] == [word for _, word in spoken]
+        # The speakers are the same or all swapped.
+        assert len({(read_tag == tag) for (read_tag, _), (tag, _) in zip(said_by(read), spoken, strict=True)}) == 1
+
+
+sounds = st.lists(
+    st.tuples(st.integers(0, 3000), st.floats(-1, 1), st.floats(0, 1), st.integers(0, 99)), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=100)
+@given(sounds)
+def test_joints_do_not_click(shapes: list[tuple[int, float, float, int]]) -> None:
+    """Whatever the pieces hold (a constant, noise): at a joint the sound is at zero and leaves it slowly."""
+    pieces = []
+    for count, level, noise, seed in shapes:
+        piece = level + noise * np.random.default_rng(seed).uniform(-1, 1, count)
+        pieces.append(np.clip(piece, -1, 1).astype(np.float32))
+    kept = [piece.copy() for piece in pieces]
+    joined = join_pieces(pieces, 44_100)
+    assert all(np.array_equal(piece, before) for piece, before in zip(pieces, kept, strict=True)), "input was changed"
+    assert joined.dtype == np.float32 and len(joined) == sum(map(len, pieces))
+    assert np.all(np.abs(joined) <= np.abs(np.concatenate(pieces)))
+    filled = [piece for piece in pieces if len(piece)]
+    ends = np.cumsum([len(piece) for piece in filled])[:-1]
+    for end, first, second in zip(ends, filled, filled[1:], strict=False):
+        # A raised cosine of n samples moves by at most pi / 2n a sample; the sound itself is at most 1.
+        if len(first) >= 882 and len(second) >= 882:
+            assert joined[end - 1] == joined[end] == 0
+            assert np.all(np.abs(joined[end - 5 : end + 5]) <= (np.pi * 5 / 882) ** 2)
+    untouched = 441
+    first = 0
+    for index, piece in enumerate(filled):
+        begin = untouched if index else 0
+        stop = len(piece) - (untouched if index < len(filled) - 1 else 0)
+        assert np.array_equal(joined[first + begin : first + max(begin, stop)], piece[begin : max(begin, stop)])
+        first += len(piece)
+
+
+def test_a_single_piece_is_left_alone() -> None:
+    piece = np.linspace(-1, 1, 100, dtype=np.float32)
+    assert np.array_equal(join_pieces([piece, np.zeros(0, np.float32)], 44_100), piece)
+    assert len(join_pieces([], 44_100)) == 0
