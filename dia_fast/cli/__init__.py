@@ -1,6 +1,7 @@
 """The command line: one module per command, nothing heavy imported before the command is known.
 
-Exit status: 0 done; 2 the input was wrong, said in one line; 1 something else went wrong; 130 interrupted by Ctrl-C.
+Exit status: 0 done; 2 the input was wrong, said in one line; 1 something else went wrong, or some items of many did;
+130 interrupted by Ctrl-C.
 """
 
 import argparse
@@ -11,13 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import dia_fast
-from dia_fast.cli import convert, doctor, info, speak, train
+from dia_fast.cli import batch, convert, doctor, info, speak, train
 from dia_fast.errors import DiaFastError
 from dia_fast.text import TextWarning
 
 EXAMPLES = """\
 examples:
   dia-fast speak "[S1] Did you hear that? [S2] Hear what?" --model nari-labs/Dia-1.6B-0626 -o out.wav
+  dia-fast batch scripts.jsonl spoken --model nari-labs/Dia-1.6B-0626
   dia-fast info nari-labs/Dia-1.6B-0626
   dia-fast train recordings --model nari-labs/Dia-1.6B-0626 -o voice --lora-rank 16
   dia-fast doctor
@@ -36,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the versions of dia-fast, Python and torch")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for module in (speak, train, info, convert, doctor):
+    for module in (speak, batch, train, info, convert, doctor):
         command = module.add_parser(commands)
         command.add_argument("--debug", action="store_true", help="show where an error came from")
         command.set_defaults(run=module.run)

@@ -1,0 +1,161 @@
+"""`dia-fast batch`: a file of scripts in, a folder of audio files out."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, add_sampling
+from dia_fast.errors import InputError
+from dia_fast.settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from dia_fast.api import Dia
+    from dia_fast.batch import Batch
+
+DESCRIPTION = """\
+Speaks many scripts, several at a time, and writes one audio file for each and a manifest.
+
+INPUT is a JSON Lines file: one object a line, with
+  text         the script, with speaker tags; the only field that must be there
+  id           names the file (letters, digits, dots, dashes, underscores); default: the number of the line
+  prompt       a recording of the voice to speak in, relative to the folder of INPUT
+  prompt_text  what is said in it, with speaker tags
+  seed         default: made from --seed and the id, so that each item has its own and keeps it
+  split        "auto" to cut a script that is too long for the model into pieces, null not to; default: --split
+  max_new_tokens, guidance_scale, temperature, top_p, top_k, do_sample
+               as the options below, which hold for the lines that do not say otherwise
+"""
+
+EPILOG = f"""\
+A line that cannot be used, or an item that fails, is reported and written to the manifest; the others go on, and the
+exit status is 1. FOLDER/manifest.jsonl has a line for each item with its status, file, duration, seed and settings.
+
+However a run ends, the same command goes on where it was: items that are done are not done again, those that failed
+are tried again, and an item whose text, voice, seed, settings, model or codec has changed is done again, over its old
+file. No file is ever half-written. The result is that of a run without interruption, byte for byte (wav and flac, on
+the same machine), except for the order of the manifest's lines until a run gets to its end.
+
+examples:
+  a file with two scripts, checked, then spoken
+    echo '{{"id": "hello", "text": "[S1] Hello. [S2] Hi there."}}' > scripts.jsonl
+    echo '{{"id": "again", "text": "[S1] My voice.", "prompt": "me.wav", "prompt_text": "[S1] Me."}}' >> scripts.jsonl
+    dia-fast batch scripts.jsonl spoken --dry-run
+    dia-fast batch scripts.jsonl spoken --model {OFFICIAL_MODEL}
+  other voices for all, as FLAC; 32 at a time, with at most 20 GB for keys and values
+    dia-fast batch scripts.jsonl spoken-2 --model ... --seed 2 --format flac --batch-size 32 --memory 20GB
+  what failed, and why
+    grep '"failed"' spoken/manifest.jsonl
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "batch",
+        help="speak many scripts from a file, resumably",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", metavar="INPUT", help="JSON Lines file")
+    parser.add_argument("folder", metavar="FOLDER", help="where to write; made if it is missing")
+    parser.add_argument("--dry-run", action="store_true", help="check every line and prompt; load and write nothing")
+    parser.add_argument("--format", default="wav", choices=("wav", "flac", "ogg", "mp3"), help="default: %(default)s")
+    parser.add_argument(
+        "--split", default="auto", choices=("auto", "none"), help="cut scripts of more than 20 s (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", default=16, help="scripts, or pieces, at a time, 1 to 32 (%(default)s)"
+    )
+    parser.add_argument(
+        "--memory", metavar="BYTES", help="for keys and values, as in 4GB (default: up to half of what is free)"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary; failures are told")
+    add_model(parser)
+    add_sampling(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks every line first, then loads the model if anything is to be done."""
+    from dia_fast.arguments import engine_limits
+    from dia_fast.batch import Batch
+    from dia_fast.batch_items import Defaults, identity_of, read_items
+
+    settings = SamplingSettings(
+        max_new_tokens=args.max_new_tokens,
+        guidance_scale=args.guidance_scale,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        do_sample=not args.greedy,
+        seed=args.seed or 0,
+    )
+    engine_limits(args.batch_size, args.memory)
+    if args.model is None and not args.dry_run:
+        raise InputError(f"no model: name one with --model, as in --model {OFFICIAL_MODEL}")
+    made_with = {"model": args.model, "codec": args.codec, "revision": args.revision, "dtype": args.dtype}
+    identity = "" if args.model is None else identity_of(args.model) + identity_of(args.codec)
+    items = read_items(Path(args.input), Defaults(settings, args.split == "auto", args.format, made_with, identity))
+    batch = Batch(items, Path(args.folder))
+    if args.dry_run:
+        return _dry_run(batch, told_model=args.model is not None)
+    return _run(batch, args)
+
+
+def _dry_run(batch: "Batch", *, told_model: bool) -> int:
+    failures = batch.check()
+    for failed in failures:
+        print(_failure(failed.line, failed.id, failed.error), file=sys.stderr)
+    left = f"{len(batch.pending)} to do, {batch.before} done before" if told_model else f"{len(batch.items)} items"
+    print(f"{left}, {len(failures)} that cannot be used; nothing was written")
+    return 1 if failures else 0
+
+
+def _run(batch: "Batch", args: argparse.Namespace) -> int:
+    from dia_fast.api import Dia
+    from dia_fast.arguments import FRAMES_PER_SECOND
+    from dia_fast.batch import Totals
+    from dia_fast.progress import ItemBar
+
+    def load() -> "Dia":
+        return Dia.from_pretrained(
+            args.model,
+            device=args.device,
+            dtype=args.dtype,
+            backend=args.backend,
+            codec=args.codec,
+            revision=args.revision,
+            local_files_only=args.offline,
+            max_batch=args.batch_size,
+            memory=args.memory,
+        )
+
+    hidden = args.quiet or not sys.stderr.isatty()
+    with ItemBar(len(batch.items), batch.before, FRAMES_PER_SECOND, hidden=hidden) as bar:
+
+        def ended(totals: Totals, entry: dict[str, Any]) -> None:
+            if entry["status"] == "failed":
+                bar.ended(_failure(entry["line"], entry["id"], entry["error"]))
+            else:
+                remarks = [f"dia-fast: warning: {entry['id']}: {remark}" for remark in entry["remarks"]]
+                bar.ended("\n".join(remarks) or None)
+
+        try:
+            totals = batch.run(load, begun=bar.restart, stepped=bar.stepped, ended=ended)
+        except KeyboardInterrupt:
+            bar.tell("dia-fast: what is done stays; the same command goes on from here")
+            raise
+        seconds = bar.seconds
+    if not args.quiet:
+        before = f" ({totals.before} of them before)" if totals.before else ""
+        print(
+            f"{args.folder}: {totals.done + totals.before} of {len(batch.items)} items done{before}, {totals.failed} "
+            f"failed; {totals.seconds:.2f} s of sound in {seconds:.1f} s ({totals.seconds / seconds:.2f}x realtime)"
+        )
+    return 1 if totals.failed else 0
+
+
+def _failure(line: int, identity: str | None, error: str) -> str:
+    name = "" if identity is None else f" ({identity})"
+    return f"dia-fast: line {line}{name}: {' '.join(error.split())}"
