@@ -1,7 +1,7 @@
 """What Triton makes of every kernel, for every GPU, at the shapes of Dia-1.6B. No GPU is needed.
 
-    python -m bench.codegen                        # all targets, rows and dtypes; prints the table
-    python -m bench.codegen --targets sm_90 --rows 1 2 --dtypes bfloat16 --markdown table.md --json report.json
+    python -m bench.codegen                        # all targets, rows and dtypes; prints the tables
+    python -m bench.codegen --targets sm_90 --rows 1 2 --dtypes bfloat16 --markdown tables.md --json report.json
 
 Each line is one kernel as one launch of the model compiles it. The exit code is 1 if anything breaks the rules that
 `violations` states. Figures are read off the machine code (`bench/machine_code.py`); none of them is a time.
@@ -27,7 +27,9 @@ ROWS = (1, 2, 8, 32, 64)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROJECTIONS = ("_rms_norm_linear", "_linear_residual", "_rms_norm_glu", "_codebook_logits")
 STREAMS = {"sm_80", "sm_89", "sm_90", "gfx942"}  # where the figures of the streaming goal are asked for
-MAX_ISSUE, STREAM_ROWS = 0.6, 32
+# float32 has no matrix instructions on NVIDIA: 4 multiply-adds per row and load are too many for more rows.
+STREAM_ROWS = {"bfloat16": 32, "float16": 32, "float32": 8}
+MAX_ISSUE = 0.6
 MIN_IN_FLIGHT = {"sm_90": 40 << 10}
 
 
@@ -94,6 +96,11 @@ def line(compiled: ahead.Compiled, target: str, dtype: str, rows: int) -> Line:
     )
 
 
+def is_streaming(item: Line) -> bool:
+    """Whether so many rows in this dtype are few enough for a kernel to keep up with the memory."""
+    return 0 < item.rows <= STREAM_ROWS[item.dtype]
+
+
 def violations(item: Line) -> list[str]:
     """What is wrong with a compiled kernel; empty if nothing is."""
     where = f"{item.kernel} on {item.target}, {item.dtype}, {item.rows} rows"
@@ -106,11 +113,9 @@ def violations(item: Line) -> list[str]:
         return found
     if item.weight_bits < 128:
         found.append(f"{where}: a load of weights is {item.weight_bits} bits wide, not 128")
-    if item.dtype == "float32":
-        return found
-    if not item.matrix:
+    if not item.matrix and item.dtype != "float32":
         found.append(f"{where}: no matrix instruction")
-    if item.target in STREAMS and item.rows <= STREAM_ROWS:
+    if item.target in STREAMS and is_streaming(item):
         if item.issue >= MAX_ISSUE:
             found.append(
                 f"{where}: needs {item.issue:.0%} of the issue slots at full bandwidth, {MAX_ISSUE:.0%} are allowed"
@@ -156,23 +161,55 @@ def report(
                 yield found
 
 
-def markdown(lines: Iterable[Line]) -> str:
-    """The lines as a table, one group of columns for the streaming figures."""
-    head = (
-        "target", "dtype", "rows", "kernel", "programs", "warps", "registers", "spills", "shared B", "occupancy",
-        "weight load", "matrix instructions", "instructions", "KB in flight per SM", "issue slots",
-    )  # fmt: skip
+def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    out += ["| " + " | ".join(map(str, cells)) + " |" for cells in rows]
+    return "\n".join(out) + "\n"
+
+
+def markdown(lines: Iterable[Line]) -> str:
+    """A table per target and dtype. Row counts whose code is alike in all figures share a line."""
+    groups: dict[tuple[str, str], dict[tuple[object, ...], list[int]]] = {}
     for item in lines:
         matrix = ", ".join(f"{count} {name}" for name, count in item.matrix.items()) or "-"
         cells = (
-            item.target, item.dtype, item.rows or "-", item.kernel, item.programs, item.warps, item.registers,
-            item.spills, item.shared, f"{item.occupancy:.0%}", f"{item.weight_bits} bit" if item.weight_bits else "-",
-            matrix, item.instructions, f"{item.in_flight / 1024:.0f}" if item.in_flight else "-",
-            f"{item.issue:.0%}" if item.issue else "-",
+            item.kernel, item.programs, item.warps, item.registers, item.spills, item.shared, f"{item.occupancy:.0%}",
+            f"{item.weight_bits} bit" if item.weight_bits else "-", matrix, item.instructions,
+            f"{item.in_flight / 1024:.0f}" if item.in_flight else "-", f"{item.issue:.0%}" if item.issue else "-",
         )  # fmt: skip
-        out.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(out) + "\n"
+        groups.setdefault((item.target, item.dtype), {}).setdefault(cells, []).append(item.rows)
+    head = (
+        "rows", "kernel", "programs", "warps", "registers", "spills", "shared B", "occupancy", "weight load",
+        "matrix instructions", "instructions", "KB in flight per SM", "issue slots",
+    )  # fmt: skip
+    return "\n".join(
+        f"## {target}, {dtype}\n\n"
+        + _table(head, ((", ".join(str(n or "-") for n in rows), *cells) for cells, rows in group.items()))
+        for (target, dtype), group in groups.items()
+    )
+
+
+def summary(lines: Iterable[Line]) -> str:
+    """The worst of every kernel on every target: over all dtypes and rows, streaming figures where they are judged."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for item in lines:
+        groups.setdefault((item.target, item.kernel), []).append(item)
+
+    def cells(target: str, kernel: str, group: list[Line]) -> Iterator[object]:
+        yield from (target, kernel, len(group), max(item.registers for item in group))
+        yield from (max(item.spills for item in group), max(item.shared for item in group))
+        yield f"{min(item.occupancy for item in group):.0%}"
+        yield f"{min(item.weight_bits for item in group)} bit" if group[0].weight_bits else "-"
+        for wide in (False, True):
+            judged = [i for i in group if i.issue and is_streaming(i) and (i.dtype == "float32") == wide]
+            yield f"{min(item.in_flight for item in judged) / 1024:.0f}" if judged else "-"
+            yield f"{max(item.issue for item in judged):.0%}" if judged else "-"
+
+    head = (
+        "target", "kernel", "variants", "registers", "spills", "shared B", "occupancy", "weight load",
+        "16 bit: KB in flight", "issue slots", "fp32: KB in flight", "issue slots",
+    )  # fmt: skip
+    return _table(head, (cells(*key, group) for key, group in groups.items()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rows", nargs="+", type=int, default=ROWS, metavar="N", help="rows of a step, 1 to 64 (default: %(default)s)"
     )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here instead of printing it")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here instead of printing them")
+    parser.add_argument("--summary", type=Path, metavar="FILE", help="write the worst of each kernel and target here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     arguments = parser.parse_args(argv)
     lines = list(report(arguments.targets, arguments.rows, arguments.dtypes, progress=sys.stderr.isatty()))
@@ -204,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.markdown.write_text(markdown(lines), encoding="utf-8")
     else:
         print(markdown(lines))
+    if arguments.summary:
+        arguments.summary.write_text(summary(lines), encoding="utf-8")
     wrong = [problem for item in lines for problem in violations(item)] + mnemonics_differ(lines)
     print(
         *wrong,

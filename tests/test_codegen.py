@@ -20,13 +20,17 @@ ROOT = Path(__file__).parent.parent
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 
 
-def compile_for(target: str, tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
-    """Runs the report in a process of its own; the result and its lines."""
-    report = tmp_path / "report.json"
+def in_a_process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python where Triton compiles: this process may interpret kernels."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DIA_KERNELS_TABLE")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "bench.codegen", "--targets", target, "--json", str(report), *options]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def compile_for(target: str, tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
+    """Runs the report; the result and its lines."""
+    report = tmp_path / "report.json"
+    run = in_a_process(tmp_path, "-m", "bench.codegen", "--targets", target, "--json", str(report), *options)
     return run, json.loads(report.read_text())["lines"] if report.exists() else []
 
 
@@ -50,6 +54,49 @@ def test_every_row_count_and_dtype(target: str, tmp_path: Path) -> None:
     assert {(line["rows"], line["dtype"]) for line in lines} == {
         (rows, dtype) for rows in (0, 1, 2, 8, 32, 64) for dtype in ("bfloat16", "float16", "float32")
     }
+
+
+OTHER_SIZES = """
+import sys
+import torch
+from bench.codegen import line
+from dia_kernels import ahead, kernels
+from dia_kernels.paged import attention_workspace
+
+target, dtype, dim = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
+
+def make(*shape, dtype=dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+pages, table, ints = make(9, 4, 32, dim), make(2, 20, dtype=torch.int32), make(2, dtype=torch.int32)
+angles = make(640, dim // 2, dtype=torch.float32)
+workspace = attention_workspace(2, 16, dim, 640, "meta")
+with ahead.compiling(target) as compiled:
+    out = make(2, 16 * dim)
+    kernels.rope_attention(make(2, 24 * dim), angles, angles, pages, pages, table, ints, out, workspace)
+    kernels.cross_attention(make(2, 16 * dim), pages, pages, table, ints, out, workspace)
+    kernels.ragged_attention(
+        make(2, 16, dim), make(2, 4, dim), make(2, 4, dim), make(3, dtype=torch.int32), out, causal=True
+    )
+for item in compiled:
+    print(item.kernel, line(item, target, sys.argv[2], 2).spills)
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "head_dim"),
+    [("sm_90", "bfloat16", 64)]
+    + [
+        pytest.param(target, dtype, head_dim, marks=pytest.mark.slow)
+        for target in ("sm_80", "gfx942", "gfx1100")
+        for dtype in ("bfloat16", "float32")
+        for head_dim in (64, 96)
+    ],
+)
+def test_attention_with_heads_of_another_size(target: str, dtype: str, head_dim: int, tmp_path: Path) -> None:
+    run = in_a_process(tmp_path, "-c", OTHER_SIZES, target, dtype, str(head_dim))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["_rope_attention", "0", "_cross_attention", "0", "_ragged_attention", "0"]
 
 
 def sound():
@@ -86,6 +133,41 @@ def test_each_defect_is_named(change: dict, message: str) -> None:
     assert len(found) == 1
     assert message in found[0]
     assert "rms_norm_glu on sm_90, bfloat16, 2 rows" in found[0]
+
+
+def test_float32_is_held_to_the_streaming_figures_for_few_rows() -> None:
+    from bench.codegen import violations
+
+    heavy = dataclasses.replace(sound(), dtype="float32", matrix={}, issue=0.9, rows=8)
+    [found] = violations(heavy)
+    assert "90% of the issue slots" in found
+    assert violations(dataclasses.replace(heavy, rows=32)) == []
+
+
+def test_row_counts_with_the_same_code_share_a_line_of_the_tables() -> None:
+    from bench.codegen import markdown
+
+    lines = [sound(), dataclasses.replace(sound(), rows=8), dataclasses.replace(sound(), rows=32, registers=200)]
+    tables = markdown([*lines, dataclasses.replace(sound(), target="sm_80")])
+    assert [line for line in tables.splitlines() if line.startswith("## ")] == [
+        "## sm_90, bfloat16",
+        "## sm_80, bfloat16",
+    ]
+    assert [line.split("|")[1].strip() for line in tables.splitlines() if "rms_norm_glu" in line] == ["2, 8", "32", "2"]
+
+
+def test_the_summary_holds_the_worst() -> None:
+    from bench.codegen import summary
+
+    lines = [
+        sound(),
+        dataclasses.replace(sound(), rows=32, registers=200, occupancy=0.125, issue=0.55, in_flight=50.0 * 1024),
+        dataclasses.replace(sound(), rows=64, issue=0.9, shared=9000),
+        dataclasses.replace(sound(), dtype="float32", issue=0.58, in_flight=45.0 * 1024),
+        dataclasses.replace(sound(), dtype="float32", rows=64, issue=3.0, in_flight=4.0 * 1024),
+    ]
+    *_, row = summary(lines).splitlines()
+    assert row == "| sm_90 | rms_norm_glu | 5 | 200 | 0 | 9000 | 12% | 128 bit | 50 | 55% | 45 | 58% |"
 
 
 def test_loads_without_a_hint_count_up_to_the_last_product() -> None:

@@ -4,10 +4,9 @@ The product is rounded to the dtype of x before it is stored as float32 (DIA.md:
 follows is float32). Otherwise `rms_norm_linear`: see there and `gemv.project`.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, float32
 
 from dia_kernels import gemv, launch
 
@@ -61,7 +60,7 @@ def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, 
             "weight": (weight, (features, hidden)),
             "out": (out, (rows, channels, features // channels)),
         },
-        out_dtype=torch.float32,
+        out_dtype=float32,
     )
     config = gemv.configuration("codebook_logits", x, features, normed=True)
     grid = (triton.cdiv(features, config["BLOCK_N"]),)
