@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from dia_kernels.dispatch import get_ops
 
-CHUNK_ROWS = 512  # of logits that exist at a time; 9252 of them in a row of Dia-1.6B
+CHUNK_ROWS = 256  # of logits that exist at a time; 9252 of them in a row of Dia-1.6B
 
 
 def gradient_ops(backend: str = "auto", device: torch.device | str = "cpu") -> ModuleType:

@@ -87,10 +87,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, losses: Tenso
     total = torch.logsumexp(wide, -1)
     losses.copy_(torch.where(known, total - wide.gather(-1, index)[..., 0], 0))
     if gradient:
-        scale = known * weights
-        wide = (wide - total[..., None]).exp_()
+        # In place: `wide` is either the logits or a copy that nobody else has.
+        wide.sub_(total[..., None]).exp_()
         wide.scatter_add_(-1, index, wide.new_full((), -1.0).expand(index.shape))
-        logits.copy_(wide.mul_(scale[..., None]))
+        wide.mul_((known * weights)[..., None])
+        if wide is not logits:
+            logits.copy_(wide)
     return losses
 
 
