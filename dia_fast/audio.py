@@ -1,8 +1,10 @@
 """Audio in and out: any file that libsndfile reads becomes mono samples; samples become a file, bytes or a player."""
 
 import base64
+import contextlib
 import io
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,40 @@ class Audio:
             return "<em>empty audio</em>"
         data = base64.b64encode(self.to_bytes("wav")).decode("ascii")
         return f'<audio controls src="data:audio/wav;base64,{data}"></audio>'
+
+
+def pcm16(samples: Samples) -> bytes:
+    """Samples `[n]` as 16-bit little-endian integers, without a header: what a `.wav` file of them holds."""
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(
+        buffer, "w", LOWEST_RATE, 1, "PCM_16", "LITTLE", "RAW"
+    ) as file:  # raw samples tell no rate
+        file.write(np.clip(samples, -1.0, 1.0))
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def growing_file(path: str | os.PathLike[str], sample_rate: int) -> Iterator[Callable[[Samples], None]]:
+    """A file like that of `Audio.save`, written piece by piece: yields what takes the next samples, float32 `[n]`.
+
+    The file appears at the end of the block, complete; if the block raises, nothing is left behind. Raises as `save`.
+    """
+    path = _as_path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"cannot write {path}: extension {path.suffix!r} is not one of {', '.join(FORMATS)}")
+    container, encoding = FORMATS[path.suffix.lower()]
+    with replacing(path) as temporary:
+        try:
+            with soundfile.SoundFile(temporary, "w", sample_rate, 1, encoding, format=container) as file:
+
+                def write(samples: Samples) -> None:
+                    clipped = np.clip(samples, -1.0, 1.0)
+                    for start in range(0, len(clipped), BLOCK):
+                        file.write(clipped[start : start + BLOCK])
+
+                yield write
+        except soundfile.LibsndfileError as error:
+            raise InputError(f"cannot write {path} ({sample_rate} Hz {container}): {error.error_string}") from error
 
 
 def load_audio(

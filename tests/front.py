@@ -3,10 +3,12 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dia_fast.api import Dia
 from dia_fast.codec import CodecConfig, random_codec
 from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.convert import save_pretrained
@@ -73,3 +75,12 @@ def refused(kind: type[DiaFastError], message: str, folder: Path) -> Iterator[No
     assert message in str(caught.value)
     assert len(str(caught.value)) < 400
     assert tree(folder) == before
+
+
+def make_dia(folder: Path, dtype: torch.dtype = torch.float32, **limits: Any) -> Dia:
+    """A loaded model that ends its speech now and then, sooner or later, with a codec of this dtype."""
+    torch.manual_seed(1)
+    codec = random_codec(CodecConfig(encoder_hidden_size=4, decoder_hidden_size=32), dtype=dtype)
+    dia = Dia.from_pretrained(make_model(folder / "model"), codec=codec, device="cpu", **limits)
+    dia.model.decoder.head[dia.config.decoder.eos_token_id] *= 2
+    return dia

@@ -2,10 +2,13 @@
 
 import argparse
 import codecs
+import contextlib
 import sys
 import tempfile
+import time
 import warnings
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,16 +17,21 @@ from dia_fast.settings import SamplingSettings, random_seed
 from dia_fast.text import ABSURD_BYTES, TextWarning, checked_text, join_prompt
 
 if TYPE_CHECKING:
-    from dia_fast.audio import Audio
+    from dia_fast.api import Dia
+    from dia_fast.audio import Audio, Samples
     from dia_fast.progress import StepBar
 
 OFFICIAL_MODEL = "nari-labs/Dia-1.6B-0626"
 
+STANDARD_OUTPUT = Path("-")
+SILENCE = "the model ended the speech before it began: try another seed or text"
+
 DESCRIPTION = """\
 Speaks a transcript and writes it to an audio file.
 
-Mark the speakers with [S1] and [S2]: begin with [S1], alternate, and keep to 5 to 20 seconds of speech (some 75 to
-300 characters). Sounds such as (laughs) or (coughs) are written in round brackets.
+Mark the speakers with [S1] and [S2]: begin with [S1] and alternate. Sounds such as (laughs) or (coughs) are written in
+round brackets. The model speaks 5 to 20 seconds well (some 75 to 300 characters); a longer transcript is cut at turns
+and sentences into pieces of about 9 seconds, each in the voices of the last or of --prompt, and joined.
 """
 
 EXAMPLES = f"""\
@@ -35,9 +43,21 @@ examples:
     fortune | sed 's/^/[S1] /' | dia-fast speak --model {OFFICIAL_MODEL} -o out.flac
   in the voice of a recording (5 to 10 seconds) and its transcript
     dia-fast speak "And this is new." --prompt me.wav --prompt-text "[S1] These are my words." --model ...
+  hear it while it is spoken: 16-bit mono samples at 44.1 kHz on standard output
+    dia-fast speak --file dialogue.txt --model ... --stream -o - | aplay -f S16_LE -r 44100 -c 1
+    dia-fast speak --file dialogue.txt --model ... --stream -o - | ffplay -nodisp -autoexit -f s16le -ar 44100 -i -
   the same again: the seed of a run is in its last line
     dia-fast speak --file dialogue.txt --model ... --seed 1234
 """
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was spoken. seconds: of sound; first: seconds until the first piece was written, where there were pieces."""
+
+    seconds: float
+    seed: int | None
+    first: float | None = None
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -55,8 +75,17 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--output",
         metavar="PATH",
         default="out.wav",
-        help="where to write; the extension picks wav, flac, ogg or mp3 (default: %(default)s)",
+        help="where to write; the extension picks wav, flac, ogg or mp3 (default: %(default)s); - with --stream "
+        "is standard output",
     )
+    parser.add_argument(
+        "--split",
+        default="auto",
+        choices=("auto", "none"),
+        help="auto: cut a transcript of more than 20 s into pieces; not with --stream (%(default)s)",
+    )
+    parser.add_argument("--stream", action="store_true", help="write the sound while it is generated")
+    parser.add_argument("--chunk-seconds", type=float, metavar="S", help="how much sound at a time with --stream (0.5)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
 
     voice = parser.add_argument_group("voice")
@@ -158,6 +187,8 @@ def check_output(path: Path) -> None:
     """
     from dia_fast.audio import FORMATS
 
+    if path == STANDARD_OUTPUT:
+        raise InputError("-o - writes the sound to standard output while it is generated: it needs --stream")
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"cannot write {path}: its extension must be one of {', '.join(FORMATS)}")
     if path.is_dir():
@@ -184,11 +215,17 @@ def run(args: argparse.Namespace) -> int:
             stacklevel=1,
         )
     if args.prompt_text is not None:
-        text = join_prompt(args.prompt_text, text)
+        whole = join_prompt(args.prompt_text, text)
+        text = whole if args.stream else text
     if args.prompt is not None and not Path(args.prompt).is_file():
         raise InputError(f"--prompt {args.prompt}: no such file")
     output = Path(args.output)
-    check_output(output)
+    if args.chunk_seconds is not None and not args.stream:
+        raise InputError("--chunk-seconds needs --stream: without it the sound is written in one piece")
+    if not args.stream or output != STANDARD_OUTPUT:
+        check_output(output)
+    elif sys.stdout.isatty():
+        raise InputError("-o - writes bare samples, and standard output is a terminal: send them to a player or a file")
     if args.model is None:
         raise InputError(f"no model: name one with --model, as in --model {OFFICIAL_MODEL}")
     return _speak(args, settings, text, output)
@@ -208,23 +245,74 @@ def _speak(args: argparse.Namespace, settings: SamplingSettings, text: str, outp
         revision=args.revision,
         local_files_only=args.offline,
     )
-    dia.codec  # noqa: B018 (loaded now, so that the clock below does not count it)
+    dia.codec, dia.engine  # noqa: B018 (made now, so that the clock below does not count it)
     # One step more than rows: the last one only puts the last row in its place.
     total = min(settings.max_new_tokens, dia.config.decoder.max_position_embeddings) + 1
     with StepBar(total, FRAMES_PER_SECOND, hidden=args.quiet or not sys.stderr.isatty()) as bar:
-        [audio] = cast("list[Audio]", dia.generate([text], audio_prompt=args.prompt, progress=bar, **asdict(settings)))
-    if not audio.duration:
-        raise InputError("the model ended the speech before it began: try another seed or text")
-    audio.save(output)
+        made = (_speak_piecewise if args.stream else _speak_at_once)(dia, args, settings, text, output, bar)
     if not args.quiet:
-        print(summary(audio, bar, output))
+        print(summary(made, bar, output), file=sys.stderr if output == STANDARD_OUTPUT else sys.stdout)
     return 0
 
 
-def summary(audio: "Audio", bar: "StepBar", output: Path) -> str:
+def _speak_at_once(
+    dia: "Dia", args: argparse.Namespace, settings: SamplingSettings, text: str, output: Path, bar: "StepBar"
+) -> Made:
+    # Without its transcript nobody knows where a recording's words end in the text, and cuts may not fall among them.
+    split = "auto" if args.split == "auto" and (args.prompt is None or args.prompt_text is not None) else None
+    voice = {"audio_prompt": args.prompt, "prompt_text": args.prompt_text}
+    [audio] = cast("list[Audio]", dia.generate([text], **voice, split=split, progress=bar, **asdict(settings)))
+    if not audio.duration:
+        raise InputError(SILENCE)
+    audio.save(output)
+    return Made(audio.duration, settings.seed)
+
+
+def _speak_piecewise(
+    dia: "Dia", args: argparse.Namespace, settings: SamplingSettings, text: str, output: Path, bar: "StepBar"
+) -> Made:
+    from dia_fast.audio import growing_file
+
+    start, seconds, first = time.perf_counter(), 0.0, None
+    options = {} if args.chunk_seconds is None else {"chunk_seconds": args.chunk_seconds}
+    chunks = dia.stream(text, audio_prompt=args.prompt, progress=bar, **options, **asdict(settings))
+    sink = samples_to_stdout() if output == STANDARD_OUTPUT else growing_file(output, dia.codec.sample_rate)
+    with sink as write, contextlib.closing(chunks):
+        for chunk in chunks:
+            write(chunk.samples)
+            seconds += chunk.duration
+            first = first or time.perf_counter() - start
+        if not seconds:
+            raise InputError(SILENCE)
+    return Made(seconds, settings.seed, first)
+
+
+@contextlib.contextmanager
+def samples_to_stdout() -> Iterator[Callable[["Samples"], None]]:
+    """Yields what writes samples to standard output as 16-bit little-endian integers, at once."""
+    from dia_fast.audio import pcm16
+
+    with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as raw:
+
+        def write(samples: "Samples") -> None:
+            left = memoryview(pcm16(samples))
+            while left:
+                left = left[raw.write(left) :]
+
+        try:
+            yield write
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise InputError(f"cannot write to standard output: {error.strerror or error}") from error
+
+
+def summary(made: Made, bar: "StepBar", output: Path) -> str:
     """One line: what was made, how fast, and how to make it again."""
     rate = bar.steps / bar.seconds
+    first = "" if made.first is None else f"first sound after {made.first:.2f} s, "
+    name = "standard output" if output == STANDARD_OUTPUT else output
     return (
-        f"{output}: {audio.duration:.2f} s of sound, {bar.steps} steps in {bar.seconds:.1f} s ({rate:.1f} steps/s, "
-        f"{audio.duration / bar.seconds:.2f}x realtime), seed {audio.seed}"
+        f"{name}: {made.seconds:.2f} s of sound, {bar.steps} steps in {bar.seconds:.1f} s ({rate:.1f} steps/s, "
+        f"{made.seconds / bar.seconds:.2f}x realtime), {first}seed {made.seed}"
     )
