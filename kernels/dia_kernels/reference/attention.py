@@ -37,17 +37,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _attend_one(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """One query per head over one sequence: scores, softmax and weighted sum in float32, rounded once.
-
-    q, out: `[heads * head_dim]`; k, v: `[kv_heads, length, head_dim]` float32. Nothing here knows of other sequences:
-    shapes and addresses, on which orders of summation may depend, are those of a request alone.
-    """
-    wide = q.new_empty(k.shape[0], q.numel() // (k.shape[0] * k.shape[2]), k.shape[2], dtype=k.dtype)
-    scores = torch.bmm(wide.copy_(q.view(wide.shape)), k.transpose(1, 2))
-    out.view(wide.shape).copy_(torch.bmm(scores.softmax(-1), v))
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """q: `[heads, n, head_dim]`, k, v: `[kv_heads, m, head_dim]`, the queries last -> `[heads, n, head_dim]`.
 
@@ -119,13 +108,20 @@ def cross_attention(
 def _attend_each(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: list[int], out: Tensor
 ) -> Tensor:
-    """Row by row, each over the first `lengths[row]` tokens of its pages. q, out: `[rows, heads * head_dim]`."""
-    for row, length in enumerate(lengths):
+    """Row by row, each over the first `lengths[row]` tokens of its pages. q, out: `[rows, heads * head_dim]`.
+
+    Scores, softmax and weighted sum are float32 and rounded once. What a row computes knows nothing of the other rows:
+    shapes and addresses, on which orders of summation may depend, are those of the row alone.
+    """
+    kv_heads, head_dim = k_pages.shape[1], k_pages.shape[3]
+    grouped = (q.shape[0], kv_heads, q.shape[1] // (kv_heads * head_dim), head_dim)
+    for query, pages, length, result in zip(q.view(grouped), block_table, lengths, out.view(grouped), strict=True):
         if length == 0:
-            out[row] = 0
-        else:
-            keys, values = (_gather(pages, block_table[row], length) for pages in (k_pages, v_pages))
-            _attend_one(q[row], keys, values, out[row])
+            result.zero_()
+            continue
+        wide = torch.empty_like(query, dtype=_wide(q.dtype)).copy_(query)
+        scores = torch.bmm(wide, _gather(k_pages, pages, length).transpose(1, 2))
+        result.copy_(torch.bmm(scores.softmax(-1), _gather(v_pages, pages, length)))
     return out
 
 
