@@ -34,7 +34,11 @@ def model() -> DiaForConditionalGeneration:
 @pytest.mark.parametrize(
     "limit", [{"max_new_tokens": 40}, {"max_length": 35, "max_new_tokens": None}], ids=["new", "length"]
 )
-@pytest.mark.parametrize("prompts", [(0,), (9,), (0, 0, 0), (0, 12, 5)], ids=str)
+@pytest.mark.parametrize(
+    "prompts",
+    [pytest.param((0,), marks=pytest.mark.slow), (9,), pytest.param((0, 0, 0), marks=pytest.mark.slow), (0, 12, 5)],
+    ids=str,
+)
 def test_same_tokens(
     prompts: tuple[int, ...], limit: dict[str, Any], eos_gain: float, guidance_scale: float | None
 ) -> None:
