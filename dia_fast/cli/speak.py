@@ -45,7 +45,7 @@ examples:
     dia-fast speak "And this is new." --prompt me.wav --prompt-text "[S1] These are my words." --model ...
   hear it while it is spoken: 16-bit mono samples at 44.1 kHz on standard output
     dia-fast speak --file dialogue.txt --model ... --stream -o - | aplay -f S16_LE -r 44100 -c 1
-    dia-fast speak --file dialogue.txt --model ... --stream -o - | ffplay -nodisp -autoexit -f s16le -sample_rate 44100 -i -
+    ... --stream -o - | ffplay -nodisp -autoexit -f s16le -sample_rate 44100 -
   the same again: the seed of a run is in its last line
     dia-fast speak --file dialogue.txt --model ... --seed 1234
 """
