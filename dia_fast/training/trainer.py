@@ -227,10 +227,14 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    module: Any = torch.utils.deterministic
+    filled = module.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    module.fill_uninitialized_memory = False  # a help for debugging that costs time
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("once", message=".*does not have a deterministic implementation.*")
             yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        module.fill_uninitialized_memory = filled

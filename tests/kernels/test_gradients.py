@@ -96,7 +96,26 @@ def test_gradcheck_of_the_kernels(name: str, fast: bool, device: torch.device) -
     )
 
 
-def check_rms_norm(rows: int, hidden: int, dtype: torch.dtype, device: torch.device, weight_dtype: Any = None) -> None:
+def near(actual: Tensor, plain: Tensor, exact: Tensor, magnitude: float) -> None:
+    """For odd shapes, which look for wrong places: a few values make no statistics of errors.
+
+    magnitude: what rounding errors are relative to, the largest term of the sums; 32 of them may add up.
+    """
+    allowed = torch.finfo(actual.dtype).eps * exact.abs() + 32 * 2.0**-24 * magnitude
+    worst = ((actual.double() - exact).abs() / allowed).max().item()
+    assert worst <= 1, f"{worst:.1f} times the error that is allowed"
+
+
+def judged(actual: Tensor, plain: Tensor, exact: Tensor, magnitude: float | None) -> None:
+    if magnitude is None:
+        assert_within_budget(actual, plain, exact)
+    else:
+        near(actual, plain, exact, magnitude)
+
+
+def check_rms_norm(
+    rows: int, hidden: int, dtype: torch.dtype, device: torch.device, weight_dtype: Any = None, odd: bool = False
+) -> None:
     x, grad = random((rows, hidden), dtype, device, 1, 2.0), random((rows, hidden), dtype, device, 2)
     weight = random((hidden,), weight_dtype or dtype, device, 3)
     results = []
@@ -107,8 +126,10 @@ def check_rms_norm(rows: int, hidden: int, dtype: torch.dtype, device: torch.dev
         dx, dweight = poisoned(x.shape, args[0].dtype, device), poisoned((hidden,), args[1].dtype, device)
         ops.rms_norm_backward(args[0], args[1], EPS, args[2], dx, dweight)
         results.append((dx, dweight))
-    for got, plain, exact in zip(*results, strict=True):
-        assert_within_budget(got, plain, exact)
+    inverse = float((x.double().square().mean(-1) + EPS).rsqrt().max())
+    terms = float((grad.double() * weight).abs().max()) * inverse * hidden, float(grad.abs().max()) * hidden**0.5 * rows
+    for got, plain, exact, magnitude in zip(*results, terms, strict=True):
+        judged(got, plain, exact, magnitude if odd else None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,7 +150,9 @@ def test_a_frozen_norm_has_no_gradient(device: torch.device) -> None:
     assert torch.equal(alone, both)
 
 
-def check_rotate(tokens: int, heads: int, kv_heads: int, half: int, dtype: torch.dtype, device: torch.device) -> None:
+def check_rotate(
+    tokens: int, heads: int, kv_heads: int, half: int, dtype: torch.dtype, device: torch.device, odd: bool = False
+) -> None:
     qkv = random((tokens, (heads + 2 * kv_heads) * 2 * half), dtype, device, 4)
     cos, sin = tables(9, half, device)
     places = torch.arange(tokens, dtype=torch.int32, device=device) % 9
@@ -139,7 +162,7 @@ def check_rotate(tokens: int, heads: int, kv_heads: int, half: int, dtype: torch
         exact = reference.rotate(
             qkv.double(), cos.double(), sin.double(), places, kv_heads, torch.empty_like(qkv.double()), inverse=inverse
         )
-        assert_within_budget(out, plain, exact)
+        judged(out, plain, exact, float(qkv.abs().max()) if odd else None)
         v = slice(-kv_heads * 2 * half, None)
         assert torch.equal(out[:, v], qkv[:, v])
 
@@ -184,11 +207,18 @@ def test_glu_backward_of_extreme_gates(device: torch.device) -> None:
     out = kernels.glu_backward(x, torch.ones_like(gates), poisoned(x.shape, torch.float32, device))
     wide = x.double()
     exact = reference.glu_backward(wide, torch.ones_like(gates).double(), torch.empty_like(wide))
-    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-37)
+    # A sigmoid below the smallest normal number may be taken for 0; it is multiplied by up and by the gate.
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=2 * 100 * torch.finfo(torch.float32).tiny)
 
 
 def check_cross_entropy(
-    rows: int, channels: int, vocab: int, dtype: torch.dtype, device: torch.device, scale: float = 3.0
+    rows: int,
+    channels: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    scale: float = 3.0,
+    odd: bool = False,
 ) -> None:
     logits = random((rows, channels, vocab), dtype, device, 7, scale)
     labels, weights = labels_of(rows, channels, vocab, device), random((channels,), torch.float32, device, 8).abs()
@@ -200,7 +230,7 @@ def check_cross_entropy(
         assert ops.cross_entropy(values, labels, weights, losses, gradient=True) is losses
         results.append((losses, values))
     for got, plain, exact in zip(*results, strict=True):
-        assert_within_budget(got, plain, exact)
+        judged(got, plain, exact, float(logits.abs().max()) + float(weights.max()) + 1 if odd else None)
     ignored = labels < 0
     assert not results[0][0][ignored].any() and not results[0][1][ignored].any()
     untouched, losses = logits.clone(), poisoned((rows, channels), torch.float32, device)
@@ -209,7 +239,7 @@ def check_cross_entropy(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "channels", "vocab"), [(1, 1, 3), (5, 2, 17), (3, 9, 1028)])
+@pytest.mark.parametrize(("rows", "channels", "vocab"), [(40, 1, 3), (5, 2, 17), (3, 9, 1028)])
 def test_cross_entropy(rows: int, channels: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
     check_cross_entropy(rows, channels, vocab, dtype, device)
 
@@ -223,13 +253,13 @@ def test_cross_entropy(rows: int, channels: int, vocab: int, dtype: torch.dtype,
     scale=st.sampled_from([0.1, 3.0, 60.0]),
 )
 def test_cross_entropy_shapes(rows: int, channels: int, vocab: int, dtype: torch.dtype, scale: float) -> None:
-    check_cross_entropy(rows, channels, vocab, dtype, executor.device(), scale)
+    check_cross_entropy(rows, channels, vocab, dtype, executor.device(), scale, odd=True)
 
 
 @settings(max_examples=5, deadline=None)
 @given(rows=st.integers(1, 20), hidden=st.integers(2, 90), dtype=st.sampled_from(DTYPES))
 def test_rms_norm_backward_shapes(rows: int, hidden: int, dtype: torch.dtype) -> None:
-    check_rms_norm(rows, hidden, dtype, executor.device())
+    check_rms_norm(rows, hidden, dtype, executor.device(), odd=True)
 
 
 @SHAPES
@@ -238,7 +268,7 @@ def test_rms_norm_backward_shapes(rows: int, hidden: int, dtype: torch.dtype) ->
     dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
 def test_rotate_shapes(tokens: int, heads: int, kv_heads: int, half: int, dtype: torch.dtype) -> None:
-    check_rotate(tokens, heads, kv_heads, half, dtype, executor.device())
+    check_rotate(tokens, heads, kv_heads, half, dtype, executor.device(), odd=True)
 
 
 def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:

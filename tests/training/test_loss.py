@@ -35,7 +35,7 @@ def some_batch(sizes: tuple[tuple[int, int], ...] = ((11, 14), (6, 9))) -> Batch
 
 
 def test_channel_weights(model: DiaModel) -> None:
-    batch, weights = some_batch(), torch.linspace(2, 0, 9)
+    batch, weights = some_batch(), torch.linspace(4, 0, 9)
     loss = batch_loss(model, batch, channel_weights=weights)
     hidden = Forward(model, torch.float32, {}).hidden_states(batch)
     logits = F.linear(hidden, model.decoder.head).view(*batch.labels.shape, -1)
