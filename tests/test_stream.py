@@ -89,6 +89,10 @@ class Growing:
     def __init__(self, frames: Tensor) -> None:
         self.frames, self.count, self.status = frames, 0, "running"
 
+    @property
+    def done(self) -> bool:
+        return self.status != "running"
+
     def has(self, frames: int) -> bool:
         return frames <= self.count
 
@@ -116,6 +120,15 @@ def test_however_frames_arrive_and_chunks_are_cut(exact: Codec, frames: int, siz
     ]
 
 
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_what_breaks_off_has_no_last_chunk(exact: Codec, status: str) -> None:
+    """The frames after its last whole chunk have not all they depend on."""
+    handle: Any = Growing(torch.zeros(30, 9, dtype=torch.int64))
+    handle.count, handle.status = 18, status
+    chunks = _Chunks(exact, 5 * FRAME)
+    assert [span[1:] for span in iter(lambda: chunks.cut(handle), None)] == [(0, 5)]
+
+
 def test_the_codes_are_those_of_generate_and_the_context_is_exact(dia: Dia, decoded: list[Tensor]) -> None:
     [codes] = dia.generate_codes(TEXT, seed=LONG)
     list(dia.stream(TEXT, seed=LONG, chunk_seconds=10 * FRAME))
@@ -136,11 +149,11 @@ def test_a_chunk_comes_as_soon_as_it_is_certain(dia: Dia, size: int) -> None:
 
 
 def test_progress_counts_steps(dia: Dia, capfd: pytest.CaptureFixture[str]) -> None:
+    list(dia.stream(TEXT, seed=LONG, max_new_tokens=30, progress=True))
+    assert "x realtime" in capfd.readouterr().err
     seen: list[int] = []
     list(dia.stream(TEXT, seed=LONG, max_new_tokens=30, progress=seen.append))
     assert seen == list(range(1, 32))
-    list(dia.stream(TEXT, seed=LONG, max_new_tokens=30, progress=True))
-    assert "x realtime" in capfd.readouterr().err
 
 
 def test_every_setting_reaches_the_engine(dia: Dia) -> None:
