@@ -18,9 +18,9 @@ TEXT, FRAMES = 512, 860  # bytes of text; ten seconds of prompt
 CONTEXT = 3073
 
 
-def one_layer(dtype: torch.dtype, ops: Any = kernels) -> DiaModel:
-    """Dia-1.6B with a single decoder layer: the others launch the same."""
-    config = DiaConfig()
+def one_layer(dtype: torch.dtype, ops: Any = kernels, config: DiaConfig | None = None) -> DiaModel:
+    """Dia-1.6B, or a model of another config, with a single decoder layer: the others launch the same."""
+    config = config or DiaConfig()
     config = replace(config, decoder=replace(config.decoder, num_hidden_layers=1))
     model = DiaModel(config, ops).to(dtype)
     decoder = config.decoder

@@ -1,0 +1,288 @@
+"""How many bytes does each kernel of a decode step move, and how many would it have to?
+
+    python -m bench.traffic [--rows 1 2 8] [--contexts 64 1024 3072] [--dtype bfloat16] [--json FILE] [--markdown FILE]
+
+Counted, not estimated: the kernels run under the interpreter of the tests at the shapes of one layer of Dia-1.6B, and
+every active lane of every load and store is noted by argument. Lanes of one access that share an address count once,
+as a GPU would fetch them; everything else counts as often as it is asked for. The result is the same to the byte every
+time. Exit status 1 if a weight is not read exactly once, or a step moves more than 1.05 x the minimum.
+
+Weights and keys and values are too large for a cache: each time they are read counts. Activations, some hundred KB, are
+read by many programs and come from the L2 cache after the first: what they add to the traffic of the memory is their
+size, and what is read again is in a column of its own.
+"""
+
+import os
+import sys
+
+if "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # a GPU is not asked
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.make_checkpoint import DTYPES
+from dia_fast.config import DiaConfig
+from dia_fast.files import replacing
+from dia_fast.launches import one_layer
+from dia_fast.model import DiaModel
+from dia_fast.state import DecodeState, Sizes, cross_pages, self_pages
+from dia_kernels import kernels, launch
+from tests.kernels.interpreter import Access, install, listening
+
+LIMIT = 1.05  # bytes moved by a step, beside the fewest possible
+TEXT = 256  # bytes of text that cross-attention reads
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one launch. weights and kv: every access counts; other: distinct bytes read, and written.
+
+    again: what was read of `other` a second time and more. minimum: what the op cannot do without: its weights, its
+    keys and values, its inputs and outputs once each, but no scratch. weights_once: whether every element of every
+    weight was read exactly once.
+    """
+
+    rows: int
+    context: int
+    kernel: str
+    weights: int
+    kv: int
+    other: int
+    again: int
+    minimum: int
+    weights_once: bool
+
+    @property
+    def moved(self) -> int:
+        return self.weights + self.kv + self.other
+
+
+class Counter:
+    """How often each element of one argument was read and written in one launch."""
+
+    def __init__(self, tensor: Tensor, size: int) -> None:
+        self.tensor, self.size = tensor, size
+        self.reads: NDArray[np.uint16] = np.zeros(_extent(tensor), np.uint16)
+        self.writes: NDArray[np.uint16] = np.zeros(_extent(tensor), np.uint16)
+
+    def note(self, access: Access) -> None:
+        places = np.unique(access.offsets) // self.size
+        if access.kind in ("load", "atomic"):
+            self.reads[places] += 1
+        if access.kind in ("store", "atomic"):
+            self.writes[places] += 1
+
+    @property
+    def read(self) -> int:
+        return int(self.reads.sum()) * self.size
+
+    @property
+    def read_distinct(self) -> int:
+        return int((self.reads > 0).sum()) * self.size
+
+    @property
+    def written(self) -> int:
+        return int(self.writes.sum()) * self.size
+
+    @property
+    def written_distinct(self) -> int:
+        return int((self.writes > 0).sum()) * self.size
+
+
+class Meter:
+    """Counts the accesses of each launch. weights, kv, scratch: the tensors that are these.
+
+    kv_minimum: bytes of keys and values that a launch of the kernel named must move.
+    """
+
+    def __init__(
+        self, weights: Iterable[Tensor], kv: Iterable[Tensor], scratch: Iterable[Tensor], kv_minimum: dict[str, int]
+    ) -> None:
+        self.weights, self.kv, self.scratch = (
+            {tensor.data_ptr() for tensor in tensors} for tensors in (weights, kv, scratch)
+        )
+        self.kv_minimum = kv_minimum
+        self._counters: dict[str, Counter] = {}
+
+    def launched(self, run: launch.Launcher, kernel: Any, grid: Any, args: Any, meta: Any) -> "tuple[str, Counts]":
+        """Runs one launch and returns its kernel's name and what was counted."""
+        self._counters = {}
+        with listening(self._note):
+            run(kernel, grid, *args, **meta)
+        return kernel.fn.__name__.lstrip("_"), self._counters
+
+    def _note(self, access: Access) -> None:
+        counter = self._counters.get(access.argument)
+        if counter is None:
+            counter = self._counters[access.argument] = Counter(access.tensor, access.size)
+        counter.note(access)
+
+    def judge(self, rows: int, context: int, kernel: str, counters: "Counts") -> Traffic:
+        """Tells the arguments of a launch apart and adds them up."""
+        weights = kv = other = again = 0
+        minimum, once = self.kv_minimum.get(kernel, 0), True
+        for counter in counters.values():
+            place = counter.tensor.data_ptr()
+            if place in self.weights:
+                weights += counter.read + counter.written
+                minimum += counter.tensor.nbytes
+                once &= bool((counter.reads == 1).all()) and not counter.written
+            elif place in self.kv:
+                kv += counter.read + counter.written
+            else:
+                other += counter.read_distinct + counter.written
+                again += counter.read - counter.read_distinct
+                if place not in self.scratch:
+                    minimum += counter.read_distinct + counter.written_distinct
+        return Traffic(rows, context, kernel, weights, kv, other, again, minimum, once)
+
+
+Counts = dict[str, Counter]
+
+
+def measure(config: DiaConfig, rows: int, contexts: Sequence[int], dtype: torch.dtype) -> list[Traffic]:
+    """Every launch of a decode step of one layer at the first context, and self-attention at the others."""
+    model, state = _ready(config, rows, max(contexts), dtype)
+    decoder, layer = config.decoder, model.decoder.layers[0]
+    token = 2 * decoder.num_key_value_heads * decoder.head_dim * dtype.itemsize
+    text = 2 * decoder.cross_num_key_value_heads * decoder.cross_head_dim * dtype.itemsize * TEXT * state.batch
+    meter = Meter(
+        [tensor for _, tensor in [*layer.named_parameters(), ("head", model.decoder.head)] if tensor.ndim == 2],
+        state.pool.keys + state.pool.values + state.cross_pool.keys + state.cross_pool.values,
+        [*state.workspace, *state.cross_workspace],
+        {"cross_attention": text},
+    )
+    found = []
+    for context in contexts:
+        meter.kv_minimum["rope_attention"] = token * rows * context  # one of them is written, the others are read
+        state.row.fill_(context - 1)
+        state.finished.zero_()
+        state.positions.fill_(context - 1)
+
+        def note(run: launch.Launcher, kernel: Any, grid: Any, args: Any, meta: Any, context: int = context) -> None:
+            found.append(meter.judge(rows, context, *meter.launched(run, kernel, grid, args, meta)))
+
+        with launch.listening(note):
+            if context == contexts[0]:
+                model.decode_step(state)
+            else:
+                model.ops.rope_attention(
+                    state.qkv, model.decoder.cos, model.decoder.sin, state.pool.keys[0], state.pool.values[0],
+                    state.table, state.positions, state.attended, state.workspace,
+                )  # fmt: skip
+    return found
+
+
+def _ready(config: DiaConfig, rows: int, context: int, dtype: torch.dtype) -> tuple[DiaModel, DecodeState]:
+    """One layer with random weights, and slots that are `context` rows long."""
+    model = one_layer(dtype, kernels, config).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for tensor in [*model.decoder.parameters(), *model.decoder.buffers()]:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator).mul_(tensor.shape[-1] ** -0.5))
+    batch = max(rows // 2, 1)
+    grid, text = self_pages(model.config), cross_pages(model.config)
+    sizes = Sizes(batch, rows > 1, context + 1, TEXT, rows * grid.pages(context + 1), batch * text.pages(TEXT))
+    state = DecodeState(model.config, kernels, sizes, dtype, torch.device("cpu"))
+    for slot in range(batch):
+        state.grow(slot, context + 1)
+        state.cross_blocks.grow(slot, TEXT)
+    for pages in state.pool.keys + state.pool.values + state.cross_pool.keys + state.cross_pool.values:
+        pages.copy_(torch.randn(pages.shape, generator=generator))
+    state.text_lengths.fill_(TEXT)
+    state.end_row.fill_(context + 99)
+    return model, state
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first to the last one."""
+    return 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def whole_step(found: Sequence[Traffic], rows: int, context: int, layers: int) -> tuple[int, int]:
+    """Bytes moved and fewest possible of a whole step: the launches of one layer `layers` times, the others once."""
+    outside = ("embed_codes", "codebook_logits", "sample")
+    moved = minimum = 0
+    for item in found:
+        here = item.context == context if item.kernel == "rope_attention" else item.context == found[0].context
+        if item.rows == rows and here:
+            times = 1 if item.kernel in outside else layers
+            moved, minimum = moved + times * item.moved, minimum + times * item.minimum
+    return moved, minimum
+
+
+def violations(found: Sequence[Traffic], layers: int) -> list[str]:
+    """What breaks the rules, a sentence each."""
+    broken = [
+        f"{item.kernel} at {item.rows} rows does not read every weight exactly once"
+        for item in found
+        if not item.weights_once
+    ]
+    for rows, context in sorted({(item.rows, item.context) for item in found}):
+        moved, minimum = whole_step(found, rows, context, layers)
+        if moved > LIMIT * minimum:
+            broken.append(
+                f"a step of {rows} rows at context {context} moves {moved / minimum:.3f} x the fewest bytes possible; "
+                f"{LIMIT} is allowed"
+            )
+    return broken
+
+
+def markdown(found: Sequence[Traffic], layers: int) -> str:
+    """The tables of a report."""
+    lines = [
+        "| rows | context | kernel | weights | keys, values | other | read again from cache | moved / minimum |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for item in found:
+        lines.append(
+            f"| {item.rows} | {item.context} | `{item.kernel}` | {item.weights:,} | {item.kv:,} | {item.other:,} | "
+            f"{item.again:,} | {item.moved / item.minimum:.4f} |"
+        )
+    lines += ["", "| rows | context | a whole step moves | at least | ratio |", "|---:|---:|---:|---:|---:|"]
+    for rows, context in sorted({(item.rows, item.context) for item in found}):
+        moved, minimum = whole_step(found, rows, context, layers)
+        lines.append(f"| {rows} | {context} | {moved:,} | {minimum:,} | {moved / minimum:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="traffic", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[64, 1024, 3072])
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args(arguments)
+    install()
+    config = DiaConfig()
+    found: list[Traffic] = []
+    with torch.inference_mode():
+        for rows in options.rows:
+            found += measure(config, rows, options.contexts, DTYPES[options.dtype])
+            print(f"counted {rows} rows", file=sys.stderr, flush=True)
+    layers = config.decoder.num_hidden_layers
+    table = markdown(found, layers)
+    print(table)
+    listed = json.dumps([asdict(item) for item in found], indent=1)
+    for path, text in ((options.json, listed), (options.markdown, table)):
+        if path is not None:
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+    broken = violations(found, layers)
+    print("\n".join(broken) or "no violations")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
