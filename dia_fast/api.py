@@ -213,12 +213,16 @@ class Dia:
         )
         codec = self.codec
         if split is not None or prompt_text is not None:
-            texts, prompts = texts_of(text), prompt_for_each(audio_prompt, len(texts_of(text)), is_list(text))
+            texts = texts_of(text)
             seeds = seeds_of(seed, len(texts), settings)
-            readings = readings_of(self.config, texts, self._codes(prompts), prompt_text, split, settings, seeds)
-            joined = speak_scripts(self.engine, codec, readings, progress, stacklevel=2)
-            return joined if is_list(text) else joined[0]
-        spoken = self._speak(text, audio_prompt, settings, seed, progress)
+            codes = self._codes(prompt_for_each(audio_prompt, len(texts), is_list(text)))
+            readings = readings_of(self.config, texts, codes, prompt_text, split, settings, seeds)
+            if any(len(reading.pieces) > 1 for reading in readings):
+                joined = speak_scripts(self.engine, codec, readings, progress, stacklevel=2)
+                return joined if is_list(text) else joined[0]
+            spoken = self._speak([reading.text for reading in readings], [*codes], settings, seeds, progress)
+        else:
+            spoken = self._speak(text, audio_prompt, settings, seed, progress)
         audios = [Audio(codec.decode(item.frames).cpu().numpy(), codec.sample_rate, item.seed) for item in spoken]
         return audios if is_list(text) else audios[0]
 

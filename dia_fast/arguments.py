@@ -64,14 +64,15 @@ def one_text(text: str | bytes) -> str | bytes:
     return text
 
 
-def seeds_of(seed: Seeds, count: int, settings: SamplingSettings) -> list[int | None]:
+def seeds_of(seed: Seeds, count: int, settings: SamplingSettings) -> list[int]:
     """A checked seed for each text."""
     if seed is None:
         return [random_seed() for _ in range(count)]
     given: list[Any] = list(seed) if isinstance(seed, list | tuple) else [seed] * count
     if len(given) != count:
         raise InputError(f"seed has {len(given)} entries for {count} texts: give one for each, or one int for all")
-    return [replace(settings, seed=random_seed() if item is None else item).seed for item in given]
+    checked = (replace(settings, seed=random_seed() if item is None else item).seed for item in given)
+    return [item for item in checked if item is not None]
 
 
 def progress_of(progress: Progress, total: int) -> Any:

@@ -50,7 +50,7 @@ def longest_prompt(config: DiaConfig) -> int:
 
 
 def cut(text: str | bytes, config: DiaConfig, voice: Voice | None = None) -> list[str]:
-    """The text itself, if the model takes it well in one piece (20 s, its bytes and positions); else pieces of it.
+    """The text itself, if the model takes it well in one piece (20 s, its bytes); else pieces of it.
 
     voice: the one that each piece is to be spoken in; without it there is room for one more piece as the voice.
     Raises InputError for a text that cannot be spoken, and for a voice that leaves no room.
@@ -62,7 +62,8 @@ def cut(text: str | bytes, config: DiaConfig, voice: Voice | None = None) -> lis
         frames -= len(voice.codes)
         size -= len(encode_text(voice.text, max_length=ABSURD_BYTES)) + 1 if voice.text else 0
     seconds = frames / FRAMES_PER_SECOND / _SLACK
-    if spoken_seconds(text) <= min(GOOD_SECONDS, seconds) and len(encode_text(text, max_length=ABSURD_BYTES)) <= size:
+    longest = GOOD_SECONDS if voice is None else min(GOOD_SECONDS, seconds)
+    if spoken_seconds(text) <= longest and len(encode_text(text, max_length=ABSURD_BYTES)) <= size:
         return [text]
     if voice is None:
         seconds, size = seconds / 2, (size - 1) // 2
@@ -118,6 +119,11 @@ class Reading:
         return sum(item is not None for item in self.frames)
 
     @property
+    def text(self) -> str:
+        """Of the first piece, as the model reads it."""
+        return self._in_voice(0)[1]
+
+    @property
     def done(self) -> bool:
         return self.error is not None or self.spoken == len(self.pieces)
 
@@ -166,7 +172,7 @@ class Reading:
             return found
         seconds = len(self.voice.codes) / FRAMES_PER_SECOND if self.voice else 0.0
         size = self.config.encoder.max_position_embeddings
-        return text_warnings(self._in_voice(0)[1], max_length=size, prompt_seconds=seconds)
+        return text_warnings(self.text, max_length=size, prompt_seconds=seconds)
 
     def _in_voice(self, index: int) -> tuple[Tensor | None, str]:
         """The audio prompt of a piece, and the text to read."""
@@ -287,7 +293,7 @@ def readings_of(
     prompt_text: str | None,
     split: str | None,
     settings: SamplingSettings,
-    seeds: Sequence[int | None],
+    seeds: Sequence[int],
 ) -> list[Reading]:
     """One for each text, with its prompt's codes and its seed. split: "auto" or None. Raises InputError."""
     if split not in (None, "auto"):

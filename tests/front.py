@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dia_fast.api import Dia
 from dia_fast.codec import CodecConfig, random_codec
@@ -54,6 +55,15 @@ def make_model(folder: Path, config: DiaConfig = TINY) -> Path:
     return save_pretrained(folder, config, weights)
 
 
+def make_brief_model(folder: Path, config: DiaConfig = TINY) -> Path:
+    """As `make_model`, but speech often ends soon, for tests of what comes after."""
+    make_model(folder, config)
+    weights = load_file(folder / "model.safetensors")
+    weights["logits_dense.weight"][config.decoder.eos_token_id] *= 1.7  # often the likeliest code of channel 0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def make_codec(folder: Path, **sizes: int) -> Path:
     """A codec at 44.1 kHz with the hop and the codebooks of the real one, but few channels."""
     return random_codec(CodecConfig(encoder_hidden_size=4, decoder_hidden_size=32, **sizes)).save_pretrained(folder)
@@ -61,9 +71,7 @@ def make_codec(folder: Path, **sizes: int) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Every path below a folder, with the contents of files."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @contextlib.contextmanager
