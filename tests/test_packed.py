@@ -22,7 +22,10 @@ CPU = torch.device("cpu")
 EPS = 1e-5
 NARROW = (torch.bfloat16, torch.float16)
 
-pytestmark = pytest.mark.skipif(not packed.row_counts(), reason="FBGEMM does not serve this processor")
+pytestmark = pytest.mark.skipif(
+    "x86" not in torch.backends.quantized.supported_engines or torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="FBGEMM needs an x86 processor with AVX2, and a torch that was built with it",
+)
 
 
 def pack(weight: Tensor) -> PackedWeight:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST_ROWS = 128  # of one call; more are multiplied in several
+_MOST_ROWS = 128  # of one call, at most; more are multiplied in several
 _MAPPED = 10 << 20  # float32 elements that malloc always maps by themselves: freed, they leave no hole in the heap
 _TOP = 15  # a packed weight's largest magnitude is in [2^14, 2^15); fp16 ends just below 2^16
 
@@ -39,9 +39,9 @@ class PackedWeight:
 
         x: `[rows, hidden]` of a float dtype. Returns `[rows, features]`.
         """
-        rows = x.shape[0]
-        if rows > _MOST_ROWS:
-            return torch.cat([self.linear(part) for part in x.split(_MOST_ROWS)])
+        rows, most = x.shape[0], row_counts()[-1]
+        if rows > most:
+            return torch.cat([self.linear(part) for part in x.split(most)])
         result: Tensor = torch.ops.quantized.linear_dynamic_fp16(_padded(x), self._packed)
         return result[:rows].mul_(self._scale)
 
@@ -99,5 +99,4 @@ def row_counts() -> tuple[int, ...]:
                 groups.setdefault(results[0].numpy().tobytes(), []).append(count)
     except (AttributeError, RuntimeError):  # a torch without the operator, or a processor that FBGEMM does not serve
         return ()
-    counts = max(groups.values(), key=len)
-    return tuple(counts) if counts[-1] == _MOST_ROWS else ()
+    return tuple(max(groups.values(), key=len))
