@@ -75,6 +75,7 @@ def cross_entropy(
             VOCAB=vocab,
             BLOCK_V=triton.next_power_of_2(vocab),
             GRADIENT=gradient,
+            enable_fp_fusion=True,
             num_warps=max(1, min(8, triton.next_power_of_2(vocab) // 256)),
         )
     return losses

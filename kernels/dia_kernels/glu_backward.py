@@ -47,6 +47,7 @@ def glu_backward(x: torch.Tensor, grad: torch.Tensor, dx: torch.Tensor) -> torch
             dx,
             WIDTH=width,
             BLOCK=block,
+            enable_fp_fusion=True,
             num_warps=max(1, min(4, block // 256)),
         )
     return dx

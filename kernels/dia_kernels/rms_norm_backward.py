@@ -82,6 +82,7 @@ def rms_norm_backward(
             BLOCK_H=triton.next_power_of_2(hidden),
             ROWS=ROWS,
             HAS_SHARES=shares is not None,
+            enable_fp_fusion=True,
             num_warps=max(1, min(8, triton.next_power_of_2(hidden) // 256)),
         )
     if dweight is not None and shares is not None:
