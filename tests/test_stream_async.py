@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import threading
-import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from pathlib import Path
@@ -82,35 +81,50 @@ def test_a_prompt_and_settings_count_as_they_do_in_generate(dia: Dia) -> None:
     assert np.abs(found - dia.generate(TEXT, **chosen).samples).max() <= 1e-6
 
 
-def test_the_loop_is_never_blocked(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever takes long, or holds the engine's lock, does so in another thread."""
+class WatchedLock:
+    """A lock that notes which threads take it."""
 
-    def slow(real: Any) -> Any:
-        return lambda *args, **named: (time.sleep(0.3), real(*args, **named))[1]
+    def __init__(self, real: Any, threads: set[tuple[str, threading.Thread]], name: str) -> None:
+        self.real, self.threads, self.name = real, threads, name
 
-    monkeypatch.setattr(DiaModel, "decode_step", slow(DiaModel.decode_step))
-    monkeypatch.setattr(dia.codec, "decode_span", slow(dia.codec.decode_span))
-    monkeypatch.setattr(dia.codec, "encode", slow(dia.codec.encode))
-    monkeypatch.setattr(Engine, "submit", slow(Engine.submit))
-    monkeypatch.setattr(Engine, "cancel", slow(Engine.cancel))
-    gaps: list[float] = []
+    def __enter__(self) -> None:
+        self.threads.add((self.name, threading.current_thread()))
+        self.real.acquire()
 
-    async def tick() -> None:
-        while True:
-            start = time.perf_counter()
-            await asyncio.sleep(0.01)
-            gaps.append(time.perf_counter() - start)
+    def __exit__(self, *error: object) -> None:
+        self.real.release()
+
+
+def test_the_loop_never_computes_and_never_waits_for_a_lock(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[str, threading.Thread]] = set()
+
+    def watched(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            seen.add((name, threading.current_thread()))
+            return real(*args, **named)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((DiaModel, "decode_step"), (dia.codec, "decode_span"), (dia.codec, "encode")):
+        watched(owner, name)
+    for name in ("submit", "advance", "cancel"):
+        watched(Engine, name)
+    monkeypatch.setattr(dia.engine, "lock", WatchedLock(dia.engine.lock, seen, "engine"))
+    monkeypatch.setattr(dia, "_making", WatchedLock(dia._making, seen, "making"))
 
     async def serve() -> None:
-        ticking = asyncio.create_task(tick())
         sound = Audio(np.zeros(2_000, np.float32), 44_100)
-        streams = [dia.astream(TEXT, seed=0, max_new_tokens=17, audio_prompt=prompt) for prompt in (None, sound)]
+        streams = [dia.astream(TEXT, seed=LONG, max_new_tokens=40, audio_prompt=prompt) for prompt in (None, sound)]
         await asyncio.gather(*map(listen, streams))
-        ticking.cancel()
+        async with aclosing(broken_off(dia)) as chunks:
+            await anext(chunks)
 
     run(serve())
-    # A tick on a busy machine may come late, but the third of a second that each of these takes would show in most.
-    assert len(gaps) > 100 and sorted(gaps)[-5] < 0.2
+    names = {name for name, _ in seen}
+    assert names == {"decode_step", "decode_span", "encode", "submit", "advance", "cancel", "engine", "making"}
+    assert not [name for name, thread in seen if thread is threading.main_thread()]
 
 
 def broken_off(dia: Dia) -> AsyncGenerator[Audio, None]:

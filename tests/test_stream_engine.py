@@ -78,7 +78,7 @@ def test_a_step_that_raises_lets_the_next_thread_lead(monkeypatch: pytest.Monkey
 def test_a_handle_that_the_garbage_collector_cancels_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A finalizer runs anywhere, also in the thread that makes a step and holds the lock."""
     engine = Engine(small_model(), max_batch=4)
-    kept, dropped = [engine.submit(numbered_request(number)) for number in LONG[:2]]
+    dropped, kept = [engine.submit(numbered_request(number)) for number in LONG[:2]]  # in slots 0 and 1
     for _ in range(5):
         engine.step()
 
@@ -97,7 +97,7 @@ def test_a_handle_that_the_garbage_collector_cancels_in_a_step(monkeypatch: pyte
     assert engine.stats.running == 1
     assert_sound(engine)
     run_to_end(engine)
-    assert_same(kept.result(), alone(LONG[0]))
+    assert_same(kept.result(), alone(LONG[1]))
     assert engine.stats.pages == 0
 
 
