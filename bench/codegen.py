@@ -8,6 +8,7 @@ Each line is one kernel as one launch of the model compiles it. The exit code is
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,8 +66,12 @@ def read(compiled: ahead.Compiled, target: str) -> Code:
     shared = compiled.result.metadata.shared
     if target.startswith("gfx"):
         return machine_code.read_amd(compiled.asm["amdgcn"], shared)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return machine_code.read_sass(compiled.asm["cubin"], shared, tools)
+    return _read_sass(compiled.asm["cubin"], shared)
+
+
+@functools.lru_cache(maxsize=64)  # a step launches the same code several times, and so do steps of few rows
+def _read_sass(cubin: bytes, shared: int) -> Code:
+    return machine_code.read_sass(cubin, shared, Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
 
 
 def line(compiled: ahead.Compiled, target: str, dtype: str, rows: int) -> Line:
