@@ -157,7 +157,10 @@ class Dia:
             return self._engine
 
     def close(self) -> None:
-        """Cancels whatever other threads are doing and gives the engine's memory back. A later call makes a new one."""
+        """Gives the engine's memory back; a later call makes a new one.
+
+        Whatever other threads are doing with it ends with `dia_fast.engine.Cancelled`.
+        """
         with self._making:
             running, self._engine = self._engine, None
         if running is not None:

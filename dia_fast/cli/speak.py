@@ -296,15 +296,15 @@ def samples_to_stdout() -> Iterator[Callable[["Samples"], None]]:
 
         def write(samples: "Samples") -> None:
             left = memoryview(pcm16(samples))
-            while left:
-                left = left[raw.write(left) :]
+            try:
+                while left:
+                    left = left[raw.write(left) :]
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise InputError(f"cannot write to standard output: {error.strerror or error}") from error
 
-        try:
-            yield write
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise InputError(f"cannot write to standard output: {error.strerror or error}") from error
+        yield write
 
 
 def summary(made: Made, bar: "StepBar", output: Path) -> str:
