@@ -7,6 +7,7 @@ the few rows of a decode step that runs at the speed of the memory.
 
 import functools
 import math
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -72,8 +73,8 @@ def pack(weight: Tensor) -> Tensor | PackedWeight:
 
 def _padded(x: Tensor) -> Tensor:
     """x in float32, with rows of zeros behind it up to a count that keeps the order of summation."""
-    rows = x.shape[0]
-    count = next(count for count in row_counts() if count >= rows)
+    rows, counts = x.shape[0], row_counts()
+    count = counts[bisect_left(counts, rows)]
     if count == rows:
         return x.float()
     wide = torch.zeros(count, x.shape[1])
