@@ -44,7 +44,7 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     """The type of weights and activations: as given, or float32 on a CPU, bfloat16 on a GPU (float16 if it lacks that).
 
     The type that a checkpoint is stored in does not matter: weights are converted while they load. On an x86 CPU the
-    narrow types are several times faster than float32 and take half the memory (see `DiaModel.pack`).
+    narrow types are faster than float32 too, and take half the memory (see `DiaModel.pack`).
     """
     if dtype is None:
         if device.type == "cpu":
