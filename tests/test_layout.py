@@ -23,6 +23,7 @@ FORBIDDEN = {
     "dia_fast.cli": ("bench", "tests"),
     "dia_fast.__main__": ("bench", "tests"),
     "examples": ("dia_kernels", "bench", "tests"),
+    "examples.single_kernels": ("bench", "tests"),
 }
 # The torch references run where Triton cannot be installed.
 FORBIDDEN["dia_kernels.reference"] = (*FORBIDDEN["dia_kernels"], "triton")

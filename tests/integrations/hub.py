@@ -35,8 +35,11 @@ def make_model(folder: Path, config: DiaConfig = CONFIG, eos_gain: float = 3.0) 
 
 
 def make_hub(folder: Path) -> Path:
-    """The cache, below a folder."""
-    for repository, made in ((DIA, make_model(folder / "model")), (CODEC, make_codec(folder / "codec"))):
+    """The cache, below a folder: weights of both, and what `AutoProcessor` reads."""
+    from examples.tiny import save_processor
+
+    save_processor(make_model(folder / "model"), make_codec(folder / "codec"), name=CODEC)
+    for repository, made in ((DIA, folder / "model"), (CODEC, folder / "codec")):
         place = folder / f"models--{repository.replace('/', '--')}"
         shutil.copytree(made, place / "snapshots" / ("0" * 40))
         (place / "refs").mkdir()

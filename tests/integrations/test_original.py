@@ -158,7 +158,7 @@ def test_codecs_of_others(dia: Dia, kind: str, cache: Path, tmp_path: Path, requ
         other = DacModel.from_pretrained(cache / "codec")
     else:
         request.getfixturevalue("original_dac")
-        weights = save_official(native, tmp_path / "weights.pth", "parametrization")
+        weights = save_official(native, tmp_path / "weights.pth", "old")
         other = load_codec(f"descript:{weights}").network.model
     mine = Dia(dia.config, device=CPU, dac_model=other.eval())
     mine.model = dia.model

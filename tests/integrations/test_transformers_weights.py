@@ -53,6 +53,25 @@ def test_weights_are_there_once(model: DiaForConditionalGeneration) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_when_asked_for(dtype: torch.dtype) -> None:
+    """The model's parameters stay where they are, and the engine still follows them; in 16 bit its copy is packed."""
+    model, sharing = (make_model().to(dtype) for _ in range(2))
+    accelerate(model, share_memory=False), accelerate(sharing)
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    batch, rows = inputs(), []
+    for _ in range(2):
+        rows.append(model.generate(**batch, **SHORT))
+        if dtype == torch.float32:
+            assert torch.equal(rows[-1], sharing.generate(**batch, **SHORT))
+        with torch.no_grad():
+            for other in (model, sharing):
+                other.model.decoder.layers[0].self_attention.k_proj.weight.mul_(-1)
+    assert not torch.equal(*rows)
+    assert addresses == [parameter.data_ptr() for parameter in model.parameters()]
+    model.generate(**batch, **greedy(max_new_tokens=400))  # beyond the positions it was made for
+
+
 def train_step(model: DiaForConditionalGeneration) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     torch.manual_seed(5)

@@ -19,7 +19,6 @@ import transformers
 from torch import Tensor
 from transformers import DiaForConditionalGeneration
 
-from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Request
 from dia_fast.errors import InputError
 from dia_fast.integrations.transformers import calls, fallback, loop, modules, weights
@@ -36,8 +35,8 @@ _CACHE_HOOK, _LOOP = "_prepare_cache_for_generation", "_sample"
 class State:
     """What an accelerated model carries: the engine's model on its weights, made again when those have changed."""
 
-    def __init__(self, backend: str, replaced: list[str]) -> None:
-        self.backend, self.replaced = backend, replaced
+    def __init__(self, backend: str, share_memory: bool, replaced: list[str]) -> None:
+        self.backend, self.share_memory, self.replaced = backend, share_memory, replaced
         self._watch: weights.Watch | None = None
         self._obstacle: str | None = None
         self._ours: DiaModel | None = None
@@ -54,20 +53,20 @@ class State:
             self._obstacle = weights.foreign_module(model)
             if self._obstacle is None:
                 config = weights.read_config(model)
-                self._ours = self._load(config, weights.pack(model, config))
+                # The default length limit of transformers' settings goes beyond the positions by the longest delay.
+                rows = config.decoder.max_position_embeddings + max(config.delay_pattern)
+                self._load(model, config.encoder.max_position_embeddings, rows)
             self._watch = weights.Watch(model)
         return self._obstacle or self._watch.obstacle(modules.FORWARDS)
 
-    def model_for(self, text: int, rows: int) -> DiaModel:
+    def model_for(self, model: DiaForConditionalGeneration, text: int, rows: int) -> DiaModel:
         """The engine's model, with positions for so much text and so many rows: RoPE knows no limit of its own."""
         assert self._ours is not None
-        config = self._ours.config
-        encoder, decoder = config.encoder, config.decoder
-        if text > encoder.max_position_embeddings or rows > decoder.max_position_embeddings:
-            encoder = replace(encoder, max_position_embeddings=max(text, encoder.max_position_embeddings))
-            decoder = replace(decoder, max_position_embeddings=max(rows, decoder.max_position_embeddings))
-            packed = self._ours.state_dict()
-            self._ours = self._load(replace(config, encoder=encoder, decoder=decoder), packed)
+        there = self._ours.config
+        longest = there.encoder.max_position_embeddings, there.decoder.max_position_embeddings
+        if text > longest[0] or rows > longest[1]:
+            self._ours = None  # its memory first
+            self._ours = self._load(model, max(text, longest[0]), max(rows, longest[1]))
         return self._ours
 
     def engine_for(self, model: DiaModel, requests: Sequence[Request]) -> Engine:
@@ -78,12 +77,17 @@ class State:
             self._engine = Engine(model, sizes=wanted)
         return self._engine
 
-    def _load(self, config: DiaConfig, packed: dict[str, Tensor]) -> DiaModel:
-        ops = get_ops(self.backend, next(iter(packed.values())).device)
-        return DiaModel(config, ops).load(packed)
+    def _load(self, model: DiaForConditionalGeneration, text: int, rows: int) -> DiaModel:
+        config = weights.read_config(model)
+        packed = weights.pack(model, config, share=self.share_memory)
+        encoder = replace(config.encoder, max_position_embeddings=text)
+        decoder = replace(config.decoder, max_position_embeddings=rows)
+        ours = DiaModel(replace(config, encoder=encoder, decoder=decoder), get_ops(self.backend, model.device))
+        self._ours = ours.load(packed) if self.share_memory else ours.load(packed).pack()
+        return self._ours
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "State":
-        return State(self.backend, list(self.replaced))
+        return State(self.backend, self.share_memory, list(self.replaced))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled model is unpickled with transformers' own methods.
@@ -110,6 +114,7 @@ def accelerate(
     glu: bool = False,
     rope_attention: bool = False,
     backend: str = "auto",
+    share_memory: bool = True,
 ) -> DiaForConditionalGeneration:
     """Makes a model generate on the engine of dia-fast, in place, and returns it.
 
@@ -117,10 +122,13 @@ def accelerate(
     own modules, for `model(**inputs)`: training, scoring, and calls that the engine cannot serve. backend: as in
     `dia_kernels.get_ops`.
 
-    At the first call the model's parameters become views of the tensors that the engine streams, so that there is one
-    copy of the weights. They may be trained, loaded, moved and cast as before: the next `generate` notices. `generate`
-    keeps its arguments and results, and takes `seed` beside them (an int for all texts, or a list). Where a call asks
-    for something that the engine has no counterpart of, the model serves it as if it were not accelerated, with a
+    share_memory: at the first call the model's parameters become views of the tensors that the engine streams, so that
+    there is one copy of the weights. With False the engine has a copy, in the form that its ops multiply fastest: on a
+    CPU with 16-bit weights that is faster, elsewhere it makes no difference.
+
+    The weights may be trained, loaded, moved and cast as before: the next `generate` notices. `generate` keeps its
+    arguments and results, and takes `seed` beside them (an int for all texts, or a list). Where a call asks for
+    something that the engine has no counterpart of, the model serves it as if it were not accelerated, with a
     `FallbackWarning` that names the argument. Calling `accelerate` again replaces the choices of the last call.
 
     Raises InputError for another model or a backend that cannot run, CheckpointError for a configuration that dia-fast
@@ -134,7 +142,7 @@ def accelerate(
         get_ops(backend, model.device)
     except ValueError as error:
         raise InputError(str(error)) from error
-    state = State(backend, [])
+    state = State(backend, share_memory, [])
     if generate:
         hooks: dict[str, Any] = {"generate": _generate, _LOOP: _sample, _CACHE_HOOK: _prepare_cache, "_apply": _apply}
         hooks |= {name: _prepare_encoder for name in _ENCODER_HOOKS if hasattr(model, name)}
@@ -254,7 +262,7 @@ def _speak(
     grids, pads = calls.read_grids(given["decoder_delay_mask"], given["decoder_attention_mask"], known, config)
     seeds = _seeds(call.seed, batch, sampled=settings.temperature > 0)
     requests = calls.make_requests(texts, grids, settings, known, seeds)
-    model = state.model_for(max(map(len, texts)), settings.max_length)
+    model = state.model_for(self, max(map(len, texts)), settings.max_length)
     engine = state.engine_for(model, requests)
     heard = None if streamer is None else loop.Columns(streamer, known, pads, config.decoder.pad_token_id)
     spoken = loop.speak(engine, requests, heard)

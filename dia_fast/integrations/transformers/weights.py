@@ -53,8 +53,8 @@ def read_config(model: DiaForConditionalGeneration) -> DiaConfig:
     return DiaConfig.from_dict(top)
 
 
-def pack(model: DiaForConditionalGeneration, config: DiaConfig) -> dict[str, Tensor]:
-    """The packed weights by name, sharing the memory of the model's parameters.
+def pack(model: DiaForConditionalGeneration, config: DiaConfig, share: bool = True) -> dict[str, Tensor]:
+    """The packed weights by name, sharing the memory of the model's parameters, or all of them copies.
 
     Parameters that must lie together are moved: `parameter.data` becomes a view of the packed tensor. One that stands
     for several weights at once (tied) stays where it is and is copied.
@@ -67,7 +67,10 @@ def pack(model: DiaForConditionalGeneration, config: DiaConfig) -> dict[str, Ten
     packed = {}
     for target, shape in packed_shapes(config).items():
         members = [parameter for _, parameter in sorted(parts[target], key=lambda item: item[0])]
-        packed[target] = _joined(members, shape, movable=all(uses[id(parameter)] == 1 for parameter in members))
+        if share:
+            packed[target] = _joined(members, shape, movable=all(uses[id(parameter)] == 1 for parameter in members))
+        else:
+            packed[target] = torch.cat([member.detach() for member in members])
     return packed
 
 
