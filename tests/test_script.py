@@ -82,6 +82,8 @@ def test_cuts_prefer_turns_then_sentences_then_commas() -> None:
     assert all(piece[-1] in ".)" for piece in pieces)
     by_comma = split_script("[S1] " + "one, two three four five six seven eight, nine ten eleven twelve " * 6)
     assert len(by_comma) > 1 and all(piece.endswith((",", "twelve")) for piece in by_comma)
+    named = split_script("[S1] " + "we saw Dr. Ames and J. R. Bond near St. Ives, " * 12)
+    assert len(named) > 1 and all(piece.endswith(",") for piece in named), "cut after an abbreviation"
     spaces_only = split_script("[S1] " + "word " * 100)
     assert all(piece.endswith("word") for piece in spaces_only)
     lengths = [spoken_seconds(piece) for piece in spaces_only]
