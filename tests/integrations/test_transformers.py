@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -206,6 +207,16 @@ def test_engines_are_kept_while_they_fit(model: DiaForConditionalGeneration) -> 
     same_as_own(model, inputs(texts=(5,) * 4, prompts=(0, 0, 3, 2)), **greedy(max_new_tokens=16))
     assert state._engine is not first
     same_as_own(model, inputs(texts=(5,) * 35, prompts=(0,) * 35), **greedy(max_new_tokens=3))
+
+
+def test_threads(model: DiaForConditionalGeneration) -> None:
+    """Calls of several threads at once, the first of which pack the weights and make the engine."""
+    batches = [inputs(texts=(10 + index,), prompts=(index,)) for index in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        rows = list(pool.map(lambda batch: model.generate(**batch, **greedy(max_new_tokens=20)), batches))
+    plain = unaccelerated(model)
+    for batch, own in zip(batches, rows, strict=True):
+        assert torch.equal(own, plain.generate(**batch, **greedy(max_new_tokens=20)))
 
 
 class Listener(BaseStreamer):

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import MethodType
@@ -37,6 +38,7 @@ class State:
 
     def __init__(self, backend: str, share_memory: bool, replaced: list[str]) -> None:
         self.backend, self.share_memory, self.replaced = backend, share_memory, replaced
+        self.lock = threading.RLock()
         self._watch: weights.Watch | None = None
         self._obstacle: str | None = None
         self._ours: DiaModel | None = None
@@ -181,7 +183,9 @@ def refresh(model: DiaForConditionalGeneration) -> None:
 def _generate(self: Any, *args: Any, seed: int | list[int] | None = None, **kwargs: Any) -> Any:
     own = type(self).generate
     bound = inspect.signature(own).bind(self, *args, **kwargs)
-    reason = fallback.asks_for_more(bound) or self.__dict__[STATE].obstacle(self)
+    state: State = self.__dict__[STATE]
+    with state.lock:
+        reason = fallback.asks_for_more(bound) or state.obstacle(self)
     if reason is not None:
         fallback.say(reason, stacklevel=2)
         with fallback.own_random_numbers(self, seed):
@@ -262,8 +266,9 @@ def _speak(
     grids, pads = calls.read_grids(given["decoder_delay_mask"], given["decoder_attention_mask"], known, config)
     seeds = _seeds(call.seed, batch, sampled=settings.temperature > 0)
     requests = calls.make_requests(texts, grids, settings, known, seeds)
-    model = state.model_for(self, max(map(len, texts)), settings.max_length)
-    engine = state.engine_for(model, requests)
+    with state.lock:
+        model = state.model_for(self, max(map(len, texts)), settings.max_length)
+        engine = state.engine_for(model, requests)
     heard = None if streamer is None else loop.Columns(streamer, known, pads, config.decoder.pad_token_id)
     spoken = loop.speak(engine, requests, heard)
     rows = calls.assemble(start, spoken, pads, settings, config)
