@@ -1,6 +1,7 @@
 """The front door: `Dia`."""
 
 import asyncio
+import math
 import os
 import threading
 from collections.abc import AsyncGenerator, Generator
@@ -41,6 +42,7 @@ from dia_fast.convert import save_pretrained
 from dia_fast.engine import MAX_BATCH, Engine, Generation
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model import DiaModel
+from dia_fast.packing import packed_shapes
 from dia_fast.placement import choose_device, choose_dtype
 from dia_fast.prompts import AudioPrompt, encode_prompts, prompt_for_each
 from dia_fast.reading import readings_of, speak_scripts
@@ -362,7 +364,7 @@ class Dia:
         return save_pretrained(os.fspath(folder), self.config, self.model.state_dict())
 
     def __repr__(self) -> str:
-        size = sum(weight.numel() for weight in self.model.state_dict().values())
+        size = sum(math.prod(shape) for shape in packed_shapes(self.config).values())
         kind = str(self.dtype).removeprefix("torch.")
         return f"Dia({size:,} parameters, {kind} on {self.device}, {self.model.ops.name} ops)"
 
