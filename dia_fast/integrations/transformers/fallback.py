@@ -16,6 +16,8 @@ INPUTS = {"inputs", "input_ids", "attention_mask", "decoder_input_ids", "decoder
 # Arguments of `generate` itself that say nothing about the result, or that are settings.
 _HARMLESS = {"self", "generation_config", "use_model_defaults", "streamer", "kwargs"}
 
+_SETTINGS = frozenset(vars(GenerationConfig()))
+
 
 class FallbackWarning(UserWarning):
     """A call of `generate` that the engine cannot serve and that the model serves as if it were not accelerated."""
@@ -27,9 +29,8 @@ def asks_for_more(arguments: inspect.BoundArguments) -> str | None:
     for name, value in given.items():
         if name not in INPUTS | _HARMLESS and _is_set(value):
             return name
-    settings = vars(GenerationConfig())
     for name, value in given.get("kwargs", {}).items():
-        if name not in INPUTS and name not in settings and value is not None:
+        if name not in INPUTS and name not in _SETTINGS and value is not None:
             return name
     return None
 

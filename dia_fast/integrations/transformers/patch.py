@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import DiaForConditionalGeneration
 
+from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Request
 from dia_fast.errors import InputError
 from dia_fast.integrations.transformers import calls, fallback, loop, modules, weights
@@ -60,6 +61,12 @@ class State:
                 self._load(model, config.encoder.max_position_embeddings, rows)
             self._watch = weights.Watch(model)
         return self._obstacle or self._watch.obstacle(modules.FORWARDS)
+
+    @property
+    def config(self) -> DiaConfig:
+        """The sizes of the engine's model."""
+        assert self._ours is not None
+        return self._ours.config
 
     def model_for(self, model: DiaForConditionalGeneration, text: int, rows: int) -> DiaModel:
         """The engine's model, with positions for so much text and so many rows: RoPE knows no limit of its own."""
@@ -179,10 +186,13 @@ def refresh(model: DiaForConditionalGeneration) -> None:
     state.forget()
 
 
+_signature = functools.lru_cache(inspect.signature)
+
+
 @functools.wraps(DiaForConditionalGeneration.generate)
 def _generate(self: Any, *args: Any, seed: int | list[int] | None = None, **kwargs: Any) -> Any:
     own = type(self).generate
-    bound = inspect.signature(own).bind(self, *args, **kwargs)
+    bound = _signature(own).bind(self, *args, **kwargs)
     state: State = self.__dict__[STATE]
     with state.lock:
         reason = fallback.asks_for_more(bound) or state.obstacle(self)
@@ -256,7 +266,7 @@ def _speak(
 ) -> Tensor:
     """The rows that the engine makes of a prepared call. Raises NotOurs."""
     state: State = self.__dict__[STATE]
-    config = weights.read_config(self)
+    config = state.config
     settings = calls.read_settings(processors, criteria, generation, config)
     batch, known = start.shape[0] // config.decoder.num_channels, start.shape[1]
     if call.texts is None or call.texts.ndim != 2 or call.texts.is_floating_point():
