@@ -100,4 +100,5 @@ def row_counts() -> tuple[int, ...]:
                 groups.setdefault(results[0].numpy().tobytes(), []).append(count)
     except (AttributeError, RuntimeError):  # a torch without the operator, or a processor that FBGEMM does not serve
         return ()
-    return tuple(max(groups.values(), key=lambda counts: len(counts)))
+    most_common = max(groups.values(), key=len)
+    return tuple(most_common)
