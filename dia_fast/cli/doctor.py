@@ -84,9 +84,7 @@ def _verdicts(args: argparse.Namespace, device: Any, dtype: Any) -> tuple[list[A
             return doctor.check_running(kernels, dtype, device, full_width=True), []
         # Triton's interpreter computes bfloat16 wrongly in every version; float32 shows what it can show.
         found = doctor.check_running(kernels, torch.float32, device, full_width=False)
-        return found, [
-            "types other than float32, the shapes of Dia-1.6B, time: kernels are interpreted here"
-        ]
+        return found, ["types other than float32, the shapes of Dia-1.6B, time: kernels are interpreted here"]
     if device.type != "cpu" or not _has_triton():
         return [doctor.Verdict(op, "unchecked", obstacle) for op in doctor.OPS], [f"all kernels: {obstacle}"]
     try:

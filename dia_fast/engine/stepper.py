@@ -86,7 +86,8 @@ class CudaGraphs:
             step()  # compiles and loads the kernels, which a capture cannot
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # What other threads do meanwhile, such as decoding sound, is no part of it and may go on.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             step()
         return graph.replay
 
