@@ -22,7 +22,8 @@ from dia_fast.packing import packed_shapes
 from dia_kernels import reference
 from dia_kernels.dispatch import triton_obstacle
 
-OPS = tuple(op for op in reference.__all__ if op not in ("philox", "sample_weights", "attention_workspace"))
+_NO_KERNELS = ("philox", "sample_weights", "attention_workspace", "pack", "PackedWeight")
+OPS = tuple(op for op in reference.__all__ if op not in _NO_KERNELS)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ async def astream(
             yield await asyncio.to_thread(chunks.decode, span, request.seed)
         warn_if_cut(engine.model.config, request, result, stacklevel=3)
     finally:
-        await asyncio.shield(asyncio.to_thread(submission.withdraw))
+        # Handed to a thread at once: a task of its own could be cancelled before it begins, when the loop ends.
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, submission.withdraw))
 
 
 class _Chunks:

@@ -8,6 +8,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Before anything imports Triton, which tests of the integrations do while they are collected.
+from tests.kernels import executor
+
+executor.choose()
+
 from collections.abc import Iterator
 
 import hypothesis

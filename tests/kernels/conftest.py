@@ -1,11 +1,9 @@
-"""Fixtures of the kernel tests. Chooses the executor before any test module imports Triton."""
-
-from tests.kernels import executor
-
-executor.choose()
+"""Fixtures of the kernel tests. `tests/conftest.py` has chosen the executor."""
 
 import pytest
 import torch
+
+from tests.kernels import executor
 
 if executor.interpreted():
     from tests.kernels.interpreter import install
