@@ -214,7 +214,7 @@ def summary(lines: Iterable[Line]) -> str:
         "target", "kernel", "variants", "registers", "spills", "shared B", "occupancy", "weight load",
         "16 bit: KB in flight", "issue slots", "fp32: KB in flight", "issue slots",
     )  # fmt: skip
-    return _table(head, (cells(*key, group) for key, group in groups.items()))
+    return _table(head, ([*cells(*key, group)] for key, group in groups.items()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
