@@ -64,7 +64,7 @@ def make_brief_model(folder: Path, config: DiaConfig = TINY) -> Path:
     return folder
 
 
-def make_codec(folder: Path, **sizes: int) -> Path:
+def make_codec(folder: Path, **sizes: Any) -> Path:
     """A codec at 44.1 kHz with the hop and the codebooks of the real one, but few channels."""
     return random_codec(CodecConfig(encoder_hidden_size=4, decoder_hidden_size=32, **sizes)).save_pretrained(folder)
 

@@ -3,12 +3,14 @@
 bf16 lives in uint16 arrays and fp8 in uint8 arrays, as in Triton's interpreter.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import triton.language as tl
 from numpy.typing import NDArray
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 # The value of a switched-off lane. A NaN whose payload survives conversion between all float formats, so that it can
 # be told from other NaNs; for integers one that makes every address absurd, and that arithmetic passes on.
@@ -50,10 +52,10 @@ def narrow(data: Array, dtype: tl.dtype, *, to_zero: bool = False) -> Array:
     if dtype == tl.bfloat16:
         return _to_bf16(_to_fp32(data, odd=not to_zero), to_zero)
     if dtype in _FP8:
-        target = _FP8[dtype]
+        fp8 = _FP8[dtype]
         wide = torch.from_numpy(np.array(data, dtype=np.float32))
-        largest = torch.finfo(target).max
-        return wide.clamp(-largest, largest).to(target).view(torch.uint8).numpy()
+        largest = torch.finfo(fp8).max
+        return wide.clamp(-largest, largest).to(fp8).view(torch.uint8).numpy()
     target = np.dtype({tl.float16: np.float16, tl.float32: np.float32, tl.float64: np.float64}[dtype])
     rounded = data.astype(target)
     if to_zero and target.itemsize < data.dtype.itemsize:
