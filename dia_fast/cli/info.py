@@ -84,7 +84,7 @@ def readable(size: float) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = _describe(args)
+    found = describe(args)
     config: DiaConfig = found.pop("config")
     if args.batch < 1:
         raise InputError(f"--batch must be at least 1, not {args.batch}")
@@ -111,8 +111,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _describe(args: argparse.Namespace) -> dict[str, Any]:
-    """`config`, and what the files tell; of a Hub repository that is not in the cache, the configuration alone."""
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """`config`, and what the files tell; of a Hub repository that is not in the cache, the configuration alone.
+
+    args: with `model`, `revision` and `offline`. Raises CheckpointError.
+    """
     from dia_fast.checkpoint import open_checkpoint
 
     local = Path(args.model).expanduser().exists()

@@ -1,0 +1,152 @@
+"""The compact figures that `dia-fast plan` predicts with, from reports of `bench.codegen`.
+
+    python -m bench.codegen --json report.json
+    python -m bench.figures report.json [more.json ...] [--out dia_fast/roofline/codegen.json]
+
+Reports are put together; where two have the same target, dtype and rows the later one counts. All must be of one
+version of Triton.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.machine_code import MACHINES
+from dia_fast.config import DiaConfig
+from dia_fast.files import replacing
+from dia_fast.roofline import figures, work
+
+OUT = Path(work.__file__).parent / figures.FILE
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+Line = dict[str, Any]
+Table = dict[str, dict[str, dict[str, dict[str, list[float]]]]]
+
+
+def read(paths: Iterable[Path]) -> tuple[str, list[Line]]:
+    """Triton's version and all lines. Raises ValueError if versions differ or a file is no such report."""
+    versions: dict[str, Path] = {}
+    lines: list[Line] = []
+    for path in paths:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(report, dict) or not {"triton", "lines"} <= set(report):
+            raise ValueError(f"{path} is no report of bench.codegen: it has no triton and lines")
+        versions.setdefault(report["triton"], path)
+        lines += report["lines"]
+    if len(versions) != 1:
+        raise ValueError(
+            "reports of different versions of Triton: " + ", ".join(f"{k} ({v})" for k, v in versions.items())
+        )
+    return next(iter(versions)), lines
+
+
+def compact(lines: Iterable[Line]) -> Table:
+    """target -> dtype -> launch -> rows that it computes -> the fields of `Figure`."""
+    steps: dict[tuple[str, str, int], list[Line]] = defaultdict(list)
+    for line in lines:
+        if line["rows"]:
+            steps[line["target"], line["dtype"], line["rows"]].append(line)
+    table: Table = {}
+    for target in MACHINES:
+        for dtype in figures.DTYPES:
+            found: dict[str, dict[str, list[float]]] = {name: {} for name in work.LAUNCHES}
+            for rows in sorted(count for a, b, count in steps if (a, b) == (target, dtype)):
+                for name, line in name_launches(steps[target, dtype, rows]).items():
+                    x_rows = rows // 2 if rows > 1 and name.startswith("cross") else rows
+                    key = str(figures.bucket(target, x_rows)) if name in work.PROJECTIONS else "0"
+                    figure = _figure(name, line)
+                    # Of row counts that share their code, the one that works hardest.
+                    if key not in found[name] or found[name][key][-1] < figure[-1]:
+                        found[name][key] = figure
+            if any(found.values()):
+                table.setdefault(target, {})[dtype] = found
+    return table
+
+
+def name_launches(lines: Sequence[Line]) -> dict[str, Line]:
+    """Launches of one step by name. A report leaves out a launch that is like an earlier one in every figure."""
+    by_kernel: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        by_kernel[line["kernel"]].append(line)
+    named = {}
+    for kernel, found in by_kernel.items():
+        names = [name for name in work.LAUNCHES if work.KERNELS[name] == kernel]
+        if len(found) > len(names):
+            found = found[-len(names) :]  # a later report of the same step
+        if names == ["o", "cross_o", "down"] and len(found) == 2:
+            found = [found[0], found[0], found[1]]  # down is four times as wide as the others: never like them
+        elif len(found) < len(names):
+            found = found + [found[-1]] * (len(names) - len(found))
+        named |= dict(zip(names, found, strict=True))
+    if set(named) != set(work.LAUNCHES):
+        raise ValueError(
+            f"a step of {lines[0]['target']}, {lines[0]['dtype']} has the launches {sorted(by_kernel)} only"
+        )
+    return named
+
+
+def _figure(name: str, line: Line) -> list[float]:
+    """The fields of `Figure`; block, in_flight and instructions per load follow from the shapes of the 1.6B model."""
+    machine, size = MACHINES[line["target"]], SIZES[line["dtype"]]
+    resident = max(1, round(line["occupancy"] * machine.warps / line["warps"]))
+    if name not in work.PROJECTIONS:
+        wanted = {"self_attention": work.SELF_SPLIT, "cross_attention": work.CROSS_SPLIT}.get(name)
+        tokens = work.split(128, size, line["target"], wanted) if wanted else 0
+        return [tokens, line["warps"], resident, 0, line["instructions"]]
+    features, width = _shapes()[name]
+    block = min((1 << power for power in range(3, 9)), key=lambda n: abs(-(-features // n) - line["programs"]))
+    if -(-features // block) != line["programs"]:
+        raise ValueError(f"{name}: {line['programs']} programs for {features} features is no power of two each")
+    busy = min(resident, line["programs"] / machine.units)
+    loads = block * width * size / (16 * machine.lanes)  # by a whole warp, of a program
+    if line["issue"]:
+        per_load = line["issue"] * machine.slots_per_load
+    else:  # weights cannot be told from activations, but the code has no loops
+        per_load = line["instructions"] * line["warps"] / loads
+    return [block, line["warps"], resident, round(line["in_flight"] / busy), round(per_load, 1)]
+
+
+def _shapes() -> dict[str, tuple[int, int]]:
+    step = work.Step(1, 1, 1, 2, True, 1, 1, 1, True)
+    tiles = work.Tiles(lambda name, rows: 16, work.SELF_SPLIT, work.CROSS_SPLIT, False)
+    return {item.name: (item.features, item.width) for item in work.launches(DiaConfig(), step, tiles)}
+
+
+def dump(triton: str, table: Table) -> str:
+    """JSON with a line per launch: a change shows as one."""
+    targets = []
+    for target, dtypes in table.items():
+        kinds = []
+        for dtype, names in dtypes.items():
+            lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(rows)}" for name, rows in names.items())
+            kinds.append(f'  "{dtype}": {{\n{lines}\n  }}')
+        targets.append(f' "{target}": {{\n' + ",\n".join(kinds) + "\n }")
+    return f'{{"triton": "{triton}", "figures": {{\n' + ",\n".join(targets) + "\n}}\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("reports", nargs="+", type=Path, help="JSON files that bench.codegen has written")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args(arguments)
+    try:
+        triton, lines = read(options.reports)
+        table = compact(lines)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"figures: {error}", file=sys.stderr)
+        return 2
+    with replacing(options.out) as temporary:
+        temporary.write_text(dump(triton, table), encoding="utf-8")
+    missing = [f"{t} {d}" for t in MACHINES for d in figures.DTYPES if d not in table.get(t, {})]
+    print(f"{options.out}: Triton {triton}, {sum(map(len, table.values()))} pairs of target and dtype")
+    if missing:
+        print("not among them: " + ", ".join(missing))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""`dia-fast plan`: how fast a decode step could be on a GPU that need not be here."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dia_fast.cli.info import describe
+from dia_fast.errors import InputError
+
+DESCRIPTION = """\
+Predicts the time of a decode step on a GPU, kernel by kernel: from the bytes that each kernel moves (counted), the
+machine code that Triton makes of it (registers, bytes in flight, instructions), and the published figures of the GPU.
+What no data sheet says is assumed, and listed; every time is a range from a best to a worst case.
+
+Nothing is run and no weights are read. With --measure, on a machine with a GPU, the same launches are timed as well.
+"""
+
+EXAMPLES = """\
+GPUs: h100, h100-pcie, h200, a100, a100-40, 4090, 3090, l4, l40s, b200, 5090, mi300x, 7900xtx, or a JSON file:
+  {"like": "h100", "bandwidth_gbs": 4000, "memory_gb": 96}
+
+examples:
+  dia-fast plan --gpu h100
+  eight dialogues at once, each 20 seconds in
+    dia-fast plan --gpu 4090 --batch 8 --context 1720
+  half precision, pictures, and everything as data
+    dia-fast plan --gpu a100 --dtype fp16 --plots pictures --json > plan.json
+  on a machine with a GPU: is the prediction right?
+    dia-fast plan --measure
+
+A step makes 1/86 s of sound for every dialogue in it. Under guidance a dialogue takes two rows of a step: --batch
+counts dialogues, --rows counts rows.
+"""
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+MAX_ROWS = 64  # of one launch
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan",
+        help="predict the speed on a GPU from counted bytes and compiled code",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="see below, or a JSON file (with --measure: the one that is here)"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--batch", type=int, metavar="N", help="dialogues at once, 1 to 32 (1)")
+    size.add_argument("--rows", type=int, metavar="N", help="rows of a step instead: two per dialogue under guidance")
+    parser.add_argument(
+        "--context", type=int, default=860, metavar="N", help="steps so far of each (%(default)s: 10 s)"
+    )
+    parser.add_argument("--text", type=int, default=200, metavar="N", help="bytes of text of each (%(default)s)")
+    parser.add_argument(
+        "--dtype", choices=[*DTYPES, *DTYPES.values()], default="bf16", metavar="TYPE", help="bf16, fp16 or fp32 (bf16)"
+    )
+    parser.add_argument("--no-guidance", action="store_true", help="one row per dialogue instead of two")
+    parser.add_argument("--no-graph", action="store_true", help="launch by launch instead of a CUDA graph")
+    parser.add_argument(
+        "--model", help="take the sizes from this checkpoint: Hub repository or local folder (Dia-1.6B)"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--offline", action="store_true", help="use only what has been downloaded before")
+    parser.add_argument("--measure", action="store_true", help="time the same on the GPU of this machine")
+    parser.add_argument("--device", help="the GPU to measure on: cuda, cuda:1, ... (cuda)")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="save pictures there, as PNG and SVG")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.gpu is None and not args.measure:
+        from dia_fast.roofline.devices import DEVICES
+
+        raise InputError(f"--gpu is missing: name one of {', '.join(DEVICES)}, or a JSON file that describes another")
+    if args.device is not None and not args.measure:
+        raise InputError("--device names the GPU to measure on: it goes with --measure")
+    if args.plots is not None:
+        from dia_fast.plotting import require_matplotlib
+
+        require_matplotlib()
+    from dia_fast.roofline import devices, report
+    from dia_fast.roofline.predict import predict
+    from dia_fast.roofline.published import compare
+
+    settings = _settings(args)
+    timer = _timer(args)
+    device = devices.find(args.gpu) if args.gpu is not None else _recognise(timer.name)
+    made = predict(device, settings)
+    made.notes.extend(_fit(made))
+    if timer is not None and args.gpu is not None and devices.named_like(timer.name) != device:
+        made.notes.append(f"predicted for {device.name}, measured on {timer.name}")
+    measured = _measure(args, settings, timer) if timer is not None else None
+    other = predict(device, _flipped(settings))
+    compared = compare(min(settings.context, 3072), min(settings.text, 1024))
+    paths = []
+    if args.plots is not None:
+        from dia_fast.roofline import plots
+
+        paths = plots.save(made, args.plots, measured)
+    if args.json:
+        found = report.data(made, other, compared, measured)
+        print(json.dumps(found | ({"plots": [str(path) for path in paths]} if paths else {}), indent=1))
+    else:
+        print(report.text(made, other, compared, measured))
+        if paths:
+            print(f"\n{len(paths)} pictures in {args.plots}")
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    """`predict.Settings`, every number checked. Raises InputError."""
+    from dia_fast.config import DiaConfig
+    from dia_fast.engine import MAX_BATCH
+    from dia_fast.roofline.predict import Settings
+
+    config = DiaConfig() if args.model is None else describe(args)["config"]
+    guided = not args.no_guidance
+    requests = 1 if args.batch is None else args.batch
+    if args.rows is not None:
+        if not 1 <= args.rows <= MAX_ROWS:
+            raise InputError(f"--rows must be from 1 to {MAX_ROWS}, the most that one launch takes, not {args.rows}")
+        if guided and args.rows % 2:
+            raise InputError(
+                f"--rows {args.rows}: under guidance every dialogue has two rows, it must be even; or add --no-guidance"
+            )
+        requests = args.rows // 2 if guided else args.rows
+    if not 1 <= requests <= MAX_BATCH:
+        name, given = ("--rows", args.rows) if args.rows is not None else ("--batch", args.batch)
+        raise InputError(f"{name} {given}: a step serves 1 to {MAX_BATCH} dialogues at once")
+    for option, value, most in (
+        ("--context", args.context, config.decoder.max_position_embeddings),
+        ("--text", args.text, config.encoder.max_position_embeddings),
+    ):
+        if not 1 <= value <= most:
+            raise InputError(f"{option} must be from 1 to {most} for this model, not {value}")
+    dtype = DTYPES.get(args.dtype, args.dtype)
+    return Settings(config, dtype, requests, args.context, args.text, guided, not args.no_graph)
+
+
+def _flipped(settings: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(settings, graph=not settings.graph)
+
+
+def _fit(made: Any) -> list[str]:
+    """A sentence if the weights and what the requests need are more than the device's memory."""
+    from dia_fast.cli.info import memory_needed, readable
+    from dia_fast.roofline.predict import SIZES
+
+    settings = made.settings
+    needed = memory_needed(
+        settings.config, SIZES[settings.dtype], batch=settings.requests, length=settings.context,
+        text_length=settings.text, guided=settings.guided,
+    )["total"]  # fmt: skip
+    if needed <= made.device.memory:
+        return []
+    return [f"it does not fit: {readable(needed)} are needed, the device has {readable(made.device.memory)}"]
+
+
+def _timer(args: argparse.Namespace) -> Any:
+    """What measures on the GPU, or None without --measure. Raises InputError where there is none."""
+    if not args.measure:
+        return None
+    from dia_fast.roofline import measure
+
+    return measure.gpu_timer(args.device)
+
+
+def _recognise(name: str) -> Any:
+    from dia_fast.roofline import devices
+
+    found = devices.named_like(name)
+    if found is None:
+        raise InputError(
+            f"the GPU of this machine, {name}, has no published figures here: name a similar one with --gpu "
+            f"({', '.join(devices.DEVICES)}), or describe it in a JSON file"
+        )
+    return found
+
+
+def _measure(args: argparse.Namespace, settings: Any, timer: Any) -> dict[str, Any]:
+    from dia_fast.roofline import measure
+
+    return measure.measure(settings, timer, args.model)
