@@ -195,11 +195,11 @@ def _steps(model: DiaModel, settings: Settings, timer: Timer, rounds: int) -> tu
     """Seconds of a step of the engine, and the contexts that were met."""
     config, decoder = model.config, model.config.decoder
     total = 2 * STEPS * (rounds + 1)  # every timed call is made twice, and the first round does not count
-    if decoder.max_position_embeddings < total + settings.requests + 3:
+    if decoder.max_position_embeddings < total + 2:
         raise InputError(
             f"--measure: {total} steps are timed, and this model ends after {decoder.max_position_embeddings}"
         )
-    first = max(min(settings.context - total // 2, decoder.max_position_embeddings - total - settings.requests - 2), 0)
+    first = max(min(settings.context - total // 2, decoder.max_position_embeddings - total - 2), 0)
     frames = torch.randint(0, decoder.eos_token_id, (first, decoder.num_channels))
     text = torch.randint(1, config.encoder.vocab_size, (settings.text,)).tolist()
     request = Request(
@@ -210,10 +210,10 @@ def _steps(model: DiaModel, settings: Settings, timer: Timer, rounds: int) -> tu
         seed=0,
     )
     grid, words, step = self_pages(config), cross_pages(config), settings.step
-    rows = min(first + total + settings.requests + 2, decoder.max_position_embeddings) + 1
+    held = grid.pages(first + total + 2) + 1  # a newcomer needs a page to spare for each row that runs
     sizes = Sizes(
         step.slots, step.guided, step.capacity, step.text_capacity,
-        settings.requests * step.branches * grid.pages(rows), settings.requests * words.pages(settings.text),
+        settings.requests * step.branches * held, settings.requests * words.pages(settings.text),
     )  # fmt: skip
     capture = timer.capture if settings.graph else None
     with Engine(model, sizes=sizes, prefill_rows=1 << 30, capture=capture) as engine:

@@ -1,0 +1,63 @@
+"""The formulas of `dia_fast.roofline.work` give what `bench.traffic` counts, to the byte."""
+
+import pytest
+import torch
+
+from bench import traffic
+from dia_fast.config import DiaConfig
+from dia_fast.roofline import work
+from dia_kernels import gemv, paged
+from tests.kernels import executor
+from tests.kernels.test_traffic import wide
+
+pytestmark = pytest.mark.skipif(not executor.interpreted(), reason="accesses are counted in the interpreter only")
+
+CONTEXTS = [3, 200]  # codes prescribed and one split; free, and two splits
+
+
+def formulas(config: DiaConfig, rows: int, context: int, dtype: torch.dtype) -> dict[str, work.Work]:
+    """The same step as `bench.traffic.measure` makes, whose guidance scale is 1."""
+    decoder, guided, batch = config.decoder, rows > 1, max(rows // 2, 1)
+    step = work.Step(
+        batch, context, traffic.TEXT, dtype.itemsize, guided, batch, max(CONTEXTS) + 1, traffic.TEXT, mixes=False,
+        forced=context <= max(config.delay_pattern) + 1,
+    )  # fmt: skip
+
+    def block(name: str, count: int) -> int:
+        normed = int(name in work.NORMED)
+        return gemv.rule(dtype, "interpreter", rows=count, features=0, hidden=0, normed=normed)["BLOCK_N"]
+
+    splits = (
+        work.split(decoder.head_dim, dtype.itemsize, "interpreter", work.SELF_SPLIT),
+        work.split(decoder.cross_head_dim, dtype.itemsize, "interpreter", work.CROSS_SPLIT),
+    )
+    tiles = work.Tiles(block, *splits, reads_twice=dtype == torch.float16)
+    return {item.name: item for item in work.launches(config, step, tiles)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, torch.float32), (2, torch.bfloat16), (4, torch.float16)], ids=lambda value: str(value)
+)
+def test_formulas_equal_what_is_counted(rows: int, dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        found = traffic.measure(wide(), rows, CONTEXTS, dtype)
+    names = [*work.LAUNCHES, "self_attention"]
+    assert len(found) == len(names)
+    for name, counted in zip(names, found, strict=True):
+        item = formulas(wide(), rows, counted.context, dtype)[name]
+        assert item.kernel == counted.kernel
+        expected = (counted.weights, counted.kv, counted.other, counted.again)
+        got = (item.weights, item.kv, item.other, item.again)
+        if name == "embed" and rows > 2:
+            # The meter's slots all choose the same codes: it finds the second slot's table rows in the cache.
+            expected, got = (*expected[:2], sum(expected[2:])), (*got[:2], sum(got[2:]))
+        assert got == expected, f"{name} at context {counted.context}"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942", "gfx1100"])
+def test_tokens_per_program_follow_the_rule_of_the_kernels(target: str) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for dim in (16, 48, 64, 96, 128, 256):
+            for wanted in (work.SELF_SPLIT, work.CROSS_SPLIT):
+                chosen = paged._rule(dtype, target, split=wanted, group=4, head_dim=dim)["SPLIT"]
+                assert work.split(dim, dtype.itemsize, target, wanted) == chosen

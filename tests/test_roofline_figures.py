@@ -1,0 +1,136 @@
+"""The compiler's figures that come with the package: what they say, and how they are made from reports."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import figures as maker
+from bench.codegen import Line
+from bench.machine_code import MACHINES
+from dia_fast.roofline import figures, work
+
+TRITON = pytest.importorskip("triton", reason="the rules that figures are compared with are those of the kernels")
+
+
+def table() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(figures.__file__).parent / figures.FILE).read_text(encoding="utf-8"))
+    return found
+
+
+def report_lines(target: str = "sm_90", dtype: str = "bfloat16", rows: int = 2) -> list[dict[str, Any]]:
+    """A step as `bench.codegen` reports it: o and cross_o are alike, so the second is left out."""
+    kernels = [
+        ("embed_codes", 1, 469), ("rms_norm_linear", 192, 501), ("rope_attention", 200, 1413),
+        ("linear_residual", 128, 351), ("rms_norm_linear", 128, 500), ("cross_attention", 256, 1002),
+        ("rms_norm_glu", 1024, 513), ("linear_residual", 128, 887), ("codebook_logits", 579, 502), ("sample", 9, 3271),
+    ]  # fmt: skip
+    return [
+        {
+            "target": target, "dtype": dtype, "rows": rows, "kernel": kernel, "programs": programs, "warps": 8,
+            "registers": 100, "spills": 0, "shared": 4096, "occupancy": 0.25, "weight_bits": 128, "matrix": {},
+            "instructions": instructions, "in_flight": 65536.0 * min(2, programs / 132), "issue": 0.22,
+        }
+        for kernel, programs, instructions in kernels
+    ]  # fmt: skip
+
+
+def test_every_target_is_there_and_the_file_is_small() -> None:
+    assert set(figures.targets()) == set(MACHINES)
+    assert (Path(figures.__file__).parent / figures.FILE).stat().st_size < 100_000
+    for dtypes in table()["figures"].values():
+        assert "bfloat16" in dtypes
+        for names in dtypes.values():
+            assert set(names) == set(work.LAUNCHES)
+
+
+def test_rows_per_program_follow_the_rule_of_the_kernels() -> None:
+    """A change of the rule asks for a new report."""
+    import torch
+
+    from dia_kernels import gemv
+
+    for target, dtypes in table()["figures"].items():
+        for dtype, names in dtypes.items():
+            for name in work.PROJECTIONS:
+                for count, values in names[name].items():
+                    normed = int(name in work.NORMED)
+                    rule = gemv.rule(
+                        getattr(torch, dtype), target, rows=int(count), features=0, hidden=0, normed=normed
+                    )
+                    assert values[0] == rule["BLOCK_N"], (target, dtype, name, count)
+                    assert int(count) == rule["BLOCK_R"] == figures.bucket(target, int(count))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "gfx1100"])
+def test_rows_that_share_code_share_figures(target: str) -> None:
+    import torch
+
+    from dia_kernels import gemv
+
+    found = figures.load(target, "bfloat16")
+    for rows in range(1, 65):
+        rule = gemv.rule(torch.bfloat16, target, rows=rows, features=0, hidden=0, normed=1)
+        assert found.bucket(rows) == rule["BLOCK_R"]
+        assert found.find("qkv", rows).block == rule["BLOCK_N"], rows
+
+
+def test_what_was_not_compiled_has_a_stand_in_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert figures.load("sm_90", "bfloat16").stand_in == ""
+    assert figures.load("gfx950", "bfloat16").target == "gfx942"
+    assert "gfx950" in figures.load("gfx950", "bfloat16").stand_in
+    assert [figures.load(name, "bfloat16").target for name in ("sm_103", "sm_75", "sm_121", "gfx1201", "gfx90a")] == [
+        "sm_100", "sm_80", "sm_120", "gfx1100", "gfx942",
+    ]  # fmt: skip
+    less = table()
+    del less["figures"]["sm_90"]["float16"]
+    monkeypatch.setattr(figures, "_read", lambda: less)
+    found = figures.load("sm_90", "float16")
+    assert found.dtype == "bfloat16" and "nothing was compiled for sm_90 in float16" in found.stand_in
+
+
+def test_a_report_becomes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report, out = tmp_path / "report.json", tmp_path / "codegen.json"
+    outside = report_lines()[0] | {"rows": 0, "kernel": "glu"}
+    report.write_text(json.dumps({"triton": "3.7.1", "lines": [*report_lines(), outside]}))
+    assert maker.main([str(report), "--out", str(out)]) == 0
+    made = json.loads(out.read_text())
+    names = made["figures"]["sm_90"]["bfloat16"]
+    assert made["triton"] == "3.7.1" and set(names) == set(work.LAUNCHES)
+    per_load = 0.22 * MACHINES["sm_90"].slots_per_load
+    assert names["qkv"] == {"8": [16, 8, 2, 65536, round(per_load, 1)]}
+    assert names["cross_o"]["8"] == names["o"]["8"]
+    assert names["self_attention"] == {"0": [128, 8, 2, 0, 1413]}
+    assert "not among them: sm_80 bfloat16" in capsys.readouterr().out
+
+
+def test_code_that_does_not_tell_weights_apart_is_counted_whole() -> None:
+    lines = [line | {"issue": 0.0, "in_flight": 0.0} for line in report_lines("gfx1100")]
+    made = maker.compact(lines)["gfx1100"]["bfloat16"]
+    loads = 16 * 2048 * 2 / (16 * 32)
+    assert made["qkv"]["16"][3:] == [0, round(501 * 8 / loads, 1)]
+
+
+@pytest.mark.parametrize(
+    ("reports", "said"),
+    [
+        ([{"triton": "3.7.1", "lines": report_lines()}, {"triton": "3.6.0", "lines": []}], "different versions"),
+        ([{"lines": []}], "no report of bench.codegen"),
+        ([{"triton": "3.7.1", "lines": report_lines()[1:]}], "has the launches"),
+        ([{"triton": "3.7.1", "lines": [line | {"programs": 77} for line in report_lines()]}], "77 programs"),
+    ],
+)
+def test_reports_that_do_not_fit_are_refused(
+    reports: list[dict[str, Any]], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for at, content in enumerate(reports):
+        paths.append(tmp_path / f"{at}.json")
+        paths[-1].write_text(json.dumps(content))
+    assert maker.main([*map(str, paths), "--out", str(tmp_path / "out.json")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+
+
+def test_report_lines_have_the_fields_of_the_codegen_report() -> None:
+    assert set(report_lines()[0]) == set(Line.__dataclass_fields__)
