@@ -176,15 +176,16 @@ def _parts(
     memory = (item.streamed + other) / (device.bandwidth * assumed.MEMORY_SHARE.value(worst))
     slow = max(trips, 1.0) / assumed.IN_FLIGHT.value(worst) if trips else 0.0
     flight = slow * latency * (waves + (1 if worst and item.active > room else 0))
-    shared = 1 if worst else min(figure.resident, ceil(item.active / device.units))
+    # Of attentions all is fetched from L2: what their programs share is little.
+    shared = 1 if worst or not item.features else min(figure.resident, ceil(item.active / device.units))
     cache = (item.moved + item.again / shared) / (device.cache_bandwidth * assumed.CACHE_SHARE.value(worst))
-    padded = item.flops * _padding(item, found, settings) * per_unit * device.units / item.active
+    operations = per_unit * device.units * _operations(item, figure, found, settings)
     return {
         "memory": memory,
         "flight": flight,
         "issue": per_unit * instructions / (device.issue * clock * assumed.ISSUE.value(worst)),
         "cache": cache,
-        "compute": padded / (device.peak(size) * assumed.COMPUTE.value(worst)),
+        "compute": operations / (device.peak(size) * assumed.COMPUTE.value(worst)),
         "turns": _turns(item, room, device, worst),
         "gap": _gap(item, device, settings, worst),
         "serial": _serial(item, device, worst),
@@ -201,17 +202,19 @@ def _per_program(item: Work, figure: Figure, device: Device, size: int) -> tuple
     return trips, loads * figure.instructions
 
 
-def _padding(item: Work, found: Figures, settings: Settings) -> float:
-    """Operations that matrix instructions execute for one that is useful."""
+def _operations(item: Work, figure: Figure, found: Figures, settings: Settings) -> float:
+    """Operations of a program, those on padding included: rows of x, the group's 16 rows of a matrix instruction, and
+    tokens of a split beyond the context."""
     decoder = settings.config.decoder
     if item.features:
-        return found.bucket(item.rows) / item.rows
-    groups = {
-        "self_attention": decoder.num_attention_heads // decoder.num_key_value_heads,
-        "cross_attention": decoder.cross_num_attention_heads // decoder.cross_num_key_value_heads,
-    }
-    group = groups.get(item.name, 16)
-    return max(16, group) / group if SIZES[settings.dtype] == 2 else 1.0
+        return 2 * found.bucket(item.rows) * figure.block * item.width
+    if item.name not in counted.ATTENTIONS:
+        return item.flops / item.active
+    if item.name == "self_attention":
+        group, dim = decoder.num_attention_heads // decoder.num_key_value_heads, decoder.head_dim
+    else:
+        group, dim = decoder.cross_num_attention_heads // decoder.cross_num_key_value_heads, decoder.cross_head_dim
+    return 4 * (max(16, group) if SIZES[settings.dtype] == 2 else group) * item.split * dim
 
 
 def _gap(item: Work, device: Device, settings: Settings, worst: bool) -> float:
