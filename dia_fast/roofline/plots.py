@@ -37,18 +37,23 @@ def _roofline(axes: Any, made: Prediction) -> None:
     points = [line for line in made.lines if line.work.flops and line.work.streamed]
     intensities = [line.work.flops / line.work.streamed for line in points]
     peak = device.peak(size)
-    ends = [min(intensities) / 2, peak / device.bandwidth * 4]
-    xs = [ends[0], peak / device.bandwidth, max(ends[1], max(intensities) * 2)]
-    axes.plot(xs, [min(peak, device.bandwidth * x) for x in xs], color="C5", label="published peaks")
-    for at, (line, x) in enumerate(zip(points, intensities, strict=True)):
+    ridge = peak / device.bandwidth
+    xs = [min(intensities) / 2, ridge, max(4 * ridge, 2 * max(intensities))]
+    axes.plot(xs, [min(peak, device.bandwidth * x) for x in xs], color="C5")
+    axes.annotate("published peaks", (ridge, peak), xytext=(4, 5), textcoords="offset points", fontsize=8)
+    beside = 0.0
+    for line, x in sorted(zip(points, intensities, strict=True), key=lambda pair: pair[1]):
+        # Launches of nearly one intensity would hide one another: they stand side by side, to the right.
+        beside = max(x, beside * 1.13)
         best, worst = line.work.flops / line.each.low, line.work.flops / line.each.high
-        # Launches of one intensity would hide one another.
-        shifted = x * 1.035 ** (at - len(points) / 2)
-        axes.plot(
-            [shifted, shifted], [worst, best], marker="_", linewidth=2.5, color=f"C{at % 5}", label=line.work.name
-        )
+        axes.plot([beside, beside], [worst, best], marker="_", linewidth=2.5, color="C0")
+        axes.annotate(
+            line.work.name, (beside, worst), xytext=(0, -5), textcoords="offset points", rotation=90, ha="center",
+            va="top", fontsize=7,
+        )  # fmt: skip
+    lowest = min(line.work.flops / line.each.high for line in points)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte from memory", ylabel="operations per second")
-    axes.legend(fontsize=8, ncols=2, loc="lower right")
+    axes.set_ylim(bottom=lowest / 30)
 
 
 def _kernels(axes: Any, made: Prediction, measured: Mapping[str, Any] | None) -> None:
@@ -61,8 +66,9 @@ def _kernels(axes: Any, made: Prediction, measured: Mapping[str, Any] | None) ->
     )  # fmt: skip
     ceilings = [line.ceiling * line.work.times * 1e6 for line in lines]
     axes.plot(
-        ceilings, range(len(lines)), linestyle="", marker="|", markersize=14, color="C2", label="bandwidth ceiling"
-    )
+        ceilings, range(len(lines)), linestyle="", marker="|", markersize=17, markeredgewidth=2,
+        color=axes.xaxis.label.get_color(), label="bandwidth ceiling",
+    )  # fmt: skip
     if measured is not None:
         found = [measured["launches"][line.work.name] * line.work.times * 1e6 for line in lines]
         axes.plot(found, range(len(lines)), linestyle="", marker="D", color="C3", label="measured")
