@@ -206,3 +206,21 @@ def test_devices_are_plausible() -> None:
 )  # fmt: skip
 def test_a_drivers_name_is_recognised_or_not_guessed(name: str, key: str | None) -> None:
     assert named_like(name) == (DEVICES[key] if key else None)
+
+
+def test_the_table_of_the_readme_is_what_is_predicted() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Plan") : text.index("## Training")]
+    lines = re.findall(r"^\| (\w+) \| ([\d. |-]+) \|$", section, re.M)
+    assert len(lines) >= 5
+    for key, cells in lines:
+        expected = []
+        for requests, digits in ((1, 1), (16, 0)):
+            made = predict(DEVICES[key], usual(requests=requests))
+            times = requests / STEPS_PER_SECOND
+            expected += [
+                f"{made.step.low * 1e3:.2f} - {made.step.high * 1e3:.2f}",
+                f"{times / made.step.high:.{digits}f} - {times / made.step.low:.{digits}f}",
+                f"{times / made.ceiling:.{digits}f}",
+            ]
+        assert cells.split(" | ") == expected, key
