@@ -71,7 +71,7 @@ def name_launches(lines: Sequence[Line]) -> dict[str, Line]:
     by_kernel: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         by_kernel[line["kernel"]].append(line)
-    named = {}
+    named: dict[str, Line] = {}
     for kernel, found in by_kernel.items():
         names = [name for name in work.LAUNCHES if work.KERNELS[name] == kernel]
         if len(found) > len(names):
