@@ -8,8 +8,9 @@ model.generate(**inputs)  # as before, on the engine of dia-fast
 
 from dia_fast.integrations.transformers.attention import register as _register
 from dia_fast.integrations.transformers.fallback import FallbackWarning
+from dia_fast.integrations.transformers.kernel_layers import kernel_mapping
 from dia_fast.integrations.transformers.patch import accelerate, refresh, unaccelerate
 
 _register()  # attn_implementation="dia_fast"
 
-__all__ = ["FallbackWarning", "accelerate", "refresh", "unaccelerate"]
+__all__ = ["FallbackWarning", "accelerate", "kernel_mapping", "refresh", "unaccelerate"]

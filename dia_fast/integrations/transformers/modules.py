@@ -41,18 +41,19 @@ def unpatch(model: DiaForConditionalGeneration) -> None:
 
 
 @functools.lru_cache
-def _ops(backend: str, device: torch.device) -> ModuleType:
+def gradient_ops(backend: str, device: torch.device) -> ModuleType:
+    """`differentiable.gradient_ops`, remembered: it is asked for at each call of each module."""
     return differentiable.gradient_ops(backend, device)
 
 
 def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     """Normalises in float32 and rounds once, after the weight; transformers rounds before it, too."""
-    ops = _ops(self.__dict__[BACKEND], hidden_states.device)
+    ops = gradient_ops(self.__dict__[BACKEND], hidden_states.device)
     return differentiable.rms_norm(hidden_states, self.weight, self.variance_epsilon, ops)
 
 
 def _glu(self: Any, hidden_states: Tensor) -> Tensor:
-    ops = _ops(self.__dict__[BACKEND], hidden_states.device)
+    ops = gradient_ops(self.__dict__[BACKEND], hidden_states.device)
     return self.down_proj(differentiable.glu(self.gate_up_proj(hidden_states), ops))
 
 
@@ -76,7 +77,7 @@ def _rope_attention(
         for part in position_embeddings
     )
     positions = torch.arange(batch * tokens, dtype=torch.int32, device=qkv.device)
-    ops = _ops(self.__dict__[BACKEND], qkv.device)
+    ops = gradient_ops(self.__dict__[BACKEND], qkv.device)
     heads, kv_heads = self.num_heads, self.num_key_value_heads
     turned = differentiable.rope(qkv.view(batch * tokens, -1), cos, sin, positions, kv_heads, ops)
     split = turned.view(batch, tokens, -1, self.head_dim).transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
