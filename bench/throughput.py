@@ -3,9 +3,9 @@
     python -m bench.throughput --model FOLDER [--requests 1 2 4 8 16 32] [--against transformers] [--out FOLDER]
 
 Equal requests, all admitted before the first step that counts. Prints a table and, with `--out`, writes it as
-`throughput.csv` and draws `throughput.png` (needs matplotlib, extra `bench`). With `--against transformers`, its static
-batches of up to `--against-most` requests are timed in turns with ours. Every number of requests gets `--steps` steps:
-the wall time is that of the median step.
+`throughput.csv` and draws it (needs matplotlib, extra `bench`). With `--against transformers`, its static batches of up
+to `--against-most` requests are timed in turns with ours. Every number of requests gets `--steps` steps: the wall time
+is that of the median step.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bench import plots
 from bench.measure import (
     WARM_UP,
     Seconds,
@@ -94,29 +95,6 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def plot(rows: Sequence[dict[str, float]], title: str, file: Path) -> None:
-    """Frames per second over the number of requests, beside the line of perfect scaling."""
-    from matplotlib.figure import Figure
-
-    counts = [row["requests"] for row in rows]
-    figure = Figure(figsize=(7, 4.5))
-    axes = figure.add_subplot()
-    axes.plot(counts, [row["frames_per_second"] for row in rows], "o-", label="dia-fast")
-    theirs = [row for row in rows if "transformers_step_ms" in row]
-    if theirs:
-        rates = [row["requests"] / row["transformers_step_ms"] * 1e3 for row in theirs]
-        axes.plot([row["requests"] for row in theirs], rates, "s-", label="transformers, static batch")
-    ideal = [rows[0]["frames_per_second"] * count / counts[0] for count in counts]
-    axes.plot(counts, ideal, ":", color="gray", label="perfect scaling")
-    axes.set(xscale="log", yscale="log", xlabel="requests in the batch", ylabel="frames per second")
-    axes.set_xticks(counts, [f"{count:g}" for count in counts])
-    axes.set_title(title, fontsize=8)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="throughput", description=(__doc__ or "").splitlines()[0])
@@ -144,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer = csv.DictWriter(file, HEADINGS, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        plot(rows, title, options.out / "throughput.png")
+        plots.batches(rows, options.out, title.splitlines()[0])
     return 0
 
 

@@ -27,7 +27,7 @@ def test_scaling_is_a_table_and_a_plot(folder: str, tmp_path: Path, capsys: pyte
         rate = float(row["requests"]) / float(row["step_ms"]) * 1e3
         assert float(row["frames_per_second"]) == pytest.approx(rate)
     assert rows[0]["ratio"] and not rows[1]["ratio"]
-    assert (tmp_path / "throughput.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "throughput-dark.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_more_requests_than_fit_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

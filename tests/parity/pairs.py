@@ -118,6 +118,8 @@ def their_rows(
     prompts = prompts or random_prompts(config, [0] * len(texts))
     settings = {"do_sample": False, "top_k": None, "guidance_scale": None} | settings
     tokens = {name: getattr(decoder, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    grid = theirs.generate(**text_inputs(texts), **grid_inputs(config, prompts), **tokens, **settings)
+    inputs = text_inputs(texts) | grid_inputs(config, prompts)
+    there = {name: tensor.to(theirs.device) for name, tensor in inputs.items()}
+    grid = theirs.generate(**there, **tokens, **settings)
     longest = max(prompt.shape[0] for prompt in prompts)
     return [rows[longest - prompt.shape[0] :] for rows, prompt in zip(grid, prompts, strict=True)]

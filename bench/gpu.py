@@ -1,0 +1,189 @@
+"""Everything that a machine with a GPU can say, in one folder: is it right, and how fast is it?
+
+    python -m bench.gpu [--out FOLDER] [--budget 600] [--device cuda] [--model FOLDER] [--only PART ...]
+
+`make bench-gpu` runs it. Each part is a process with a time limit of its own: one that fails, hangs or crashes is
+reported as such and the others go on. Where a check finds wrong results, the report says so and no speed is given for
+them. The weights are random, made here: only their sizes matter for time. See bench/README.md for how to read it.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bench.parts import Interrupted, Part, Result, Runner, scrub
+from bench.report import DOCTOR, PARITY, Report
+from dia_fast.errors import DiaFastError, InputError
+
+DISK = 4_000_000_000  # bytes that the random weights need, about
+EXAMPLES = """\
+examples:
+  python -m bench.gpu
+  python -m bench.gpu --out report --budget 300 --only doctor parity suite
+  python -m bench.gpu --model dia-1.6b             weights that are there already, in place of random ones
+
+exit status: 0 all is right and was measured; 1 something failed, is wrong or had no time; 2 wrong options, or no GPU;
+130 interrupted
+"""
+
+
+def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[Part]:
+    """In the order in which they matter: the later ones are left out when the time is over."""
+    device = ("--device", options.device)
+    model = ("--model", options.model or str(weights))
+    against = ("--against", "transformers") if find_spec("transformers") else ()
+    quick = ("--quick",) if options.quick else ()
+    workers = ("-n", "4") if find_spec("xdist") else ()
+    step = ("--steps", "4", "--rounds", "1") if options.quick else ("--steps", "32", "--rounds", "2")
+
+    def part(name: str, shows: str, limit: float, module: str, *command: str, **more: Any) -> Part:
+        return Part(name, ("-m", module, *command), limit, shows, **more)
+
+    few = ("--layers", "1", "--steps", "6") if options.quick else ()
+    batches = ("--requests", "1", "2") if options.quick else ()
+    parts = [
+        part("doctor", "every kernel against its reference", 120, "dia_fast", "doctor", *device, "--json",
+             output=DOCTOR),
+        part("parity", "tokens and logits in fp32, fp16 and bf16, with graphs and without", 120, "bench.parity",
+             *device, "--json", str(folder / PARITY), *few),
+        part("suite", "every kernel, step and stage beside torch and torch.compile", 220, "bench.suite", *device,
+             *quick, "--out", str(folder / "suite"), "--limit", "180", needs=("pytest", "pytest_benchmark")),
+    ]  # fmt: skip
+    if options.model is None:
+        parts.append(part("weights", "makes random weights, 3.2 GB", 120, "bench.make_checkpoint", str(weights)))
+    return parts + [
+        part("step", "a decode step beside that of transformers", 90, "bench.decode_step", *device, *model, *against,
+             *step, speed=True),
+        part("throughput", "frames per second over the number of requests", 90, "bench.throughput", *device, *model,
+             *against, "--rounds", "1", "--out", str(folder / "throughput"), *batches, needs=("matplotlib",),
+             speed=True),
+        part("latency", "time to the first sound", 60, "bench.latency", *device, *model, "--rounds", "2", speed=True),
+        part("ragged", "requests of different lengths, one after another", 60, "bench.ragged", *device, *model,
+             *against, "--gap", "0.1", "--steps", "50", "200", speed=True),
+        part("plan", "measured beside predicted", 60, "dia_fast", "plan", *device, "--measure", "--plots",
+             str(folder / "plan"), needs=("matplotlib",), speed=True),
+        part("tests", "the kernel tests at the width of Dia-1.6B", 120, "pytest", "-q", "tests/kernels", "-k",
+             "production or test_whole_model or test_graph", "-p", "no:cacheprovider", *workers,
+             needs=("pytest", "hypothesis", "pytest_timeout")),
+    ]  # fmt: skip
+
+
+def chosen_parts(parts: Sequence[Part], only: Sequence[str] | None) -> list[Part]:
+    """Those that `--only` names, and what they cannot do without. Raises InputError for a name that is none."""
+    if not only:
+        return list(parts)
+    names = [part.name for part in parts]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise InputError(f"--only: there is no part {unknown[0]!r}; there are {', '.join(names)}")
+    wanted = {*only, *(["weights"] if any(part.speed for part in parts if part.name in only) else [])}
+    return [part for part in parts if part.name in wanted]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and hardware, from a process of its own: what it does to the GPU ends with it. Raises InputError."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.environment", device], capture_output=True, text=True, timeout=120, check=False,
+        cwd=Path(__file__).resolve().parent.parent,
+    )  # fmt: skip
+    if done.returncode:
+        said = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        raise InputError(f"the device {device!r} cannot be used: {scrub(said)}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def obstacle(part: Part, report: Report, results: Sequence[Result]) -> str | None:
+    """Why a part is not begun: what it builds on is missing or wrong."""
+    wrong = report.wrong()
+    if part.speed and wrong:
+        return f"results are wrong on this machine, so speeds mean nothing: {wrong[0]}"
+    if part.speed and any(result.name == "weights" and result.status != "ok" for result in results):
+        return "there are no weights"
+    if part.name == "weights" and shutil.disk_usage(Path(part.command[-1]).parent).free < DISK:
+        return f"the disk for temporary files has no {DISK / 1e9:.0f} GB free; name another one with --scratch"
+    return None
+
+
+def run(parts: Sequence[Part], report: Report, budget: float) -> int:
+    """Runs all parts, writing the report after each; returns the exit status."""
+    runner = Runner(report.folder, budget)
+    results = report.results = [Result(part.name) for part in parts]
+    started = time.monotonic()
+    try:
+        for index, part in enumerate(parts):
+            print(f"{part.name}: {part.shows} ...", flush=True)
+            reason = obstacle(part, report, results[:index])
+            if part.name == "suite" and report.distrusted():
+                part = replace(part, command=(*part.command, "--distrust", *report.distrusted()))
+            results[index] = runner.run(part) if reason is None else Result(part.name, "skipped", reason)
+            report.seconds = round(time.monotonic() - started, 1)
+            report.write()
+            done = results[index]
+            print(f"  {done.status}, {done.seconds:.0f} s{': ' + done.reason if done.reason else ''}", flush=True)
+        report.finished = True
+    except (Interrupted, KeyboardInterrupt) as stop:
+        report.interrupted = True
+        if isinstance(stop, Interrupted):
+            results[[part.name for part in parts].index(stop.result.name)] = stop.result
+    finally:
+        for file in report.folder.rglob(".*.part"):  # of parts that were ended before they could clean up
+            file.unlink(missing_ok=True)
+        report.seconds = round(time.monotonic() - started, 1)
+        report.write()
+    return report.status()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench.gpu",
+        description=(__doc__ or "").splitlines()[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"), help="folder (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=590.0, help="seconds for everything (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument("--model", help="folder, file or Hub id (default: random weights, made for the run)")
+    parser.add_argument("--only", nargs="+", metavar="PART")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: whether everything runs")
+    parser.add_argument("--scratch", type=Path, help="folder for the random weights (default: that of temporary files)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.scratch and not options.scratch.is_dir():
+        parser.error(f"--scratch: there is no folder {options.scratch}")
+    with tempfile.TemporaryDirectory(prefix="dia-fast-", dir=options.scratch) as scratch:
+        try:
+            folder = options.out.resolve()
+            parts = chosen_parts(all_parts(options, folder, Path(scratch) / "weights"), options.only)
+            report = Report(folder, parts, environment(options.device))
+            report.begin()
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            try:
+                status = run(parts, report, options.budget)
+            finally:
+                signal.signal(signal.SIGTERM, before)
+        except DiaFastError as error:
+            print(f"bench.gpu: {error}", file=sys.stderr)
+            return 2
+    print(f"report: {options.out / 'report.md'}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""How far are the chunks of a stream, joined, from the same speech decoded at once?
+
+    python -m bench.joints [--codec FOLDER] [--frames 200] [--chunks 43 9 1]
+
+In float32, on random codes, with the weights of `--codec` or random ones of the official size. Prints the largest
+difference of a sample for each length of chunk in frames; full scale is 1, a step of 16-bit sound is 3.1e-5.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dia_fast.codec import Codec, CodecConfig, load_codec, random_codec
+from dia_fast.errors import DiaFastError
+
+
+def joined(codec: Codec, codes: Tensor, size: int) -> Tensor:
+    """The samples of spans of `size` frames, one after another."""
+    spans = [(start, min(start + size, len(codes))) for start in range(0, len(codes), size)]
+    return torch.cat([codec.decode_span(codes, *span) for span in spans])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="joints", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--codec", help="folder, file or Hub id (default: random weights of the official size)")
+    parser.add_argument("--frames", type=int, default=200)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[43, 9, 1], help="lengths in frames of 1/86 s")
+    options = parser.parse_args(arguments)
+    if min(options.frames, *options.chunks) < 1:
+        parser.error("--frames and --chunks count frames: at least 1")
+    try:
+        codec = load_codec(options.codec) if options.codec else random_codec(CodecConfig())
+    except DiaFastError as error:
+        print(f"joints: {error}", file=sys.stderr)
+        return 2
+    codes = torch.randint(0, codec.codebook_size, (options.frames, codec.num_codebooks))
+    with torch.inference_mode():
+        whole = codec.decode(codes)
+        for size in options.chunks:
+            difference = float((joined(codec, codes, size) - whole).abs().max())
+            print(
+                f"chunks of {size} frames: {difference:.2g} (loudest sample {float(whole.abs().max()):.2g})", flush=True
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Does the model say the same on the kernels as on the torch reference, in every dtype, with and without graphs?
+
+    python -m bench.parity [--device cuda] [--dtypes fp32 fp16 bf16] [--layers 2] [--steps 24] [--json FILE]
+
+On random weights at the width of Dia-1.6B, a few layers deep. In fp32 the tokens have to be those of torch, greedily
+and sampled, and those of transformers where it is installed; in 16 bits the error of the logits against fp32 may be
+twice that of torch in the same dtype, plus one rounding. Graphs may not change a bit. Exit status 1 if anything does.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.make_checkpoint import random_weight
+from dia_fast.config import DiaConfig
+from dia_fast.delay import FREE
+from dia_fast.engine import Engine, Request, place, plan, prefill
+from dia_fast.errors import DiaFastError
+from dia_fast.files import replacing
+from dia_fast.model import DiaModel
+from dia_fast.packing import packed_shapes
+from dia_fast.placement import choose_device, choose_dtype
+from dia_fast.state import DecodeState, Sizes, cross_pages, self_pages
+from dia_kernels import get_ops
+
+TEXTS = (list(b"\x01 Did you hear that? \x02 Hear what?"), list(b"\x01 It was a bell, far away. \x02 I see."))
+PROMPT = 12  # frames
+
+
+@dataclass(frozen=True)
+class Finding:
+    """outcome: "ok", "wrong", "failed" (raised) or "unchecked"."""
+
+    dtype: str
+    what: str
+    outcome: str
+    detail: str
+
+
+def weights_for(config: DiaConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Random weights that keep activations of order one; the code that ends a sentence never wins."""
+    weights = {name: random_weight(config, name, 0, dtype).to(device) for name in packed_shapes(config)}
+    weights["decoder.head"][config.decoder.eos_token_id] = 0
+    return weights
+
+
+def requests(config: DiaConfig, steps: int, temperature: float) -> list[Request]:
+    """Two of different length, one with an audio prompt."""
+    codes = torch.arange(PROMPT * config.decoder.num_channels).view(PROMPT, -1) * 37 % config.decoder.eos_token_id
+    settings: dict[str, Any] = {"max_new_tokens": steps, "temperature": temperature}
+    return [Request(TEXTS[0], codes, seed=3, **settings), Request(TEXTS[1], None, seed=4, **settings)]
+
+
+def speak(model: DiaModel, asked: Sequence[Request], capture: Any) -> list[Tensor]:
+    """The rows of each request. capture: as in `Engine`."""
+    with Engine(model, max_batch=len(asked), capture=capture) as engine:
+        handles = [engine.submit(request) for request in asked]
+        while engine.step():
+            pass
+        return [handle.result().rows.cpu() for handle in handles]
+
+
+def forced_logits(model: DiaModel, request: Request, rows: Tensor) -> Tensor:
+    """`[2, steps, channels, vocab]`: what decode steps predict, with and without the text, when every row is forced.
+
+    rows: `[steps, channels]`, ordinary codes.
+    """
+    steps, device = rows.shape[0], model.device
+    grid, text = self_pages(model.config), cross_pages(model.config)
+    pages = 2 * grid.pages(steps + 1), text.pages(len(request.text_ids))
+    sizes = Sizes(1, True, steps + 1, len(request.text_ids), *pages)
+    state = DecodeState(model.config, model.ops, sizes, model.dtype, device)
+    state.cross_blocks.grow(0, len(request.text_ids))
+    state.grow(0, steps)
+    item = plan(model.config, replace(request, prompt=None, max_new_tokens=steps))
+    for _ in prefill(model, state, 0, item):
+        pass
+    place(state, 0, item)
+    state.row.zero_()
+    state.first_row.zero_()
+    state.end_row.fill_(4 * steps + 99)  # beyond reach: no end is forced
+    state.codes = torch.zeros(1, 4 * steps + 100, rows.shape[1], dtype=torch.int32, device=device)
+    state.forced = torch.full((1, *rows.shape), FREE, dtype=torch.int32, device=device)
+    state.forced[0] = rows.to(device)
+    logits = []
+    for _ in range(steps):
+        model.decode_step(state)
+        logits.append(state.logits.float().cpu())
+    return torch.stack(logits, 1)
+
+
+def check_graphs(model: DiaModel, steps: int) -> Finding:
+    """Whether a captured step gives the bits of the launches it was made of."""
+    name = str(model.dtype).removeprefix("torch.")
+    if model.device.type != "cuda":
+        return Finding(name, "graphs", "unchecked", f"there are no graphs on {model.device.type}")
+    asked = requests(model.config, steps, 1.2)
+    same = all(torch.equal(a, b) for a, b in zip(speak(model, asked, "auto"), speak(model, asked, None), strict=True))
+    return Finding(name, "graphs", "ok" if same else "wrong", "the same codes" if same else "other codes than launches")
+
+
+def check_tokens(model: DiaModel, torch_ops: ModuleType, steps: int) -> Iterator[Finding]:
+    """fp32: whether the codes are those of torch, greedily and sampled."""
+    for what, temperature in (("greedy", 0.0), ("sampled", 1.2)):
+        asked, ops = requests(model.config, steps, temperature), model.ops
+        ours = speak(model, asked, "auto")
+        model.ops = torch_ops
+        theirs = speak(model, asked, None)
+        model.ops = ops
+        yield Finding("float32", f"{what} tokens", *_equal(ours, theirs, "torch"))
+
+
+def check_transformers(model: DiaModel, steps: int) -> Finding:
+    """fp32: whether greedy codes are those of transformers."""
+    if find_spec("transformers") is None:
+        return Finding("float32", "transformers", "unchecked", "transformers is not installed")
+    from tests.parity.pairs import their_rows, theirs_sharing
+
+    asked = [replace(request, prompt=None) for request in requests(model.config, steps, 0.0)]
+    ours = speak(model, asked, "auto")
+    theirs = []
+    for request in asked:
+        [rows] = their_rows(
+            theirs_sharing(model), model.config, [request.text_ids], max_new_tokens=steps,
+            guidance_scale=request.guidance_scale, top_k=request.top_k,
+        )  # fmt: skip
+        theirs.append(rows.cpu())
+    counts = [min(len(a), len(b)) for a, b in zip(ours, theirs, strict=True)]
+    mine, other = ([codes[:count] for codes, count in zip(side, counts, strict=True)] for side in (ours, theirs))
+    return Finding("float32", "transformers", *_equal(mine, other, "transformers"))
+
+
+def check_logits(model: DiaModel, exact: DiaModel, torch_ops: ModuleType, steps: int) -> Finding:
+    """16 bits: the error of the logits against the same weights in fp32, beside that of torch in the same dtype."""
+    request = requests(model.config, steps, 0.0)[1]
+    channels, codes = model.config.decoder.num_channels, model.config.decoder.eos_token_id
+    rows = torch.arange(steps * channels).view(steps, channels) * 97 % codes
+    ours, ops = forced_logits(model, request, rows), model.ops
+    model.ops = torch_ops
+    plain = forced_logits(model, request, rows)
+    model.ops = ops
+    wanted = forced_logits(exact, request, rows)
+    error, allowed = (float((side - wanted).abs().max()) for side in (ours, plain))
+    budget = 2 * allowed + torch.finfo(model.dtype).eps / 2 * float(wanted.abs().max())
+    name = str(model.dtype).removeprefix("torch.")
+    detail = f"largest error {error:.3g} of {budget:.3g} allowed; torch's is {allowed:.3g}"
+    return Finding(name, "logits", "ok" if error <= budget else "wrong", detail)  # a NaN is wrong
+
+
+def check(config: DiaConfig, dtype: torch.dtype, ops: ModuleType, device: torch.device, steps: int) -> list[Finding]:
+    """Everything for one dtype; what raises is a finding too."""
+    torch_ops = get_ops("torch", device)
+    name = str(dtype).removeprefix("torch.")
+    try:
+        weights = weights_for(config, dtype, device)
+        model = DiaModel(config, ops).load(weights)
+        found = [check_graphs(model, steps)]
+        if dtype == torch.float32:
+            return [*found, *check_tokens(model, torch_ops, steps), check_transformers(model, steps)]
+        wide = DiaModel(config, torch_ops).load({name: weight.float() for name, weight in weights.items()})
+        return [*found, check_logits(model, wide, torch_ops, steps)]
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return [Finding(name, "all", "failed", f"{type(error).__name__}: {first}")]
+
+
+def _equal(ours: Sequence[Tensor], theirs: Sequence[Tensor], whose: str) -> tuple[str, str]:
+    differ = sum(int((a != b).sum()) if a.shape == b.shape else a.numel() for a, b in zip(ours, theirs, strict=True))
+    total = sum(codes.numel() for codes in ours)
+    return ("wrong" if differ else "ok"), f"{differ} of {total} codes differ from {whose}'s"
+
+
+def shallow(layers: int) -> DiaConfig:
+    """Dia-1.6B with fewer layers."""
+    config = DiaConfig()
+    encoder = replace(config.encoder, num_hidden_layers=layers)
+    return replace(config, encoder=encoder, decoder=replace(config.decoder, num_hidden_layers=layers))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="parity", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (the GPU if there is one)")
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--dtypes", nargs="+", default=["fp32", "fp16", "bf16"])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    found: list[Finding] = []
+    try:
+        device = choose_device(options.device)
+        dtypes = [choose_dtype(name, device) for name in options.dtypes]
+        ops = get_ops(options.backend, device)
+        for dtype in dtypes:
+            for finding in check(shallow(options.layers), dtype, ops, device, options.steps):
+                found.append(finding)
+                print(f"{finding.dtype:9} {finding.what:14} {finding.outcome:10} {finding.detail}", flush=True)
+        if options.json:
+            with replacing(options.json) as temporary:
+                temporary.write_text(json.dumps([asdict(finding) for finding in found], indent=1))
+    except (DiaFastError, ValueError) as error:
+        print(f"parity: {error}", file=sys.stderr)
+        return 2
+    return int(any(finding.outcome in ("wrong", "failed") for finding in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Commands that run one after another, each in a process group of its own and within a limit, whatever they do."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from dia_fast.files import replacing
+
+ROOT = Path(__file__).resolve().parent.parent
+LEAST = 10.0  # seconds that must be left for a part to be begun
+GRACE = 5.0  # seconds that a part has to clean up once it is told to end
+TAIL = 40  # lines of what a part has said last
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, after the name of the interpreter.
+
+    limit: seconds. shows: what it is for. needs: packages without which it is skipped. speed: whether it reports speeds
+    of the whole model, which are worth nothing if the results are wrong. output: file in the report for what it prints
+    to its standard output; the rest goes to a log.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    shows: str
+    needs: tuple[str, ...] = ()
+    speed: bool = False
+    output: str | None = None
+
+
+@dataclass
+class Result:
+    """status: "ok", "failed", "timed out", "skipped", "no time", "interrupted" or "not run"; reason: in words.
+
+    exit: the exit status, negative for a signal; tail: the last lines of the output.
+    """
+
+    name: str
+    status: str = "not run"
+    reason: str = ""
+    seconds: float = 0.0
+    exit: int | None = None
+    tail: str = ""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, or a request to end, came during a part. result: what is known of it."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.name)
+        self.result = result
+
+
+class Runner:
+    """Runs parts into a folder, within a budget of seconds for all of them."""
+
+    def __init__(self, folder: Path, budget: float, clock: Clock = time.monotonic) -> None:
+        self.folder, self.clock = folder, clock
+        self.end = clock() + budget
+
+    def run(self, part: Part) -> Result:
+        """What came of it; nothing that the command does raises. Raises Interrupted."""
+        missing = [package for package in part.needs if find_spec(package) is None]
+        if missing:
+            return Result(part.name, "skipped", f"{', '.join(missing)} is not installed")
+        left = self.end - self.clock()
+        if left < LEAST:
+            return Result(part.name, "no time", "the time for the report was over")
+        with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as output:
+            result = self._run(part, min(part.limit, left), log, output if part.output else log)
+            said, printed = _text(log), _text(output)
+        result.tail = "\n".join((said + printed).splitlines()[-TAIL:])
+        self._keep(f"{part.name}.log", said)
+        if part.output:
+            self._keep(part.output, printed)
+        if result.status == "interrupted":
+            raise Interrupted(result)
+        return result
+
+    def _run(self, part: Part, limit: float, log: IO[bytes], output: IO[bytes]) -> Result:
+        result, start = Result(part.name), self.clock()
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        try:
+            process = subprocess.Popen(
+                [sys.executable, *part.command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+                stdout=output, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            return Result(part.name, "failed", f"could not be started: {error.strerror}")
+        try:
+            result.exit = process.wait(limit)
+            result.status, result.reason = _meaning(result.exit)
+        except subprocess.TimeoutExpired:
+            result.status, result.reason = "timed out", f"was ended after {limit:.0f} s"
+        except KeyboardInterrupt:
+            result.status, result.reason = "interrupted", "was interrupted"
+        finally:
+            _end(process)
+        result.seconds = round(self.clock() - start, 1)
+        return result
+
+    def _keep(self, name: str, text: str) -> None:
+        with replacing(self.folder / name) as temporary:
+            temporary.write_text(text)
+
+
+def _meaning(status: int) -> tuple[str, str]:
+    if status == 0:
+        return "ok", ""
+    if status > 0:
+        return "failed", f"ended with status {status}"
+    with contextlib.suppress(ValueError):
+        return "failed", f"was ended by {signal.Signals(-status).name}"
+    return "failed", f"was ended by signal {-status}"
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ends what is left of a part and of what it has started: politely first, so that it can clean up."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return scrub(file.read().decode(errors="replace"))
+
+
+def scrub(text: str) -> str:
+    """The text without what identifies a machine or its user: folders and the name of the host."""
+    for folder, name in (
+        (ROOT, "."),
+        (Path(sys.prefix), "<environment>"),
+        (Path(sys.base_prefix), "<python>"),
+        (Path(tempfile.gettempdir()), "<temporary>"),
+        (Path.home(), "~"),
+    ):
+        if len(folder.parts) > 1:
+            text = text.replace(str(folder), name)
+    host = socket.gethostname()
+    return text.replace(host, "<host>") if len(host) > 3 else text

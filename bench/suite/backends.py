@@ -1,0 +1,82 @@
+"""The op sets that are timed side by side, and why one of them cannot be on a machine."""
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dia_fast.doctor import ComparingOps, Verdict
+from dia_kernels import get_ops, reference
+from dia_kernels.dispatch import triton_obstacle
+
+BACKENDS = ("torch", "compile", "triton")
+
+
+class CompiledOps:
+    """The torch reference, each op by itself under `torch.compile`: an op set like the others."""
+
+    name = "compile"
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def attention_workspace(self, *args: Any) -> None:
+        return None
+
+    def pack(self, weight: Any) -> Any:
+        return weight
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        if op.startswith("_"):
+            raise AttributeError(op)
+        if op not in self._compiled:
+            self._compiled[op] = torch.compile(getattr(reference, op), dynamic=False)
+        return self._compiled[op]
+
+
+def op_set(backend: str, device: torch.device) -> Any:
+    """The ops of a backend that has no obstacle."""
+    return CompiledOps() if backend == "compile" else get_ops(backend, device)
+
+
+def obstacle(backend: str, device: torch.device) -> str | None:
+    """What keeps a backend from being timed on `device`, with what is missing; None if nothing does."""
+    if backend == "triton":
+        if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+            return "TRITON_INTERPRET is set: interpreted kernels have no time worth knowing; unset it"
+        return triton_obstacle(device)
+    if backend == "compile":
+        if device.type == "cpu" and compiler() is None:
+            return "torch.compile needs a C++ compiler on a CPU; none of $CXX, g++, clang++ is there"
+        if device.type != "cpu" and importlib.util.find_spec("triton") is None:
+            return "torch.compile needs Triton on a GPU; install it"
+    return None
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would call."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+
+
+def vectors(device: torch.device) -> str:
+    """The vector instructions of the C++ that torch.compile makes for a CPU: it finds out by compiling a trial."""
+    if device.type != "cpu":
+        return "the GPU's"
+    try:
+        from torch._inductor import cpu_vec_isa
+
+        return str(cpu_vec_isa.pick_vec_isa()) if cpu_vec_isa.valid_vec_isa_list() else "none"
+    except (ImportError, AttributeError):  # the name is not public
+        return "unknown"
+
+
+def compare(ops: Any, call: Callable[[Any], Any]) -> list[Verdict]:
+    """What `call(ops)` computes wrongly: the verdicts, as `dia-fast doctor` gives them, on the ops that it called."""
+    comparing = ComparingOps(ops)
+    call(comparing)
+    return [verdict for verdict in comparing.verdicts() if verdict.outcome != "unchecked"]

@@ -1,0 +1,192 @@
+"""Options, parameters and records of the benchmark suite. See `bench.suite`."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import device as devices
+from bench.device import Device, Peaks
+from bench.suite import backends
+from bench.suite.cases import all_cases
+from bench.suite.stages import all_stages
+from dia_fast.doctor import Verdict, environment
+from dia_fast.placement import choose_dtype
+
+ROUNDS = (5, 200)
+MOST_CALLS = 256  # in a round
+MEMORY = {True: 2 << 30, False: 1 << 29}  # bytes of the arguments of a round, on a GPU and on a CPU
+
+
+@dataclass
+class Session:
+    """What all benchmarks of a run share. seconds: that the rounds of one benchmark take, about."""
+
+    device: Device
+    dtype: torch.dtype
+    quick: bool
+    backends: tuple[str, ...]
+    seconds: float
+    deadline: float
+    peaks: Peaks
+    distrusted: frozenset[str] = frozenset()
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+
+    def note(self, group: str, backend: str, outcome: str, detail: str) -> None:
+        self.verdicts.append({"group": group, "backend": backend, "outcome": outcome, "detail": detail})
+
+
+KEY: "pytest.StashKey[Session]" = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dia-fast")
+    group.addoption("--bench-device", default=None)
+    group.addoption("--bench-dtype", default=None)
+    group.addoption("--bench-quick", action="store_true")
+    group.addoption("--bench-backends", default=",".join(backends.BACKENDS))
+    group.addoption("--bench-limit", type=float, default=float("inf"), help="seconds; what is left then is skipped")
+    group.addoption("--bench-distrust", default="", help="kernels, or model, that are known to be wrong on triton")
+    group.addoption("--bench-verdicts", type=Path, help="file for what was checked, skipped and found wrong")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.getoption
+    device = devices.open_device(option("--bench-device"))
+    if not device.available:
+        raise pytest.UsageError(f"--bench-device: torch sees no device {str(device.torch)!r} here")
+    quick = option("--bench-quick")
+    config.stash[KEY] = Session(
+        device,
+        choose_dtype(option("--bench-dtype"), device.torch),
+        quick,
+        tuple(option("--bench-backends").split(",")),
+        0.03 if quick else 0.3 if device.gpu else 0.5,
+        time.monotonic() + option("--bench-limit"),
+        Peaks(1.0, 1.0),
+        frozenset(filter(None, option("--bench-distrust").split(","))),
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    session = metafunc.config.stash[KEY]
+    dtype, gpu = session.dtype, session.device.gpu
+    if "case" in metafunc.fixturenames:
+        cases = all_cases(dtype, (1, 2, 8) if gpu or not session.quick else (2,), session.quick)
+        metafunc.parametrize("case", cases, ids=lambda case: case.name)
+    if "stage" in metafunc.fixturenames:
+        metafunc.parametrize("stage", all_stages(gpu, session.quick), ids=lambda stage: stage.name)
+    metafunc.parametrize("backend", session.backends)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every benchmark reads the device's clock; those of one op at one shape stand together in the table."""
+    for item in items:
+        parameters: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
+        group = (parameters.get("case") or parameters["stage"]).name
+        item.add_marker(pytest.mark.benchmark(timer=config.stash[KEY].device.now, group=group))
+
+
+@pytest.fixture(scope="session")
+def session(request: pytest.FixtureRequest) -> Iterator[Session]:
+    shared = request.config.stash[KEY]
+    shared.peaks = devices.measure_peaks(shared.device, shared.dtype, shared.quick)
+    with torch.inference_mode():
+        yield shared
+
+
+@pytest.fixture
+def measure(session: Session, benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Times a call that has been checked, and notes what the time says."""
+
+    def run(work: Callable[[], None], calls: int, facts: dict[str, Any], reset: Callable[[], None] | None) -> None:
+        device = session.device
+
+        def prepare() -> None:
+            if reset is not None:
+                reset()
+            device.hold()
+
+        spans = []
+        for _ in range(3):  # warm-up: compiles, fills pools, and tells how many rounds fit
+            prepare()
+            start = device.now()
+            work()
+            spans.append(device.now() - start)
+        device.calls = calls
+        rounds = max(ROUNDS[0], min(ROUNDS[1], int(session.seconds / max(spans[-1], 1e-9))))
+        benchmark.pedantic(work, setup=prepare, rounds=rounds)
+        device.calls = 1
+        seconds = benchmark.stats.stats.median
+        moved, operations = facts["bytes"], facts["operations"]
+        benchmark.extra_info.update(
+            facts,
+            calls=calls,
+            bandwidth=moved / seconds,
+            speed=operations / seconds,
+            share_of_bandwidth=moved / seconds / session.peaks.bandwidth,
+            share_of_compute=operations / seconds / session.peaks.compute,
+        )
+
+    return run
+
+
+@pytest.fixture
+def judged(session: Session, benchmark: Any) -> Callable[[str, str, str, list[Verdict]], None]:
+    """Notes verdicts; ends the test if one says that something else is computed: that has no time."""
+
+    def judge(group: str, backend: str, subject: str, verdicts: list[Verdict]) -> None:
+        wrong = [verdict for verdict in verdicts if not verdict.healthy]
+        if backend == "triton" and subject in session.distrusted:
+            wrong.append(Verdict(subject, "wrong", "was found wrong before"))
+        detail = "; ".join(f"{v.op}: {v.detail}" for v in wrong or verdicts)
+        session.note(group, backend, "wrong" if wrong else "ok", detail)
+        if wrong:
+            benchmark.skipped = True
+            pytest.fail(f"{group} on {backend} is WRONG and has no time: {detail}", pytrace=False)
+
+    return judge
+
+
+@pytest.fixture
+def proceed(session: Session, benchmark: Any) -> Callable[[str, str, str | None], None]:
+    """Skips a benchmark that something stands in the way of, and notes what."""
+
+    def check(group: str, backend: str, reason: str | None) -> None:
+        if reason is None and time.monotonic() > session.deadline:
+            reason = "the time for the suite is over; give it more with --limit"
+        if reason is not None:
+            session.note(group, backend, "skipped", reason)
+            pytest.skip(reason)
+
+    return check
+
+
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
+    """Versions, device and what it reaches; no name of the machine or its user."""
+    session = config.stash[KEY]
+    return {
+        **environment(session.device.torch),
+        "device": session.device.name,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "vectors": backends.vectors(session.device.torch) if "compile" in session.backends else "not asked",
+        "cache_bytes": session.device.cache_bytes,
+        "size": "an eighth of Dia-1.6B's width" if session.quick else "Dia-1.6B",
+        "measured": asdict(session.peaks),
+    }
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    for name in ("project", "branch", "author_time", "time"):
+        commit_info.pop(name, None)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    file = session.config.getoption("--bench-verdicts")
+    if file is not None:
+        file.write_text(json.dumps(session.config.stash[KEY].verdicts, indent=1))

@@ -1,0 +1,93 @@
+"""What a run of the suite found, for people and for programs."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dia_fast.files import replacing
+
+Run = Mapping[str, Any]  # pytest-benchmark's JSON, with `verdicts` and `complete`
+
+
+def write(folder: Path, run: Run) -> None:
+    """suite.json, which pytest-benchmark can compare with, and suite.md. Raises InputError."""
+    for name, text in (("suite.json", json.dumps(run, indent=1)), ("suite.md", markdown(run))):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text)
+
+
+def markdown(run: Run) -> str:
+    """A row for each op or stage at a shape, backends side by side; then what is wrong, and what was not measured."""
+    wrong = {(item["group"], item["backend"]) for item in run["verdicts"] if item["outcome"] == "wrong"}
+    lines = [*_machine(run), *_wrong(run)]
+    groups: dict[str, dict[str, Any]] = {}
+    for benchmark in run["benchmarks"]:
+        groups.setdefault(benchmark["group"], {})[benchmark["extra_info"]["backend"]] = benchmark
+    names = list(dict.fromkeys([*groups, *(group for group, _ in wrong)]))
+    backends = [
+        name
+        for name in ("torch", "compile", "triton")
+        if any(name in group for group in groups.values()) or any(name == backend for _, backend in wrong)
+    ]
+    heads = [f"{name}, µs (spread) | {name}, share of bandwidth, compute" for name in backends]
+    lines += ["", f"| what | MB | MFLOP | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|" * (2 * len(backends))]
+    for name in names:
+        found = groups.get(name, {})
+        facts = next(iter(found.values()))["extra_info"] if found else {"bytes": 0, "operations": 0}
+        cells = [_cell(found.get(backend), (name, backend) in wrong) for backend in backends]
+        sizes = f"{facts['bytes'] / 1e6:.3g} | {facts['operations'] / 1e6:.3g}" if found else " | "
+        lines.append(f"| {name} | {sizes} | {' | '.join(cells)} |")
+    return "\n".join(lines + _skipped(run)) + "\n"
+
+
+def _machine(run: Run) -> list[str]:
+    machine = run["machine_info"]
+    if not machine:
+        return ["Nothing was measured."]
+    peaks = machine["measured"]
+    state = "" if run["complete"] else " **The run was broken off: some is missing.**"
+    if machine["vectors"] == "none":
+        state += (
+            " torch.compile found no vector instructions that the compiler here can make: what it made is slower than "
+            "what it makes elsewhere."
+        )
+    line = (
+        f"{machine['device']}; torch {machine['torch']}, triton {machine['triton']}; {machine['dtype']}, "
+        f"{machine['size']}. The device itself reads {peaks['bandwidth'] / 1e9:.1f} GB/s and multiplies "
+        f"{peaks['compute'] / 1e12:.3g} TFLOP/s: shares are of these.{state}"
+    )
+    return [line]
+
+
+def _cell(benchmark: Mapping[str, Any] | None, wrong: bool) -> str:
+    if wrong:
+        return "**wrong** | "
+    if benchmark is None:
+        return "- | "
+    stats, facts = benchmark["stats"], benchmark["extra_info"]
+    median, spread = stats["median"] * 1e6, stats["iqr"] * 1e6
+    shares = f"{facts['share_of_bandwidth']:.0%}, {facts['share_of_compute']:.1%}"
+    return f"{median:.4g} ({spread:.2g}) | {shares}"
+
+
+def _wrong(run: Run) -> list[str]:
+    found = [item for item in run["verdicts"] if item["outcome"] == "wrong"]
+    if not found:
+        return []
+    return ["", "**Wrong results, therefore no times:**", ""] + [
+        f"- {item['group']} on {item['backend']}: {item['detail']}" for item in found
+    ]
+
+
+def _skipped(run: Run) -> list[str]:
+    """Each reason once, with how much it stands for."""
+    counts: dict[tuple[str, str], int] = {}
+    for item in run["verdicts"]:
+        if item["outcome"] == "skipped":
+            counts[item["backend"], item["detail"]] = counts.get((item["backend"], item["detail"]), 0) + 1
+    if not counts:
+        return []
+    return ["", "Not measured:", ""] + [
+        f"- {backend}, {count} times: {detail}" for (backend, detail), count in counts.items()
+    ]

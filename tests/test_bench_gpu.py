@@ -1,0 +1,296 @@
+"""The report of `make bench-gpu` without a GPU: parts that fail, hang, crash, are wrong, or are interrupted."""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import environment, gpu, parity, parts
+from bench.parts import Part, Runner
+from bench.report import Report
+from dia_fast.errors import InputError
+from dia_kernels import reference
+from tests.checkpoints import tiny_config
+
+ROOT = Path(__file__).resolve().parent.parent
+FACTS = {"device": "a device", "torch": "2"}
+WRONG = {"kernels": [{"op": "glu", "outcome": "wrong", "detail": "error 7 times what is allowed"}]}
+
+
+def python(name: str, code: str, limit: float = 30.0, **more: Any) -> Part:
+    return Part(name, ("-c", code), limit, f"shows {name}", **more)
+
+
+def report_of(folder: Path, given: Sequence[Part], budget: float = 100.0) -> tuple[int, dict[str, Any], str]:
+    """Runs parts; returns the exit status, report.json and report.md."""
+    report = Report(folder, given, FACTS)
+    report.begin()
+    status = gpu.run(given, report, budget)
+    return status, json.loads((folder / "report.json").read_text()), (folder / "report.md").read_text()
+
+
+def statuses(found: dict[str, Any]) -> dict[str, str]:
+    return {part["name"]: part["status"] for part in found["parts"]}
+
+
+def test_parts_that_fail_hang_or_crash_are_recorded_and_the_others_run(tmp_path: Path) -> None:
+    given = [
+        python("fails", "print('last words'); raise SystemExit(3)"),
+        python("hangs", "import time; print('began'); time.sleep(60)", limit=2.0),
+        python("crashes", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
+        Part("lacks", ("-c", "raise SystemExit(1)"), 9, "needs what is not there", needs=("no_such_package",)),
+        python("works", "print('fine')"),
+    ]
+    status, found, text = report_of(tmp_path, given)
+    assert status == 1 and found["finished"] and not found["interrupted"]
+    assert statuses(found) == {
+        "fails": "failed", "hangs": "timed out", "crashes": "failed", "lacks": "skipped", "works": "ok",
+    }  # fmt: skip
+    reasons = {part["name"]: part["reason"] for part in found["parts"]}
+    assert reasons["fails"] == "ended with status 3" and "SIGSEGV" in reasons["crashes"]
+    assert reasons["hangs"] == "was ended after 2 s" and reasons["lacks"] == "no_such_package is not installed"
+    assert found["parts"][0]["tail"] == "last words" and found["parts"][1]["tail"].startswith("began")
+    assert "| hangs | shows hangs | timed out: was ended after 2 s |" in text and "last words" in text
+    assert (tmp_path / "works.log").read_text() == "fine\n"
+
+
+def test_all_well_is_status_0(tmp_path: Path) -> None:
+    status, found, text = report_of(tmp_path, [python("works", "pass")])
+    assert status == 0 and found["finished"] and "Finished after" in text
+
+
+def test_a_part_that_does_not_want_to_end_is_ended_with_all_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "GRACE", 0.3)
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid)\ntime.sleep(60)"
+    )
+    _, found, _ = report_of(tmp_path, [python("stubborn", code, limit=2.0)])
+    assert statuses(found) == {"stubborn": "timed out"}
+    child = int(found["parts"][0]["tail"])
+    for _ in range(50):
+        if not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("what the part had started still runs")
+
+
+def test_a_part_that_is_begun_gets_no_more_time_than_is_left(tmp_path: Path) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 30.0
+        return now[0]
+
+    runner = Runner(tmp_path, 55.0, clock)  # 30 s at the start, 60 at the first part, 90 when it has ended
+    first, second = (runner.run(python(name, "pass")) for name in ("first", "second"))
+    assert (first.status, second.status) == ("ok", "no time")
+    assert "time for the report was over" in second.reason
+
+
+def test_parts_without_time_make_the_status_1(tmp_path: Path) -> None:
+    status, found, _ = report_of(tmp_path, [python("late", "pass")], budget=1.0)
+    assert status == 1 and statuses(found) == {"late": "no time"}
+
+
+def test_wrong_results_are_reported_instead_of_speeds(tmp_path: Path) -> None:
+    given = [
+        python("doctor", f"print({json.dumps(json.dumps(WRONG))}); raise SystemExit(1)", output="doctor.json"),
+        python("suite", "import sys; print(sys.argv[1:])"),
+        python("step", "print('3 ms per step')", speed=True),
+        python("tests", "print('others go on')"),
+    ]
+    status, found, text = report_of(tmp_path, given)
+    assert status == 1
+    assert statuses(found) == {"doctor": "failed", "suite": "ok", "step": "skipped", "tests": "ok"}
+    assert found["wrong"] == ["doctor: glu wrong: error 7 times what is allowed"]
+    assert "Wrong results on this machine" in text and "3 ms per step" not in text
+    # The suite is told, and gives no time for what is wrong.
+    assert (tmp_path / "suite.log").read_text() == "['--distrust', 'glu', 'model']\n"
+
+
+def test_a_wrong_kernel_in_the_suite_stops_the_speeds_of_the_model(tmp_path: Path) -> None:
+    verdict = {"group": "glu-tokens-2", "backend": "triton", "outcome": "wrong", "detail": "glu: error inf"}
+    run = {"benchmarks": [], "machine_info": {}, "verdicts": [verdict], "complete": True}
+    (tmp_path / "run").write_text(json.dumps(run))
+    code = (
+        f"import pathlib; folder = pathlib.Path({str(tmp_path)!r}); (folder / 'out' / 'suite').mkdir(); "
+        "(folder / 'run').rename(folder / 'out' / 'suite' / 'suite.json'); raise SystemExit(1)"
+    )
+    given = [python("suite", code), python("latency", "print('2 ms')", speed=True)]
+    _, found, text = report_of(tmp_path / "out", given)
+    assert statuses(found) == {"suite": "failed", "latency": "skipped"}
+    assert "| glu-tokens-2 |" in text and "**wrong**" in text and "2 ms" not in text
+
+
+def test_a_check_that_did_not_end_is_said_and_speeds_are_measured(tmp_path: Path) -> None:
+    given = [python("parity", "raise SystemExit(1)"), python("step", "print('3 ms per step')", speed=True)]
+    _, found, text = report_of(tmp_path, given)
+    assert statuses(found) == {"parity": "failed", "step": "ok"}
+    assert "Not shown to be right: parity" in text and "3 ms per step" in text
+
+
+def test_a_report_names_no_machine(tmp_path: Path) -> None:
+    code = (
+        "import os, socket, sys, tempfile; print(os.getcwd(), socket.gethostname(), sys.prefix, tempfile.gettempdir())"
+    )
+    _, found, text = report_of(tmp_path, [python("tells", code + "; raise SystemExit(1)")])
+    private = (socket.gethostname(), str(ROOT), str(Path.home()), sys.prefix, str(tmp_path))
+    everything = text + json.dumps(found) + (tmp_path / "tells.log").read_text()
+    assert not [name for name in private if len(name) > 3 and name in everything]
+    facts = json.dumps(environment.collect(torch.device("cpu")))
+    assert socket.gethostname() not in facts and "torch" in facts
+
+
+DRIVER = """
+import sys
+from bench import gpu
+from bench.parts import Part
+code = "import pathlib, time; pathlib.Path({mark!r}).touch(); print('began', flush=True); time.sleep(60)"
+gpu.environment = lambda device: {{"device": "a device"}}
+gpu.all_parts = lambda options, folder, weights: [
+    Part("quick", ("-c", "print('done')"), 30, "something quick"),
+    Part("slow", ("-c", code), 60, "something slow"),
+    Part("never", ("-c", "pass"), 60, "nothing"),
+]
+sys.exit(gpu.main(["--out", {out!r}, "--scratch", {scratch!r}]))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_report_is_readable_and_leaves_nothing_behind(tmp_path: Path, how: signal.Signals) -> None:
+    out, scratch, mark = tmp_path / "out", tmp_path / "scratch", tmp_path / "mark"
+    scratch.mkdir()
+    code = DRIVER.format(mark=str(mark), out=str(out), scratch=str(scratch))
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not mark.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    found, text = json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
+    assert found["interrupted"] and not found["finished"]
+    assert statuses(found) == {"quick": "ok", "slow": "interrupted", "never": "not run"}
+    assert "Interrupted after" in text and found["parts"][1]["tail"].startswith("began")
+    assert not list(scratch.iterdir())
+    assert {path.name for path in out.iterdir()} == {
+        "environment.json", "report.json", "report.md", "quick.log", "slow.log",
+    }  # fmt: skip
+
+
+def test_half_written_files_of_ended_parts_are_removed(tmp_path: Path) -> None:
+    code = f"open({str(tmp_path / '.0123.part')!r}, 'w').write('half'); import os; os.kill(os.getpid(), 9)"
+    report_of(tmp_path, [python("dies", code)])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty and holds no report"):
+        Report(tmp_path, [], FACTS).begin()
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_without_a_gpu_it_says_so_and_makes_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu.main(["--out", str(tmp_path / "out"), "--device", "cuda"]) == 2
+    assert "torch" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def all_parts(*given: str) -> list[Part]:
+    options = gpu.build_parser().parse_args(["--device", "cpu", *given])
+    return gpu.all_parts(options, Path("out"), Path("weights"))
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("quick", [(), ("--quick",)])
+def test_every_part_names_options_that_its_command_knows(
+    quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse, given_parts = argparse.ArgumentParser.parse_args, all_parts(*quick)
+
+    def stop(self: argparse.ArgumentParser, *given: Any) -> None:
+        parse(self, *given)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    for part in given_parts:
+        _, module, *arguments = part.command
+        if module != "pytest":
+            name = {"bench.suite": "bench.suite.__main__", "dia_fast": "dia_fast.cli"}.get(module, module)
+            with pytest.raises(Parsed):
+                importlib.import_module(name).main(arguments)
+
+
+def test_only_names_parts_and_gets_what_they_need() -> None:
+    names = [part.name for part in gpu.chosen_parts(all_parts(), ["latency", "doctor"])]
+    assert names == ["doctor", "weights", "latency"]
+    assert [part.name for part in gpu.chosen_parts(all_parts("--model", "m"), ["latency"])] == ["latency"]
+    with pytest.raises(InputError, match="there is no part 'speed'; there are doctor, parity"):
+        gpu.chosen_parts(all_parts(), ["speed"])
+
+
+class BrokenOps:
+    """The reference, but one op adds a little."""
+
+    def __getattr__(self, op: str) -> Any:
+        if op != "linear_residual":
+            return getattr(reference, op)
+        return lambda x, weight, residual, *more: reference.linear_residual(x, weight, residual, *more).add_(0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_finds_a_broken_kernel_and_nothing_else(dtype: torch.dtype) -> None:
+    codes = {"num_channels": 3, "vocab_size": 70, "eos_token_id": 64, "pad_token_id": 65, "bos_token_id": 66}
+    layer = {"num_hidden_layers": 1}
+    config = tiny_config(layer, layer | codes | {"max_position_embeddings": 64}, delay_pattern=(0, 2, 3))
+    outcomes = {}
+    for name, ops in (("sound", reference), ("broken", BrokenOps())):
+        found = parity.check(config, dtype, ops, torch.device("cpu"), 9)  # type: ignore[arg-type]
+        outcomes[name] = {finding.what: finding.outcome for finding in found}
+    checks = ["greedy tokens", "sampled tokens", "transformers"] if dtype == torch.float32 else ["logits"]
+    assert outcomes["sound"] == {"graphs": "unchecked", **dict.fromkeys(checks, "ok")}
+    assert outcomes["broken"] == {"graphs": "unchecked", **dict.fromkeys(checks, "wrong")}
+
+
+def test_parity_reports_what_raises() -> None:
+    class NoOps:
+        def __getattr__(self, op: str) -> None:
+            raise RuntimeError(f"{op}: out of registers")
+
+    [finding] = parity.check(tiny_config(), torch.float16, NoOps(), torch.device("cpu"), 4)  # type: ignore[arg-type]
+    assert finding.outcome == "failed" and "out of registers" in finding.detail
+
+
+@pytest.mark.slow
+def test_the_whole_report_on_a_tiny_model_and_a_cpu(tmp_path: Path) -> None:
+    """Every part runs; those that need a GPU say what is missing."""
+    from tests.front import make_model
+
+    model = make_model(tmp_path / "model")
+    given = ["--device", "cpu", "--quick", "--model", str(model), "--out", str(tmp_path / "out")]
+    os.environ.pop("TRITON_INTERPRET", None)
+    status = gpu.main([*given, "--only", "suite", "step", "throughput", "latency", "ragged"])
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert statuses(found) == dict.fromkeys(["suite", "step", "throughput", "latency", "ragged"], "ok"), found
+    assert status == 0
