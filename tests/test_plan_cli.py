@@ -122,6 +122,7 @@ def test_a_device_of_ones_own(plan: Plan, tmp_path: Path) -> None:
         ({"cache_gbs": 999}, "cache_gbs (999) is below bandwidth_gbs (1000)"),
         ({"like": "h10"}, "no device is called 'h10'. Did you mean h100?"),
         ({"like": "other.json"}, "like must name one of"),
+        ({"like": "x" * 5000}, "no device is called 'xxx"),
     ],
 )
 def test_fields_that_cannot_be_are_named(

@@ -201,7 +201,8 @@ def test_devices_are_plausible() -> None:
         ("NVIDIA A100-SXM4-40GB", "a100-40"), ("NVIDIA GeForce RTX 4090", "4090"), ("NVIDIA L4", "l4"),
         ("NVIDIA L40S", "l40s"), ("NVIDIA H200", "h200"), ("AMD Instinct MI300X", "mi300x"),
         ("AMD Radeon RX 7900 XTX", "7900xtx"), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("Tesla T4", None),
-        ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA H100 NVL", None), ("", None),
+        ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA H100 NVL", None),
+        ("NVIDIA A100 80GB PCIe", None), ("", None),
     ],
 )  # fmt: skip
 def test_a_drivers_name_is_recognised_or_not_guessed(name: str, key: str | None) -> None:

@@ -88,7 +88,8 @@ def test_what_was_not_compiled_has_a_stand_in_that_is_named(monkeypatch: pytest.
     del less["figures"]["sm_90"]["float16"]
     monkeypatch.setattr(figures, "_read", lambda: less)
     found = figures.load("sm_90", "float16")
-    assert found.dtype == "bfloat16" and "nothing was compiled for sm_90 in float16" in found.stand_in
+    assert (found.target, found.dtype) == ("sm_89", "float16")
+    assert found.stand_in == "no kernels were compiled for sm_90 in float16; figures of sm_89 stand in"
 
 
 def test_a_report_becomes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -187,4 +188,5 @@ def _recognise(name: str) -> Any:
 def _measure(args: argparse.Namespace, settings: Any, timer: Any) -> dict[str, Any]:
     from dia_fast.roofline import measure
 
+    print(f"measuring on {timer.name}, a minute or so ...", file=sys.stderr, flush=True)
     return measure.measure(settings, timer, args.model)

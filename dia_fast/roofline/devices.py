@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -115,11 +116,11 @@ EXAMPLE = (
 
 def find(name: str) -> Device:
     """The device of that name, or the one that a JSON file describes. Raises InputError for anything else."""
-    if name.lower().endswith(".json") or Path(name).is_file():
-        return read(Path(name))
     key = name.lower().replace("_", "-").replace(" ", "")
     if ALIASES.get(key, key) in DEVICES:
         return DEVICES[ALIASES.get(key, key)]
+    if name.lower().endswith(".json") or os.path.isfile(name):
+        return read(Path(name))
     close = difflib.get_close_matches(key, [*DEVICES, *ALIASES], 1, 0.5)
     hint = f"Did you mean {ALIASES.get(close[0], close[0])}? " if close else ""
     raise InputError(
@@ -138,7 +139,7 @@ def named_like(name: str) -> Device | None:
     variants = {"laptop", "max", "d", "mobile", "ti", "nvl"}  # 4090 Laptop, 4090 D, 3090 Ti, H100 NVL: other chips
     for key, needed in fitting.items():
         flat = {word for part in words for word in (part, part.split("sxm")[0])}
-        if needed <= flat and not variants & flat:
+        if needed <= flat and not variants & flat and ("pcie" in needed) == ("pcie" in flat):
             return DEVICES[key]
     return None
 
@@ -187,7 +188,7 @@ def _base(path: Path, data: dict[str, Any]) -> Device:
     """What the file's numbers are laid over: the device it is like, or nothing but the optional ones."""
     if "like" in data:
         like = _text(path, "like", data["like"])
-        if like.lower().endswith(".json") or Path(like).is_file():
+        if like.lower().endswith(".json") or os.path.isfile(like):
             raise InputError(f"--gpu: {path}: like must name one of {', '.join(DEVICES)}, not a file")
         return find(like)
     missing = [name for name in [*NUMBERS, "target"] if name not in data and name not in OPTIONAL]

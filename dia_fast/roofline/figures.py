@@ -34,7 +34,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of one target and dtype. stand_in: what was compiled instead of what was asked for, or ""."""
+    """Figures of one target and dtype. stand_in: a sentence if they are not of the target that was asked for, or ""."""
 
     target: str
     dtype: str
@@ -69,22 +69,18 @@ def bucket(target: str, rows: int) -> int:
 
 
 def load(target: str, dtype: str) -> Figures:
-    """Figures for a target such as sm_90 and a dtype such as bfloat16, or of what comes nearest to it."""
+    """Figures for a target such as sm_90 and a dtype such as bfloat16, or in that dtype of the target nearest to it."""
     table = _read()
+    known = [name for name, dtypes in table["figures"].items() if dtype in dtypes]
     found, why = target, ""
-    if target not in table["figures"]:
-        found = _nearest(target, list(table["figures"]))
-        why = f"no kernels were compiled for {target}; figures of {found} stand in"
-    per_dtype = table["figures"][found]
-    chosen = dtype
-    if dtype not in per_dtype:
-        chosen = next(name for name in ("bfloat16", "float16", "float32") if name in per_dtype)
-        why += ("; " if why else "") + f"nothing was compiled for {found} in {dtype}; figures of {chosen} stand in"
+    if target not in known:
+        found = _nearest(target, known)
+        why = f"no kernels were compiled for {target} in {dtype}; figures of {found} stand in"
     lines = {
         name: {int(rows): Figure(*values) for rows, values in rows_of.items()}
-        for name, rows_of in per_dtype[chosen].items()
+        for name, rows_of in table["figures"][found][dtype].items()
     }
-    return Figures(found, chosen, table["triton"], lines, why)
+    return Figures(found, dtype, table["triton"], lines, why)
 
 
 def targets() -> list[str]:

@@ -185,9 +185,12 @@ def _published(compared: Sequence[Comparison]) -> str:
         for item in compared
     ]  # fmt: skip
     first = compared[0].predicted.settings
+    stands = sorted({item.predicted.figures.stand_in for item in compared} - {""})
     return (
         "published for Dia-1.6B, one request; ceiling: its weights alone at full bandwidth; predicted: these kernels, "
-        f"{first.context} tokens of context, {first.text} bytes of text\n" + table(head, rows, left=3)
+        f"{first.context} tokens of context, {first.text} bytes of text\n"
+        + table(head, rows, left=3)
+        + "".join(f"\n  {why}" for why in stands)
     )
 
 
