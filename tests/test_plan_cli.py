@@ -4,6 +4,7 @@ import builtins
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,14 +265,13 @@ needs_kernels = pytest.mark.skipif(not executor.interpreted(), reason="the fake 
 
 
 @needs_kernels
-@pytest.mark.parametrize(("requests", "graph"), [(1, True), (3, False)])
-def test_measuring_times_every_launch_and_whole_steps(requests: int, graph: bool) -> None:
-    timer = FakeTimer()
+@pytest.mark.parametrize(("requests", "graph", "layers"), [(1, True, 1), (3, False, 11)])
+def test_measuring_times_every_launch_and_whole_steps(requests: int, graph: bool, layers: int) -> None:
+    timer, config = FakeTimer(), replace(TINY, decoder=replace(TINY.decoder, num_hidden_layers=layers))
     with launch.listening(timer.note):
-        found = measure.measure(Settings(TINY, "float32", requests, 100, 20, True, graph), timer, rounds=2)
+        found = measure.measure(Settings(config, "float32", requests, 100, 20, True, graph), timer, rounds=2)
     costs = {name: timer.cost(work.KERNELS[name]) for name in work.LAUNCHES}
     assert found["launches"] == pytest.approx(costs)
-    layers = TINY.decoder.num_hidden_layers
     inside = sum(cost for name, cost in costs.items() if name not in ("embed", "heads", "sample"))
     outside = costs["embed"] + costs["heads"] + costs["sample"]
     assert found["step_seconds"] == pytest.approx(layers * inside + outside)
