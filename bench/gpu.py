@@ -17,11 +17,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.parts import Interrupted, Part, Result, Runner, scrub
+from bench.parts import Interrupted, Part, Result, Runner, installed, scrub
 from bench.report import DOCTOR, PARITY, Report
 from dia_fast.errors import DiaFastError, InputError
 
@@ -41,9 +40,9 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
     """In the order in which they matter: the later ones are left out when the time is over."""
     device = ("--device", options.device)
     model = ("--model", options.model or str(weights))
-    against = ("--against", "transformers") if find_spec("transformers") else ()
+    against = ("--against", "transformers") if installed("transformers") else ()
     quick = ("--quick",) if options.quick else ()
-    workers = ("-n", "4") if find_spec("xdist") else ()
+    workers = ("-n", "4") if installed("xdist") else ()
     step = ("--steps", "4", "--rounds", "1") if options.quick else ("--steps", "32", "--rounds", "2")
 
     def part(name: str, shows: str, limit: float, module: str, *command: str, **more: Any) -> Part:
@@ -60,10 +59,15 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
              *quick, "--out", str(folder / "suite"), "--limit", "180", needs=("pytest", "pytest_benchmark")),
     ]  # fmt: skip
     if options.model is None:
-        parts.append(part("weights", "makes random weights, 3.2 GB", 120, "bench.make_checkpoint", str(weights)))
+        layout = ("--layout", "original") if installed("dia") else ()  # which dia-fast reads as well
+        parts.append(
+            part("weights", "makes random weights, 3.2 GB", 120, "bench.make_checkpoint", str(weights), *layout)
+        )
     return parts + [
         part("step", "a decode step beside that of transformers", 90, "bench.decode_step", *device, *model, *against,
              *step, speed=True),
+        part("original", "a decode step beside that of the original package", 90, "bench.original", *device, *model,
+             *step, needs=("dia",), speed=True),
         part("throughput", "frames per second over the number of requests", 90, "bench.throughput", *device, *model,
              *against, "--rounds", "1", "--out", str(folder / "throughput"), *batches, needs=("matplotlib",),
              speed=True),
@@ -110,7 +114,7 @@ def obstacle(part: Part, report: Report, results: Sequence[Result]) -> str | Non
         return f"results are wrong on this machine, so speeds mean nothing: {wrong[0]}"
     if part.speed and any(result.name == "weights" and result.status != "ok" for result in results):
         return "there are no weights"
-    if part.name == "weights" and shutil.disk_usage(Path(part.command[-1]).parent).free < DISK:
+    if part.name == "weights" and shutil.disk_usage(Path(part.command[2]).parent).free < DISK:
         return f"the disk for temporary files has no {DISK / 1e9:.0f} GB free; name another one with --scratch"
     return None
 

@@ -74,7 +74,7 @@ class Runner:
 
     def run(self, part: Part) -> Result:
         """What came of it; nothing that the command does raises. Raises Interrupted."""
-        missing = [package for package in part.needs if find_spec(package) is None]
+        missing = [package for package in part.needs if not installed(package)]
         if missing:
             return Result(part.name, "skipped", f"{', '.join(missing)} is not installed")
         left = self.end - self.clock()
@@ -143,6 +143,14 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
     return scrub(file.read().decode(errors="replace"))
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; one that only stands in for another, without a place of its own, is none."""
+    try:
+        return find_spec(package) is not None
+    except ValueError:
+        return False
 
 
 def scrub(text: str) -> str:

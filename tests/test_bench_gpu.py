@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import environment, gpu, parity, parts
+from bench import environment, gpu, original, parity, parts
+from bench.measure import Seconds
 from bench.parts import Part, Runner
 from bench.report import Report
 from dia_fast.errors import InputError
@@ -280,6 +281,24 @@ def test_parity_reports_what_raises() -> None:
 
     [finding] = parity.check(tiny_config(), torch.float16, NoOps(), torch.device("cpu"), 4)  # type: ignore[arg-type]
     assert finding.outcome == "failed" and "out of registers" in finding.detail
+
+
+def test_a_step_of_the_original_is_told_without_what_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def call(steps: int) -> None:
+        clock[0] += 7.0 + 2.0 * steps
+
+    monkeypatch.setattr(original, "now", lambda: Seconds(clock[0], clock[0] / 2))
+    assert original.original_steps(call, 10) == Seconds(2.0, 1.0)
+
+
+def test_the_original_package_is_asked_for_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(original, "installed", lambda package: False)
+    assert original.main(["--model", "none"]) == 2
+    assert "the original package is not installed: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from bench.suite.stages import all_stages
 from dia_fast.doctor import Verdict, environment
 from dia_fast.placement import choose_dtype
 
+WARM_UP = 3  # rounds
 ROUNDS = (5, 200)
 MOST_CALLS = 256  # in a round
 MEMORY = {True: 2 << 30, False: 1 << 29}  # bytes of the arguments of a round, on a GPU and on a CPU
@@ -112,8 +113,9 @@ def measure(session: Session, benchmark: Any, request: pytest.FixtureRequest) ->
                 reset()
             device.hold()
 
-        spans = []
-        for _ in range(3):  # warm-up: compiles, fills pools, and tells how many rounds fit
+        spans: list[float] = []
+        # Warm-up: compiles, fills pools, and tells how many rounds fit.
+        while not spans or (len(spans) < WARM_UP and sum(spans) < 4 * session.seconds):
             prepare()
             start = device.now()
             work()
