@@ -68,9 +68,7 @@ class Device:
             torch.cuda.synchronize(self.torch)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What repeats the launches of `work`: on a GPU a graph, so that no host is in the figures. Raises as torch."""
-        if not self.gpu:
-            return work
+        """What repeats the launches of `work` as a graph, so that no host is in the figures. Raises as torch does."""
         from dia_fast.engine.stepper import CudaGraphs
 
         return CudaGraphs()(work)

@@ -4,11 +4,13 @@ import functools
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from bench.device import Device
 from dia_fast.doctor import ComparingOps, Verdict
 from dia_kernels import get_ops, reference
 from dia_kernels.dispatch import triton_obstacle
@@ -22,6 +24,9 @@ class CompiledOps:
     name = "compile"
 
     def __init__(self) -> None:
+        # Every shape is compiled for itself; by default torch gives up after eight and runs the op as it is.
+        torch._dynamo.config.recompile_limit = 1024
+        torch._dynamo.config.accumulated_recompile_limit = 4096
         self._compiled: dict[str, Callable[..., Any]] = {}
 
     def attention_workspace(self, *args: Any) -> None:
@@ -73,6 +78,18 @@ def vectors(device: torch.device) -> str:
         return str(cpu_vec_isa.pick_vec_isa()) if cpu_vec_isa.valid_vec_isa_list() else "none"
     except (ImportError, AttributeError):  # the name is not public
         return "unknown"
+
+
+def captured(device: Device, work: Callable[[], None]) -> tuple[Callable[[], None], bool]:
+    """A graph of `work` and True; or `work` and False where a graph cannot hold it, or there are none."""
+    if not device.gpu:
+        return work, False
+    try:
+        return device.capture(work), True
+    except Exception as error:  # torch has many names for it
+        print(f"not as a graph: {type(error).__name__}: {str(error).splitlines()[:1]}", file=sys.stderr)
+        device.synchronize()
+        return work, False
 
 
 def compare(ops: Any, call: Callable[[Any], Any]) -> list[Verdict]:
