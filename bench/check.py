@@ -1,0 +1,182 @@
+"""Has anything become worse than what is recorded in bench/baseline.json?
+
+    python -m bench.check [--only launches,traffic,codegen,memory,ratio] [--all] [--json FILE]
+    python -m bench.check --update [--only ...]
+
+Measures five groups of figures (`bench/gauges.py`) and prints those that differ from the recorded ones. The exit status
+is 1 if one is worse by more than its noise, is missing, or is not recorded; 2 if something could not be compared.
+Figures that vary from run to run are measured twice more before they are called worse. `--update` records what is
+measured now.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from bench import baseline, gauges
+from bench.baseline import Finding, Group
+from dia_fast.errors import DiaFastError, InputError
+from dia_fast.files import replacing
+
+BASELINE = Path(__file__).with_name("baseline.json")
+ANEW = "python -m bench.check --update"
+UPDATE_RUNS = 5  # of what varies, from which its noise is taken
+
+Measure = Callable[[str, Path], Group]  # group, folder for a checkpoint; raises DiaFastError
+
+
+def chosen(text: str) -> list[str]:
+    """The groups of `--only`, in the order of the gate. Raises argparse.ArgumentTypeError for others."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in gauges.GROUPS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {','.join(gauges.GROUPS)}")
+    return [name for name in gauges.GROUPS if name in names]
+
+
+def main(arguments: Sequence[str] | None = None, measure: Measure = gauges.in_a_process) -> int:
+    """Entry point; returns the exit status. measure: what takes the figures of a group."""
+    parser = argparse.ArgumentParser(prog="check", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", type=chosen, default=list(gauges.GROUPS), metavar="GROUP,...", help="these groups")
+    parser.add_argument("--update", action="store_true", help="record what is measured now, and say what changed")
+    parser.add_argument("--all", action="store_true", help="print figures that did not change, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and its verdict here")
+    parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE", help="default: bench/baseline.json")
+    options = parser.parse_args(arguments)
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-check-") as folder:
+            run = update if options.update else check
+            return run(options, lambda name: _measured(name, Path(folder), measure))
+    except DiaFastError as error:
+        print(f"check: {error}", file=sys.stderr)
+        return 2
+
+
+def check(options: argparse.Namespace, measured: Callable[[str], Group]) -> int:
+    """Compares, prints and returns the exit status. Raises DiaFastError if there is no baseline to compare with."""
+    recorded = baseline.read(options.baseline)
+    found: list[Finding] = []
+    problems: list[str] = []
+    for name in options.only:
+        try:
+            if name not in recorded:
+                raise InputError(f"{name}: not in {options.baseline}; record it with {ANEW} --only {name}")
+            found += _compared(name, recorded[name], measured)
+        except DiaFastError as error:
+            problems.append(str(error))
+    failed = [item for item in found if item.fails]
+    status = 1 if failed else 2 if problems else 0
+    if options.json:
+        with replacing(options.json) as temporary:
+            report = {"status": status, "problems": problems, "figures": [asdict(item) for item in found]}
+            temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(table(found if options.all else [item for item in found if item.verdict != "same"]))
+    print("\n".join([*summary(found), *problems]))
+    if failed:
+        print(f"If this is meant: {ANEW}, and commit what it writes.")
+    elif any(item.verdict == "better" for item in found):
+        print(f"Better than recorded: {ANEW} keeps it so.")
+    return status
+
+
+def update(options: argparse.Namespace, measured: Callable[[str], Group]) -> int:
+    """Records the chosen groups and prints what changed; the others stay as they are."""
+    try:
+        recorded = baseline.read(options.baseline)
+    except InputError:
+        if options.baseline.exists() and options.only != list(gauges.GROUPS):
+            raise  # what is not measured now would be lost
+        recorded = {}
+    groups = dict(recorded)
+    for name in options.only:
+        runs = UPDATE_RUNS if name in gauges.REPEATED else 1
+        groups[name] = baseline.settle([measured(name) for _ in range(runs)])
+    baseline.write(options.baseline, {name: groups[name] for name in gauges.GROUPS if name in groups})
+    for name in options.only:
+        print(f"{name}: {changes(recorded.get(name), groups[name])}")
+    return 0
+
+
+def changes(before: Group | None, after: Group) -> str:
+    """What is recorded otherwise now."""
+    if before is None:
+        return f"{count(sum(map(len, after.values.values())), 'figure')} recorded for the first time"
+    lines = [baseline.differences(before.versions | before.machine, after.versions | after.machine)]
+    for subject in {**before.values, **after.values}:
+        old, new = before.values.get(subject, {}), after.values.get(subject, {})
+        for kind in {**old, **new}:
+            if old.get(kind) != new.get(kind):
+                lines.append(f"{subject}, {kind}: {figure(old.get(kind))} -> {figure(new.get(kind))}")
+    for kind in before.kinds.keys() | after.kinds.keys():
+        if before.kinds.get(kind) != after.kinds.get(kind):
+            lines.append(f"what {kind!r} is, or its noise")
+    return "\n  ".join(["changed:", *filter(None, lines)]) if any(lines) else "nothing changed"
+
+
+def _measured(name: str, folder: Path, measure: Measure) -> Group:
+    print(f"measuring: {name}", file=sys.stderr, flush=True)
+    return measure(name, folder)
+
+
+def _compared(name: str, recorded: Group, measured: Callable[[str], Group]) -> list[Finding]:
+    """The group's findings; if it varies and looks worse, those of the median of three measurements."""
+    runs = [measured(name)]
+    found = baseline.compare(name, recorded, runs[0])
+    if name in gauges.REPEATED and any(item.verdict == "WORSE" for item in found):
+        runs += [measured(name), measured(name)]
+        found = baseline.compare(name, recorded, baseline.settle(runs))
+    if recorded.machine != runs[0].machine:
+        print(f"{name}: {baseline.differences(recorded.machine, runs[0].machine)}: shown, not judged")
+    return found
+
+
+def table(found: Iterable[Finding]) -> str:
+    """Old, new, what is allowed, verdict: a line each; empty if there are none."""
+    rows = [
+        (f"{item.group}: {item.subject}, {item.kind}", figure(item.recorded), figure(item.now), figure(item.limit),
+         item.unit, item.verdict)
+        for item in found
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    rows.insert(0, ("figure", "recorded", "now", "allowed", "unit", "verdict"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if 1 <= n <= 3 else cell.ljust(width) for n, (cell, width) in
+                  enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    )  # fmt: skip
+
+
+def summary(found: Sequence[Finding]) -> list[str]:
+    """A line per group: how many figures have which verdict."""
+    groups: dict[str, dict[str, int]] = {}
+    for item in found:
+        verdicts = groups.setdefault(item.group, {})
+        verdicts[item.verdict] = verdicts.get(item.verdict, 0) + 1
+    return [f"{name}: {_told(verdicts)}" for name, verdicts in groups.items()]
+
+
+def _told(verdicts: Mapping[str, int]) -> str:
+    words = {"same": "as recorded", "noise": "within the noise"}
+    parts = ", ".join(f"{number} {words.get(verdict, verdict)}" for verdict, number in verdicts.items())
+    return f"{count(sum(verdicts.values()), 'figure')}: {parts}"
+
+
+def figure(value: float | None) -> str:
+    """A number for a table: whole ones with separators, others with four digits."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
