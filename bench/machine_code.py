@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MATRIX = re.compile(r"[HID]MMA|[HIQ]GMMA|UTC\w*MMA|v_mfma|v_smfmac|v_wmma|v_swmmac")
+MULTIPLY_ADD = re.compile(r"v_(dual_)?fmac?_f32")
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,13 @@ class Code:
     shared: int
 
     def weight_loads(self) -> list[Instruction]:
-        """Those with the hint; where there is none (RDNA 3), all up to the last product, activations too."""
+        """Those with the hint; where there is none (RDNA 3), all up to the last product, activations too.
+
+        Products are matrix instructions, in float32 there multiply-adds.
+        """
         hinted = [i for i in self.instructions if i.bits and i.hint]
-        products = [n for n, i in enumerate(self.instructions) if MATRIX.match(i.opcode)]
+        kind = MATRIX if self.matrix() else MULTIPLY_ADD
+        products = [n for n, i in enumerate(self.instructions) if kind.match(i.opcode)]
         if hinted or not products:
             return hinted
         return [i for i in self.instructions[: products[-1]] if i.bits]

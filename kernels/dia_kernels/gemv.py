@@ -246,7 +246,8 @@ def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int
         depth = 1 if block_r >= 32 else 2
     elif dtype == torch.float32:  # a thread multiplies by all columns of a step at once: half as many spill nothing
         config["CHUNKS"] = 1
-        block_n, depth = {32: (16, 4), 64: (8, 2)}.get(block_r, (16, 8))
+        # Compilers for the older ones hold more of what is in flight in registers.
+        block_n, depth = {32: (16, 2 if arch.startswith("sm_8") else 4), 64: (8, 2)}.get(block_r, (16, 8))
     elif normed and config["AMD"]:
         block_n = 16 if config["K_LANES"] == 2 else 64 if block_r == 32 else 32
         depth = 4 if block_r == 16 and config["K_LANES"] == 4 else 2
