@@ -3,7 +3,7 @@
     python -m bench.pages [--rows 3072] [--every 512] [--prompt 0] [--dtype bfloat16]
 
 One guided request on a narrow model with the attention heads, the layers and the positions of Dia-1.6B, so that every
-page has its real size. With `--prompt` that many of its rows are given, which takes seconds instead of minutes, and their
+page has its real size. With `--prompt` that many of its rows are given, which takes seconds instead of minutes; their
 pages fill at once. Two columns: the bytes of the pages in use, and by how much the process has grown. The engine's
 pool is made for the maximum at the start; on a CPU a page takes memory when it is first written.
 """
