@@ -20,7 +20,7 @@ from dia_fast.placement import choose_dtype
 
 WARM_UP = 3  # rounds
 ROUNDS = (5, 200)
-MOST_CALLS = 256  # in a round
+FEW_CALLS, MOST_CALLS = 64, 256  # in a round: without a question, and at most
 MEMORY = {True: 2 << 30, False: 1 << 29}  # bytes of the arguments of a round, on a GPU and on a CPU
 
 
