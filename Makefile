@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-emulated bench bench-suite bench-gpu lint clean
+.PHONY: help demo test test-slow test-emulated bench bench-check bench-suite bench-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ BENCH_ARGS ?=
 bench: $(VENV)/.dev ## time a decode step beside transformers, at full size (first makes random weights, 3.2 GB; BENCH_ARGS=)
 	@test -d $(BENCH_MODEL) || $(PY) -m bench.make_checkpoint $(BENCH_MODEL)
 	$(PY) -m bench.decode_step --model $(BENCH_MODEL) --against transformers $(BENCH_ARGS)
+
+CHECK_ARGS ?=
+bench-check: $(VENV)/.dev ## fail if launches, bytes moved, compiled code, memory or the lead on transformers got worse (CHECK_ARGS=)
+	$(PY) -m bench.check $(CHECK_ARGS)
 
 SUITE_ARGS ?=
 bench-suite: $(VENV)/.dev ## time every kernel and stage on every backend; JSON and plots in bench/results/suite (SUITE_ARGS=)

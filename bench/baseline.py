@@ -92,15 +92,20 @@ def settle(runs: Sequence[Group]) -> Group:
         subject: {kind: statistics.median(run.values[subject][kind] for run in runs) for kind in figures}
         for subject, figures in first.values.items()
     }
-    kinds = {}
+    kinds = dict(first.kinds)
     for name, kind in first.kinds.items():
-        spread = max(
-            (abs(run.values[subject][name] - figures[name]) / abs(figures[name])
-             for run in runs for subject, figures in values.items() if figures.get(name)),
-            default=0.0,
-        )  # fmt: skip
-        found = f"; the largest deviation of {len(runs)} runs from their median was {spread:.1%}, and twice that counts"
-        kinds[name] = replace(kind, share=max(kind.share, math.ceil(2e3 * spread) / 1e3), source=kind.source + found)
+        pairs = [
+            (abs(run.values[subject][name] - figures[name]), abs(figures[name]))
+            for run in runs
+            for subject, figures in values.items()
+            if figures.get(name)
+        ]
+        # What `amount` covers needs no share: of a small figure it would be large, and be allowed to all.
+        share = max(((2 * deviation - kind.amount) / median for deviation, median in pairs), default=0.0)
+        largest = max((deviation / median for deviation, median in pairs), default=0.0)
+        if largest:
+            source = f"{kind.source}; at least twice the largest deviation of {len(runs)} runs, {largest:.1%}"
+            kinds[name] = replace(kind, share=max(kind.share, math.ceil(1e3 * share) / 1e3), source=source)
     return replace(first, kinds=kinds, values=values)
 
 

@@ -175,12 +175,15 @@ def ratio(folder: Path, steps: int = 16, rounds: int = 3, requests: Sequence[int
             for run, spans in zip(runs, taken, strict=True):
                 spans.append(least(step_times(run)).cpu)
         values[f"requests: {batch}"] = {"times transformers": min(taken[1]) / min(taken[0])}
-    source = f"the least processor time of {rounds} x {steps} steps on each side still depends on what else runs"
+    source = f"caches and memory are shared: the least of {rounds} x {steps} steps still depends on what else runs"
     return Group(
-        {"times transformers": Kind("ratio", "higher", 0.15, 0.0, source)},
+        {"times transformers": Kind("ratio", "higher", 0.25, 0.0, source)},
         values,
         versions={name: installed(name) for name in ("torch", "transformers")},
-        machine={"processor": describe_machine(torch.device("cpu"))},
+        machine={
+            "processor": describe_machine(torch.device("cpu")),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+        },
     )
 
 
