@@ -49,6 +49,7 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
         return Part(name, ("-m", module, *command), limit, shows, **more)
 
     few = ("--layers", "1", "--steps", "6") if options.quick else ()
+    sound = ("--rounds", "1", "--steps", "24", "--chunks", "0.1") if options.quick else ("--rounds", "2")
     batches = ("--requests", "1", "2") if options.quick else ()
     parts = [
         part("doctor", "every kernel against its reference", 120, "dia_fast", "doctor", *device, "--json",
@@ -71,7 +72,8 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
         part("throughput", "frames per second over the number of requests", 90, "bench.throughput", *device, *model,
              *against, "--rounds", "1", "--out", str(folder / "throughput"), *batches, needs=("matplotlib",),
              speed=True),
-        part("latency", "time to the first sound", 60, "bench.latency", *device, *model, "--rounds", "2", speed=True),
+        part("latency", "time to the first sound", 60, "bench.latency", *device, *model, *sound,
+             speed=True),
         part("ragged", "requests of different lengths, one after another", 60, "bench.ragged", *device, *model,
              *against, "--gap", "0.1", "--steps", "50", "200", speed=True),
         part("plan", "measured beside predicted", 60, "dia_fast", "plan", *device, "--measure", "--plots",

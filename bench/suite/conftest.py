@@ -20,6 +20,7 @@ from dia_fast.placement import choose_dtype
 
 WARM_UP = 3  # rounds
 ROUNDS = (5, 200)
+FEW_ROUNDS = 3  # of what takes more than a second
 FEW_CALLS, MOST_CALLS = 64, 256  # in a round: without a question, and at most
 MEMORY = {True: 2 << 30, False: 1 << 29}  # bytes of the arguments of a round, on a GPU and on a CPU
 
@@ -124,7 +125,8 @@ def measure(session: Session, benchmark: Any, request: pytest.FixtureRequest) ->
             work()
             spans.append(device.now() - start)
         device.calls = calls
-        rounds = max(ROUNDS[0], min(ROUNDS[1], int(session.seconds / max(spans[-1], 1e-9))))
+        least = ROUNDS[0] if spans[-1] < 1 else FEW_ROUNDS
+        rounds = max(least, min(ROUNDS[1], int(session.seconds / max(spans[-1], 1e-9))))
         benchmark.pedantic(work, setup=prepare, rounds=rounds)
         device.calls = 1
         seconds = benchmark.stats.stats.median
