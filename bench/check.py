@@ -168,10 +168,10 @@ def _told(verdicts: Mapping[str, int]) -> str:
 
 
 def figure(value: float | None) -> str:
-    """A number for a table: whole ones with separators, others with four digits."""
+    """A number for a table: whole and large ones with separators, others with four digits."""
     if value is None:
         return "-"
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def count(number: int, noun: str) -> str:
