@@ -43,7 +43,7 @@ class DilatedConv1d(nn.Conv1d):
             return super().forward(x)
         apart = functional.pad(x[0], (0, -samples % step)).unflatten(-1, (-1, step)).permute(2, 0, 1).contiguous()
         y = functional.conv1d(apart, self.weight, self.bias, padding=KERNEL // 2)
-        return y.permute(1, 2, 0).flatten(1)[None, :, :samples]
+        return y.permute(1, 2, 0).flatten(1)[None, :, :samples].contiguous()
 
 
 class ResidualUnit(nn.Module):
