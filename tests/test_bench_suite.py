@@ -21,11 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_suite(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A quick run with the planted device; `arguments` before `--` are the suite's."""
+    """A quick run with the planted device; `arguments` before `--` are the suite's.
+
+    It knows nothing of the workers that run this test: pytest-benchmark times nothing within one.
+    """
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     given = [*arguments, *(() if "--" in arguments else ("--",)), "-p", "tests.planted"]
     return subprocess.run(
         [sys.executable, "-m", "bench.suite", "--quick", "--device", "cpu", "--out", str(folder), *given],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, env={**alone, **environment}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 
