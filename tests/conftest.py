@@ -1,5 +1,6 @@
 """What holds for every test: few threads, no network, the same random numbers in every run."""
 
+import builtins
 import os
 
 # Before torch is imported: the suite runs in several processes, and tiny tensors gain nothing from threads.
@@ -14,6 +15,7 @@ from tests.kernels import executor
 executor.choose()
 
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -31,3 +33,16 @@ def _same_random_numbers() -> Iterator[None]:
 
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the extra is not installed: importing it, or anything of it, fails."""
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **rest: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError("No module named 'matplotlib'")
+        return real(name, *args, **rest)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)

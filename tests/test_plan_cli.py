@@ -1,6 +1,5 @@
 """`dia-fast plan`: what it prints, the pictures, what it measures, and what it refuses."""
 
-import builtins
 import json
 import re
 from collections.abc import Callable
@@ -219,16 +218,8 @@ def test_pictures(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_only_pictures_are_refused(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plan: Plan, without_matplotlib: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *args: Any, **rest: Any) -> Any:
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError("No module named 'matplotlib'")
-        return real(name, *args, **rest)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
     plan("--gpu", "h100")
     assert main(["plan", "--gpu", "h100", "--plots", str(tmp_path / "pictures")]) == 2
     assert "pip install 'dia-fast[plots]'" in capsys.readouterr().err and not (tmp_path / "pictures").exists()

@@ -1,6 +1,5 @@
 """Pictures come in a light and a dark variant, can be read in both, and are the same for the same data."""
 
-import builtins
 import re
 from pathlib import Path
 from typing import Any
@@ -55,15 +54,7 @@ def test_the_picture_for_a_page_names_files_that_are_written(tmp_path: Path) -> 
     assert set(re.findall(r'plots/([\w.-]+)"', picture("plot", "squares", "plots"))) <= written
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *args: Any, **rest: Any) -> Any:
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError("No module named 'matplotlib'")
-        return real(name, *args, **rest)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+def test_without_matplotlib_it_says_what_to_install(without_matplotlib: None, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pip install 'dia-fast\[plots\]'"):
         save_figure(draw, tmp_path / "new", "plot")
     assert not (tmp_path / "new").exists()
