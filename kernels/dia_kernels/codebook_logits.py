@@ -23,6 +23,7 @@ def _codebook_logits(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -35,7 +36,10 @@ def _codebook_logits(
     AMD: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK_N
+    tile, skip = gemv.place(ROW_BLOCKS, BLOCK_R)
+    if ROW_BLOCKS > 1:
+        x_ptr, out_ptr, rows = x_ptr + skip * K, out_ptr + skip * N, rows - skip
+    first = tile * BLOCK_N
     weight_rows = tl.minimum(first + gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER), N - 1)
     total = gemv.project(
         x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
@@ -63,6 +67,6 @@ def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, 
         out_dtype=float32,
     )
     config = gemv.configuration("codebook_logits", x, features, normed=True)
-    grid = (triton.cdiv(features, config["BLOCK_N"]),)
+    grid = (triton.cdiv(features, config["BLOCK_N"]) * config["ROW_BLOCKS"],)
     launch.run(_codebook_logits, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features, K=hidden, **config)
     return out

@@ -9,7 +9,8 @@ long as both operands agree, so `_operand` only renames axes and nothing moves b
 `DEPTH` steps of weights are in flight in registers. A barrier after their loads (`FENCE`) keeps the compiler from
 moving them down to their use, which it otherwise does to save registers.
 
-*One result for any number of rows.* Rows are padded to `BLOCK_R` by repeating the last one. The instruction, the order
+*One result for any number of rows.* Rows are padded to `BLOCK_R` by repeating the last one; what is more than `BLOCK_R`
+goes to other programs (`ROW_BLOCKS`), which find the weights in the cache. The instruction, the order
 of its accumulation and the tree that adds up the warps depend on the other constants only, never on `BLOCK_R`,
 `BLOCK_N` or `DEPTH`: a row comes out the same to the bit whatever the others are. Hence matrix instructions from one
 row on.
@@ -33,6 +34,14 @@ MAX_ROWS = 64
 
 # Triton gives lanes, then warps, then registers to the axes of a tile: from the last one, up to 3.6 from the first.
 _FROM_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7))
+
+
+@triton.jit
+def place(ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The tile of weights of this program, and its first row: programs of the same weights follow one another."""
+    if ROW_BLOCKS > 1:
+        return tl.program_id(0) // ROW_BLOCKS, tl.program_id(0) % ROW_BLOCKS * BLOCK_R
+    return tl.program_id(0), 0
 
 
 @triton.jit
@@ -244,6 +253,8 @@ def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int
     block_n, depth = 16, 4
     if dtype == torch.float32 and config["AMD"]:
         depth = 1 if block_r >= 32 else 2
+        if normed and config["K_LANES"] == 2:
+            block_r = min(block_r, 32)  # without matrix instructions for it, 64 rows would spill
     elif dtype == torch.float32:  # a thread multiplies by all columns of a step at once: half as many spill nothing
         config["CHUNKS"] = 1
         # Compilers for the older ones hold more of what is in flight in registers.
@@ -262,9 +273,10 @@ def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int
 def configuration(op: str, x: Tensor, features: int, normed: bool) -> dict[str, int]:
     """Configuration of one launch of `op`: see `launch.configuration` and `rule`."""
     rows, hidden = x.shape
-    return launch.configuration(
+    config = launch.configuration(
         op, rule, x.dtype, x.device, rows=rows, features=features, hidden=hidden, normed=int(normed)
     )
+    return config | {"ROW_BLOCKS": triton.cdiv(rows, config["BLOCK_R"])}
 
 
 def check(rows: int, named: Mapping[str, tuple[Tensor, tuple[int, ...]]], out_dtype: torch.dtype | None = None) -> None:

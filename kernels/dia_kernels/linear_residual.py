@@ -24,6 +24,7 @@ def _linear_residual(
     BLOCK_C: tl.constexpr,  # at least all_rows - rows
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -36,7 +37,10 @@ def _linear_residual(
     AMD: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK_N
+    tile, skip = gemv.place(ROW_BLOCKS, BLOCK_R)
+    if ROW_BLOCKS > 1:
+        x_ptr, residual_ptr, rows, all_rows = x_ptr + skip * K, residual_ptr + skip * N, rows - skip, all_rows - skip
+    first = tile * BLOCK_N
     weight_rows = tl.minimum(first + gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER), N - 1)
     total = gemv.project(
         x_ptr, x_ptr, weight_ptr, weight_rows, rows, 0.0, K, False, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
@@ -49,6 +53,8 @@ def _linear_residual(
     if BLOCK_C > 0:
         c = rows + tl.arange(0, BLOCK_C)[:, None]
         inside = (c < all_rows) & (n < N)
+        if ROW_BLOCKS > 1:
+            inside = inside & (rows <= BLOCK_R)  # the program of the last rows does it
         old = tl.load(residual_ptr + c * N + n, mask=inside, other=0.0)
         constant = tl.load(constant_ptr + n, mask=n < N, other=0.0).to(tl.float32)
         tl.store(residual_ptr + c * N + n, (old.to(tl.float32) + constant).to(old.dtype), mask=inside)
@@ -71,7 +77,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tenso
     gemv.check(rows, named)
     config = gemv.configuration("linear_residual", x, features, normed=False)
     block_c = triton.next_power_of_2(all_rows - rows) if all_rows > rows else 0
-    grid = (triton.cdiv(features, config["BLOCK_N"]),)
+    grid = (triton.cdiv(features, config["BLOCK_N"]) * config["ROW_BLOCKS"],)
     vector = constant if all_rows > rows else None
     launch.run(
         _linear_residual,

@@ -121,7 +121,8 @@ def _rule(dtype: torch.dtype, arch: str, *, head_dim: int, paged: int) -> dict[s
         if arch.startswith("gfx1"):  # no matrix units for it: query by query
             return {**config, "BLOCK_M": max(1, 512 // width), "BLOCK_N": 32, "DOT": 0, "num_warps": 8}
         warps = 4 if arch.startswith("gfx9") else 8
-        return {**config, "BLOCK_M": 16, "BLOCK_N": 32 if width <= 128 else 16, "num_warps": warps}
+        keys = 32 if width <= 128 and arch != "sm_80" else 16
+        return {**config, "BLOCK_M": 16, "BLOCK_N": keys, "num_warps": warps}
     if arch.startswith("sm_"):
         config["STAGES"] = 2
     if not arch.startswith(("sm_9", "sm_10", "gfx9")):

@@ -23,6 +23,7 @@ def _rms_norm_glu(
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,  # rows of the weights: half of them gate, half up
     BLOCK_R: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -36,7 +37,10 @@ def _rms_norm_glu(
     USE_PDL: tl.constexpr,
 ):
     HALF: tl.constexpr = BLOCK_N // 2
-    first = tl.program_id(0) * HALF
+    tile, skip = gemv.place(ROW_BLOCKS, BLOCK_R)
+    if ROW_BLOCKS > 1:
+        x_ptr, out_ptr, rows = x_ptr + skip * K, out_ptr + skip * N, rows - skip
+    first = tile * HALF
     local = gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER)
     weight_rows = tl.minimum(first + local % HALF, N - 1) + local // HALF * N
     total = gemv.project(
@@ -64,6 +68,6 @@ def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out
         },
     )
     config = gemv.configuration("rms_norm_glu", x, features, normed=True)
-    grid = (triton.cdiv(features, config["BLOCK_N"]),)
+    grid = (triton.cdiv(features, config["BLOCK_N"]) * config["ROW_BLOCKS"],)
     launch.run(_rms_norm_glu, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features // 2, K=hidden, **config)
     return out
