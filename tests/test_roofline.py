@@ -13,7 +13,7 @@ from dia_fast.config import DiaConfig
 from dia_fast.engine.stepper import BUCKETS
 from dia_fast.roofline import assumptions, figures, published, work
 from dia_fast.roofline.devices import DEVICES, Device, named_like
-from dia_fast.roofline.predict import STEPS_PER_SECOND, Settings, predict, without_graph
+from dia_fast.roofline.predict import STEPS_PER_SECOND, Settings, predict
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = DiaConfig()
@@ -146,7 +146,7 @@ def test_littles_law_program_by_program() -> None:
 
 def test_launch_by_launch_the_host_decides() -> None:
     made = predict(DEVICES["h100"], usual())
-    bare = without_graph(made)
+    bare = predict(DEVICES["h100"], usual(graph=False))
     assert bare.host.low == pytest.approx(147 * assumptions.HOST_LAUNCH.best)
     assert bare.step == bare.host and bare.step.low > made.step.low
 
@@ -154,7 +154,7 @@ def test_launch_by_launch_the_host_decides() -> None:
 def test_requests_are_padded_to_the_graph_that_holds_them() -> None:
     made = predict(DEVICES["h100"], usual(requests=5))
     assert made.settings.step.slots == 8 and any("graph for 8" in note for note in made.notes)
-    assert without_graph(made).settings.step.slots == 5
+    assert usual(requests=5, graph=False).step.slots == 5
     assert all(usual(requests=count).step.slots == count for count in BUCKETS)
     # The padding's rows are computed, and nobody's keys are read for it.
     whole = predict(DEVICES["h100"], usual(requests=8))
@@ -188,7 +188,7 @@ def test_devices_agree_with_the_machines_of_the_codegen_report() -> None:
 
 def test_devices_are_plausible() -> None:
     for key, device in DEVICES.items():
-        assert device.key == key and device.target in figures.targets()
+        assert device.key == key and device.target in MACHINES
         assert device.cache_bandwidth > device.bandwidth and device.matrix > device.vector
         # Vector units do two operations per clock on each of 64 to 256 lanes of a unit.
         assert 64 <= device.vector / (2 * device.units * device.clock) <= 520, key

@@ -83,19 +83,17 @@ def load(target: str, dtype: str) -> Figures:
     return Figures(found, dtype, table["triton"], lines, why)
 
 
-def targets() -> list[str]:
-    """Targets that there are figures of."""
-    return list(_read()["figures"])
-
-
 def _nearest(target: str, known: list[str]) -> str:
     """The newest target of the same family that is no newer, else the oldest of the family; sm_90 for strangers."""
-    for family in ("sm_", "gfx9", "gfx"):
-        kin = [name for name in known if name.startswith(family)]
-        if target.startswith(family) and kin:
-            kin.sort(key=_number)
-            return next((name for name in reversed(kin) if _number(name) <= _number(target)), kin[0])
-    return "sm_90"
+    kin = sorted((name for name in known if _family(name) == _family(target)), key=_number)
+    if not kin:
+        return "sm_90"
+    return next((name for name in reversed(kin) if _number(name) <= _number(target)), kin[0])
+
+
+def _family(target: str) -> str:
+    """NVIDIA's, CDNA with its 64-wide warps, or RDNA with 32-wide ones: none stands in for another."""
+    return next((family for family in ("sm_", "gfx9", "gfx") if target.startswith(family)), "")
 
 
 def _number(target: str) -> int:

@@ -13,9 +13,10 @@ at a program's end, the sampler's bisections.
 No launch is ever predicted to be faster than its weights, keys and values over the published bandwidth.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
+from dia_fast.arguments import FRAMES_PER_SECOND
 from dia_fast.config import DiaConfig
 from dia_fast.engine.stepper import BUCKETS
 from dia_fast.roofline import assumptions as assumed
@@ -24,7 +25,7 @@ from dia_fast.roofline.devices import Device
 from dia_fast.roofline.figures import Figure, Figures, load
 from dia_fast.roofline.work import Step, Work
 
-STEPS_PER_SECOND = 44_100 / 512  # of realtime: frames of the codec
+STEPS_PER_SECOND = FRAMES_PER_SECOND  # of realtime: a step makes one frame of the codec
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -136,11 +137,6 @@ def predict(device: Device, settings: Settings) -> Prediction:
     made = Prediction(device, settings, found, lines, gpu, host, whole, ceiling, [])
     made.notes.extend(_notes(made))
     return made
-
-
-def without_graph(made: Prediction) -> Prediction:
-    """The same with every step launched kernel by kernel."""
-    return predict(made.device, replace(made.settings, graph=False))
 
 
 def _line(item: Work, figure: Figure, found: Figures, device: Device, settings: Settings) -> Line:
