@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dia_fast import checkpoint
 from dia_fast.cli import main
 from dia_fast.config import DiaConfig
 from dia_fast.errors import InputError
@@ -289,12 +290,77 @@ def test_measured_stands_beside_predicted(
     assert re.search(r"^  qkv .* 15\.0$", text, re.M), "rms_norm_linear has 15 letters"
 
 
-def test_a_gpu_without_published_figures_is_not_guessed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets `--measure` find a GPU of a name, and 7 us for every launch at once."""
+
+    def find(name: str) -> None:
+        monkeypatch.setattr(measure, "gpu_timer", lambda device: FakeTimer(name))
+        found = {"device": name, "launches": dict.fromkeys(work.LAUNCHES, 7e-6), "step_seconds": 2e-3}
+        monkeypatch.setattr(measure, "measure", lambda settings, timer, checkpoint: found)
+
+    return find
+
+
+def test_a_gpu_without_published_figures_is_measured_alone_and_not_guessed(
+    plan: Plan, measured_at_once: Callable[[str], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "gpu_timer", lambda device: FakeTimer("Tesla T4"))
-    assert main(["plan", "--measure"]) == 2
-    assert "the GPU of this machine, Tesla T4, has no published figures here" in capsys.readouterr().err
+    measured_at_once("Tesla T4")
+    found = plan("--measure")
+    assert found["kind"] == "measurement" and found["measured"]["launches"]["qkv"] == 7e-6
+    assert found["settings"]["rows"] == 2 and not {"step", "launches", "device"} & set(found)
+    assert found["notes"][0].startswith("no prediction stands beside it: Tesla T4 has no published figures here")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    assert main(["plan", "--measure", "--plots", str(tmp_path / "pictures")]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("MEASURED, WITHOUT A PREDICTION: Tesla T4\nbfloat16, 1 request (2 rows, guidance), ")
+    assert (
+        re.search(r"^  qkv +rms_norm_linear +7\.0$", text, re.M) and "  2.000 ms, 500 steps per second, 5.8 x" in text
+    )
+    assert "no pictures were drawn" in text and not (tmp_path / "pictures").exists()
+
+
+def test_a_named_gpu_is_predicted_whatever_is_here(plan: Plan, measured_at_once: Callable[[str], None]) -> None:
+    measured_at_once("Tesla T4")
+    found = plan("--measure", "--gpu", "l4")
+    assert found["device"]["key"] == "l4" and found["measured"]["device"] == "Tesla T4"
+    assert "predicted for NVIDIA L4, measured on Tesla T4" in found["notes"]
+
+
+def test_the_first_gpu_is_measured_on_if_none_is_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[int] = []
+
+    def set_device(device: torch.device) -> None:
+        if device.index is None:
+            raise ValueError(f"Expected a torch.device with a specified index, but got: {device}")  # as torch does
+        current.append(device.index)
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    timers = [measure.GpuTimer(torch.device(name)) for name in ("cuda", "cuda:1")]
+    assert current == [0, 1] and [str(timer.device) for timer in timers] == ["cuda:0", "cuda:1"]
+
+
+def test_the_weights_that_are_measured_are_those_that_were_asked_for(
+    plan: Plan, measured_at_once: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opened = []
+    local = checkpoint.open_checkpoint(make_model(tmp_path / "model"))
+
+    def open_checkpoint(name: str, **options: Any) -> checkpoint.Checkpoint:
+        opened.append((name, options))
+        return local
+
+    measured_at_once("NVIDIA L4")
+    used = []
+    known = measure.measure
+    monkeypatch.setattr(checkpoint, "open_checkpoint", open_checkpoint)
+    monkeypatch.setattr(measure, "measure", lambda *given: used.append(given[2]) or known(*given))
+    options = ["--context", "60", "--text", "20", "--revision", "v2", "--offline"]
+    plan("--measure", "--model", "somebody/dia", *options)
+    assert opened == [("somebody/dia", {"revision": "v2", "local_files_only": True})] and used == [local]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")

@@ -14,7 +14,8 @@ Predicts the time of a decode step on a GPU, kernel by kernel: from the bytes th
 machine code that Triton makes of it (registers, bytes in flight, instructions), and the published figures of the GPU.
 What no data sheet says is assumed, and listed; every time is a range from a best to a worst case.
 
-Nothing is run and no weights are read. With --measure, on a machine with a GPU, the same launches are timed as well.
+Nothing is run and no weights are read. With --measure, on a machine with a GPU, the same launches are timed as well;
+if that GPU is none of those below and --gpu names no other, the measurement is printed without a prediction.
 """
 
 EXAMPLES = """\
@@ -84,18 +85,28 @@ def run(args: argparse.Namespace) -> int:
         from dia_fast.plotting import require_matplotlib
 
         require_matplotlib()
-    from dia_fast.roofline import devices, report
+    from dia_fast.roofline import devices
+
+    named = devices.find(args.gpu) if args.gpu is not None else None
+    timer = _timer(args)
+    settings, checkpoint = _settings(args)
+    here = devices.named_like(timer.name) if timer is not None else None
+    measured = _measure(settings, timer, checkpoint) if timer is not None else None
+    if measured is not None and named is None and here is None:
+        return _show_measured(args, settings, measured)
+    notes = []
+    if timer is not None and named is not None and named != here:
+        notes.append(f"predicted for {named.name}, measured on {timer.name}")
+    return _show_predicted(args, settings, named or here, measured, notes)
+
+
+def _show_predicted(args: argparse.Namespace, settings: Any, device: Any, measured: Any, notes: list[str]) -> int:
+    from dia_fast.roofline import report
     from dia_fast.roofline.predict import predict
     from dia_fast.roofline.published import compare
 
-    settings = _settings(args)
-    timer = _timer(args)
-    device = devices.find(args.gpu) if args.gpu is not None else _recognise(timer.name)
     made = predict(device, settings)
-    made.notes.extend(_fit(made))
-    if timer is not None and args.gpu is not None and devices.named_like(timer.name) != device:
-        made.notes.append(f"predicted for {device.name}, measured on {timer.name}")
-    measured = _measure(args, settings, timer) if timer is not None else None
+    made.notes.extend([*_fit(made), *notes])
     other = predict(device, _flipped(settings))
     compared = compare(min(settings.context, 3072), min(settings.text, 1024))
     paths = []
@@ -113,13 +124,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> Any:
-    """`predict.Settings`, every number checked. Raises InputError."""
-    from dia_fast.config import DiaConfig
+def _show_measured(args: argparse.Namespace, settings: Any, measured: dict[str, Any]) -> int:
+    """What there is to say of a GPU that has no published figures here."""
+    from dia_fast.roofline import devices, report
+
+    why = (
+        f"no prediction stands beside it: {measured['device']} has no published figures here; name a similar GPU with "
+        f"--gpu ({', '.join(devices.DEVICES)}), or describe it in a JSON file"
+    )
+    notes = [why]
+    if args.plots is not None:
+        notes.append("no pictures were drawn: they are of predictions")
+    if args.json:
+        print(json.dumps(report.measured_data(settings, measured, notes), indent=1))
+    else:
+        print(report.measured_text(settings, measured, notes))
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> tuple[Any, Any]:
+    """`predict.Settings`, every number checked, and the checkpoint if its weights are wanted. Raises DiaFastError."""
     from dia_fast.engine import MAX_BATCH
     from dia_fast.roofline.predict import Settings
 
-    config = DiaConfig() if args.model is None else describe(args)["config"]
     guided = not args.no_guidance
     requests = 1 if args.batch is None else args.batch
     if args.rows is not None:
@@ -133,6 +160,7 @@ def _settings(args: argparse.Namespace) -> Any:
     if not 1 <= requests <= MAX_BATCH:
         name, given = ("--rows", args.rows) if args.rows is not None else ("--batch", args.batch)
         raise InputError(f"{name} {given}: a step serves 1 to {MAX_BATCH} dialogues at once")
+    config, checkpoint = _model(args)
     for option, value, most in (
         ("--context", args.context, config.decoder.max_position_embeddings),
         ("--text", args.text, config.encoder.max_position_embeddings),
@@ -140,7 +168,20 @@ def _settings(args: argparse.Namespace) -> Any:
         if not 1 <= value <= most:
             raise InputError(f"{option} must be from 1 to {most} for this model, not {value}")
     dtype = DTYPES.get(args.dtype, args.dtype)
-    return Settings(config, dtype, requests, args.context, args.text, guided, not args.no_graph)
+    return Settings(config, dtype, requests, args.context, args.text, guided, not args.no_graph), checkpoint
+
+
+def _model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The configuration, and with --measure the checkpoint that was asked for. Raises DiaFastError."""
+    from dia_fast.checkpoint import open_checkpoint
+    from dia_fast.config import DiaConfig
+
+    if args.model is None:
+        return DiaConfig(), None
+    if not args.measure:
+        return describe(args)["config"], None
+    checkpoint = open_checkpoint(args.model, revision=args.revision, local_files_only=args.offline)
+    return checkpoint.config, checkpoint
 
 
 def _flipped(settings: Any) -> Any:
@@ -173,20 +214,8 @@ def _timer(args: argparse.Namespace) -> Any:
     return measure.gpu_timer(args.device)
 
 
-def _recognise(name: str) -> Any:
-    from dia_fast.roofline import devices
-
-    found = devices.named_like(name)
-    if found is None:
-        raise InputError(
-            f"the GPU of this machine, {name}, has no published figures here: name a similar one with --gpu "
-            f"({', '.join(devices.DEVICES)}), or describe it in a JSON file"
-        )
-    return found
-
-
-def _measure(args: argparse.Namespace, settings: Any, timer: Any) -> dict[str, Any]:
+def _measure(settings: Any, timer: Any, checkpoint: Any) -> dict[str, Any]:
     from dia_fast.roofline import measure
 
     print(f"measuring on {timer.name}, a minute or so ...", file=sys.stderr, flush=True)
-    return measure.measure(settings, timer, args.model)
+    return measure.measure(settings, timer, checkpoint)

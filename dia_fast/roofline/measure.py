@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dia_fast.checkpoint import Checkpoint
 from dia_fast.engine import Engine, Request
 from dia_fast.engine.stepper import CudaGraphs
 from dia_fast.errors import InputError
@@ -45,11 +46,14 @@ class Timer(Protocol):
 
 
 class GpuTimer:
-    """CUDA events, and CUDA graphs."""
+    """CUDA events, and CUDA graphs. device: a GPU, the current one where it has no number."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.name = device, torch.cuda.get_device_name(device)
-        torch.cuda.set_device(device)
+        # torch can make only a numbered device the current one, and events and graphs are those of the current one.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self.name = torch.cuda.get_device_name(self.device)
+        torch.cuda.set_device(self.device)
         self.capture = CudaGraphs()
 
     def seconds(self, work: Work) -> float:
@@ -84,18 +88,20 @@ def gpu_timer(device: str | None = None) -> Timer:
 
 
 @torch.inference_mode()
-def measure(settings: Settings, timer: Timer, model: str | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
+def measure(
+    settings: Settings, timer: Timer, checkpoint: Checkpoint | None = None, rounds: int = ROUNDS
+) -> dict[str, Any]:
     """Seconds of every launch by name and of a step of the engine.
 
-    model: a checkpoint; None for random weights of the settings' config, which take as long. Raises DiaFastError.
+    checkpoint: of the settings' config; None for random weights, which take as long. Raises DiaFastError.
     """
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    ready = _model(settings, dtype, timer.device, model)
+    ready = _model(settings, dtype, timer.device, checkpoint)
     launches = _launches(ready, settings, timer, rounds)
     seconds, contexts = _steps(ready, settings, timer, rounds)
     return {
         "device": timer.name,
-        "weights": model or "random",
+        "weights": "random" if checkpoint is None else checkpoint.source,
         "rounds": rounds,
         "launches": launches,
         "step_seconds": seconds,
@@ -103,10 +109,10 @@ def measure(settings: Settings, timer: Timer, model: str | None = None, rounds: 
     }
 
 
-def _model(settings: Settings, dtype: torch.dtype, device: torch.device, source: str | None) -> DiaModel:
+def _model(settings: Settings, dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint | None) -> DiaModel:
     """The code that ends a sentence never wins, so that no request ends while it is timed."""
     config = settings.config
-    if source is None:
+    if checkpoint is None:
         generator = torch.Generator(device).manual_seed(0)
         weights = {}
         for name, shape in packed_shapes(config).items():
@@ -115,9 +121,7 @@ def _model(settings: Settings, dtype: torch.dtype, device: torch.device, source:
                 weight.normal_(0, shape[-1] ** -0.5, generator=generator)
             weights[name] = weight
     else:
-        from dia_fast.checkpoint import open_checkpoint
-
-        weights = open_checkpoint(source).load(dtype, device)
+        weights = checkpoint.load(dtype, device)
     weights["decoder.head"][config.decoder.eos_token_id] = 0
     return DiaModel(config, get_ops("triton", device)).load(weights)
 

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from dia_fast.roofline.assumptions import ASSUMPTIONS, STATEMENTS, Assumption
-from dia_fast.roofline.predict import STEPS_PER_SECOND, Prediction, Range
+from dia_fast.roofline.predict import STEPS_PER_SECOND, Prediction, Range, Settings
 from dia_fast.roofline.published import Comparison
+from dia_fast.roofline.work import KERNELS, LAUNCHES
 
 LABEL = "prediction, not a measurement"
 PARTS = {
@@ -27,24 +28,29 @@ def data(
     made: Prediction, other: Prediction, compared: Iterable[Comparison], measured: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Everything, in SI units. other: the same without (or with) a CUDA graph; measured: from `measure`."""
-    settings = made.settings
     return {
         "kind": LABEL,
         "device": asdict(made.device),
-        "settings": {
-            "dtype": settings.dtype, "requests": settings.requests, "rows": settings.step.rows,
-            "context": settings.context, "text": settings.text, "guidance": settings.guided, "graph": settings.graph,
-            "config": asdict(settings.config),
-        },
+        "settings": _settings(made.settings),
         "step": summary(made),
         ("step_with_graph" if other.settings.graph else "step_without_graph"): summary(other),
         "launches": [
             {
-                "name": line.work.name, "kernel": line.work.kernel, "times": line.work.times, "rows": line.work.rows,
-                "weight_bytes": line.work.weights, "kv_bytes": line.work.kv, "other_bytes": line.work.other,
-                "bytes_again": line.work.again, "flops": line.work.flops, "programs": line.work.programs,
-                "active_programs": line.work.active, "seconds": asdict(line.each), "ceiling_seconds": line.ceiling,
-                "bound": line.bound, "parts": {key: asdict(part) for key, part in line.parts.items()},
+                "name": line.work.name,
+                "kernel": line.work.kernel,
+                "times": line.work.times,
+                "rows": line.work.rows,
+                "weight_bytes": line.work.weights,
+                "kv_bytes": line.work.kv,
+                "other_bytes": line.work.other,
+                "bytes_again": line.work.again,
+                "flops": line.work.flops,
+                "programs": line.work.programs,
+                "active_programs": line.work.active,
+                "seconds": asdict(line.each),
+                "ceiling_seconds": line.ceiling,
+                "bound": line.bound,
+                "parts": {key: asdict(part) for key, part in line.parts.items()},
             }
             for line in made.lines
         ],
@@ -58,7 +64,33 @@ def data(
         ],
         "assumptions": [asdict(item) for item in ASSUMPTIONS],
         "statements": list(STATEMENTS),
-    } | ({} if measured is None else {"measured": measured})  # fmt: skip
+    } | ({} if measured is None else {"measured": measured})
+
+
+def measured_data(settings: Settings, measured: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+    """A measurement that no prediction stands beside. notes: why, a sentence each."""
+    return {"kind": "measurement", "settings": _settings(settings), "measured": measured, "notes": list(notes)}
+
+
+def measured_text(settings: Settings, measured: Mapping[str, Any], notes: Sequence[str]) -> str:
+    """The same for people."""
+    rows = [[name, KERNELS[name], f"{measured['launches'][name] * 1e6:.1f}"] for name in LAUNCHES]
+    seconds = measured["step_seconds"]
+    rate = f"{1 / seconds:.0f} steps per second, {1 / seconds / STEPS_PER_SECOND:.1f} x realtime"
+    return (
+        f"MEASURED, WITHOUT A PREDICTION: {measured['device']}\n{_asked(settings)}\n\n"
+        + table(["launch", "kernel", "us each"], rows, left=2)
+        + f"\n\na step\n  {seconds * 1e3:.3f} ms, {rate}\n\nto note\n"
+        + "\n".join(f"  {note}" for note in notes)
+    )
+
+
+def _settings(settings: Settings) -> dict[str, Any]:
+    return {
+        "dtype": settings.dtype, "requests": settings.requests, "rows": settings.step.rows,
+        "context": settings.context, "text": settings.text, "guidance": settings.guided, "graph": settings.graph,
+        "config": asdict(settings.config),
+    }  # fmt: skip
 
 
 def summary(made: Prediction) -> dict[str, Any]:
@@ -108,19 +140,22 @@ def span(found: Range, factor: float = 1.0, digits: int = 2) -> str:
     return f"{found.low * factor:.{digits}f} - {found.high * factor:.{digits}f}"
 
 
-def _head(made: Prediction) -> str:
-    settings, device = made.settings, made.device
+def _asked(settings: Settings) -> str:
     rows = settings.step.rows
-    requests = (
-        f"{settings.requests} request{'s' if settings.requests > 1 else ''} ({rows} row{'s' if rows > 1 else ''}, "
+    return (
+        f"{settings.dtype}, {settings.requests} request{'s' if settings.requests > 1 else ''} "
+        f"({rows} row{'s' if rows > 1 else ''}, {'guidance' if settings.guided else 'no guidance'}), "
+        f"{settings.context} tokens of context, {settings.text} bytes of text; "
+        f"{'CUDA graph' if settings.graph else 'launch by launch'}"
     )
-    requests += "guidance)" if settings.guided else "no guidance)"
-    ways = ["CUDA graph" if settings.graph else "launch by launch"]
-    ways += ["programmatic dependent launch"] if device.chained else []
+
+
+def _head(made: Prediction) -> str:
+    device = made.device
+    chained = ", programmatic dependent launch" if device.chained else ""
     return (
         f"{LABEL.upper()}: {device.name}\n"
-        f"{settings.dtype}, {requests}, {settings.context} tokens of context, {settings.text} bytes of text; "
-        f"{', '.join(ways)}\n"
+        f"{_asked(made.settings)}{chained}\n"
         f"published: {device.bandwidth / 1e12:g} TB/s, {device.matrix / 1e12:g} TFLOP/s in 16 bit, "
         f"{device.vector / 1e12:g} in fp32, {device.units} units at {device.clock / 1e9:g} GHz ({device.source})\n"
         f"times are from a best to a worst case; kernels as compiled by Triton {made.figures.triton} for "
