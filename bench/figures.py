@@ -3,8 +3,8 @@
     python -m bench.codegen --json report.json
     python -m bench.figures report.json [more.json ...] [--out dia_fast/roofline/codegen.json]
 
-Reports are put together; where two have the same target, dtype and rows the later one counts. All must be of one
-version of Triton.
+Reports are put together; where two have the same target, dtype and rows the whole step of the later one counts. All
+must be of one version of Triton.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from bench.machine_code import MACHINES
 from dia_fast.config import DiaConfig
 from dia_fast.files import replacing
 from dia_fast.roofline import figures, work
+from dia_fast.roofline.predict import SIZES
 
 OUT = Path(work.__file__).parent / figures.FILE
-SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 Line = dict[str, Any]
 Table = dict[str, dict[str, dict[str, dict[str, list[float]]]]]
 
@@ -29,26 +29,31 @@ Table = dict[str, dict[str, dict[str, dict[str, list[float]]]]]
 def read(paths: Iterable[Path]) -> tuple[str, list[Line]]:
     """Triton's version and all lines. Raises ValueError if versions differ or a file is no such report."""
     versions: dict[str, Path] = {}
-    lines: list[Line] = []
+    steps: dict[tuple[str, str, int], list[Line]] = {}
     for path in paths:
         report = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(report, dict) or not {"triton", "lines"} <= set(report):
             raise ValueError(f"{path} is no report of bench.codegen: it has no triton and lines")
         versions.setdefault(report["triton"], path)
-        lines += report["lines"]
+        steps |= _by_step(report["lines"])
     if len(versions) != 1:
         raise ValueError(
             "reports of different versions of Triton: " + ", ".join(f"{k} ({v})" for k, v in versions.items())
         )
-    return next(iter(versions)), lines
+    return next(iter(versions)), [line for lines in steps.values() for line in lines]
+
+
+def _by_step(lines: Iterable[Line]) -> dict[tuple[str, str, int], list[Line]]:
+    """By target, dtype and rows, of which each report has all launches or none."""
+    steps: dict[tuple[str, str, int], list[Line]] = defaultdict(list)
+    for line in lines:
+        steps[line["target"], line["dtype"], line["rows"]].append(line)
+    return steps
 
 
 def compact(lines: Iterable[Line]) -> Table:
     """target -> dtype -> launch -> rows that it computes -> the fields of `Figure`."""
-    steps: dict[tuple[str, str, int], list[Line]] = defaultdict(list)
-    for line in lines:
-        if line["rows"]:
-            steps[line["target"], line["dtype"], line["rows"]].append(line)
+    steps = _by_step(line for line in lines if line["rows"])
     table: Table = {}
     for target in MACHINES:
         for dtype in figures.DTYPES:
@@ -75,7 +80,9 @@ def name_launches(lines: Sequence[Line]) -> dict[str, Line]:
     for kernel, found in by_kernel.items():
         names = [name for name in work.LAUNCHES if work.KERNELS[name] == kernel]
         if len(found) > len(names):
-            found = found[-len(names) :]  # a later report of the same step
+            raise ValueError(
+                f"{kernel} is launched {len(found)} times in a step, which has {len(names)} launches of it"
+            )
         if names == ["o", "cross_o", "down"] and len(found) == 2:
             found = [found[0], found[0], found[1]]  # down is four times as wide as the others: never like them
         elif len(found) < len(names):

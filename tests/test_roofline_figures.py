@@ -110,6 +110,18 @@ def test_a_report_becomes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "not among them: sm_80 bfloat16" in capsys.readouterr().out
 
 
+def test_of_two_reports_of_one_step_the_later_one_counts_whole(tmp_path: Path) -> None:
+    """Each leaves out launches that are like earlier ones, and they need not leave out the same."""
+    other = report_lines()
+    other.insert(6, other[3] | {"instructions": 400, "issue": 0.3})  # here cross_o is not like o
+    for order in ((report_lines(), other), (other, report_lines())):
+        paths = [tmp_path / f"{at}.json" for at in range(3)]
+        for path, lines in zip(paths, (*order, report_lines(rows=64)), strict=True):
+            path.write_text(json.dumps({"triton": "3.7.1", "lines": lines}))
+        _, together = maker.read(paths)
+        assert maker.compact(together) == maker.compact([*order[1], *report_lines(rows=64)])
+
+
 def test_code_that_does_not_tell_weights_apart_is_counted_whole() -> None:
     lines = [line | {"issue": 0.0, "in_flight": 0.0} for line in report_lines("gfx1100")]
     made = maker.compact(lines)["gfx1100"]["bfloat16"]
@@ -124,6 +136,7 @@ def test_code_that_does_not_tell_weights_apart_is_counted_whole() -> None:
         ([{"lines": []}], "no report of bench.codegen"),
         ([{"triton": "3.7.1", "lines": report_lines()[1:]}], "has the launches"),
         ([{"triton": "3.7.1", "lines": [line | {"programs": 77} for line in report_lines()]}], "77 programs"),
+        ([{"triton": "3.7.1", "lines": report_lines() * 2}], "embed_codes is launched 2 times in a step"),
     ],
 )
 def test_reports_that_do_not_fit_are_refused(
