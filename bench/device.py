@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.measure import describe_machine
+from bench.measure import describe_machine, use
+from dia_fast.placement import choose_device
 
 HOLD_CYCLES = 400_000  # of a GPU's clock, some 0.2 ms: what the host needs to queue a few dozen launches
 _LARGEST_CACHE = 32 << 20  # bytes; where a processor does not say
@@ -21,14 +22,9 @@ class Device:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.torch = device
+        self.torch = use(device)
         self.gpu = device.type == "cuda"
         self.calls = 1
-
-    @property
-    def available(self) -> bool:
-        """Whether torch can run anything there."""
-        return not self.gpu or torch.cuda.is_available()
 
     @property
     def name(self) -> str:
@@ -94,13 +90,6 @@ class Peaks:
     bandwidth: float
     compute: float
 
-    def floor(self, moved: float, operations: float) -> float:
-        """Seconds that neither limit lets a call go below: the roofline."""
-        return max(moved / self.bandwidth, operations / self.compute)
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
-
 
 def measure_peaks(device: Device, dtype: torch.dtype, quick: bool = False) -> Peaks:
     """Bandwidth of reading a buffer far larger than the cache, and speed of a large matrix product in `dtype`.
@@ -139,5 +128,5 @@ def _bytes(size: str) -> int:
 
 
 def open_device(name: str | None) -> Device:
-    """The device to measure on: the one named, or the GPU if there is one."""
-    return Device(torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu")))
+    """The device to measure on: the one named, or the GPU if there is one. Raises InputError."""
+    return Device(choose_device(name))

@@ -36,7 +36,8 @@ def collect(device: torch.device) -> dict[str, Any]:
         "hip": torch.version.hip,
     }
     try:
-        asked = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", f"--id={device.index or 0}"]
+        # Not by number: torch counts what CUDA_VISIBLE_DEVICES leaves, nvidia-smi all cards.
+        asked = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", f"--id=GPU-{properties.uuid}"]
         said = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
         found |= dict(zip(QUERY.split(","), (value.strip() for value in said.split(",")), strict=False))
     except (OSError, subprocess.SubprocessError):

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import torch
 
-from bench.measure import DTYPES, Seconds, describe_machine, load, median, now
+from bench.measure import DTYPES, Seconds, describe_machine, load, median, now, use
 from dia_fast import Dia, DiaFastError, TextWarning
 from dia_fast.codec import Codec, CodecConfig, load_codec, random_codec
+from dia_fast.placement import choose_device
 
 TEXT = "[S1] Did you hear that? [S2] Hear what? [S1] It was a bell, far away. [S2] There is no bell here."
 
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore", TextWarning)  # the speech is cut on purpose
     with tempfile.TemporaryDirectory() as folder:
         try:
+            options.device = use(choose_device(options.device))
             codec = codec_for(options)
             options.dtype = options.dtype or ("bfloat16" if options.model else "float32")
             if not options.model:

@@ -13,6 +13,7 @@ from dia_fast.checkpoint import open_checkpoint
 from dia_fast.config import DiaConfig
 from dia_fast.engine import Request, generate
 from dia_fast.model import DiaModel
+from dia_fast.placement import choose_device
 from dia_kernels import get_ops
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -89,15 +90,23 @@ def their_run(theirs: Any, config: DiaConfig, requests: Sequence[Request]) -> Ru
     return run
 
 
+def use(device: torch.device) -> torch.device:
+    """The device, made the current one if it is a numbered GPU: launches, graphs, events and waiting go to that one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 def load(options: argparse.Namespace) -> tuple[DiaModel, Any]:
     """Our model, packed where that helps, and transformers' on the same weights where `--against` asks for it.
 
     The code that ends a sentence never wins, so that every run has the length that was asked for. Raises DiaFastError.
     """
+    device = use(choose_device(options.device))
     checkpoint = open_checkpoint(options.model)
-    weights = checkpoint.load(DTYPES[options.dtype], options.device)
+    weights = checkpoint.load(DTYPES[options.dtype], device)
     weights["decoder.head"][checkpoint.config.decoder.eos_token_id] = 0
-    model = DiaModel(checkpoint.config, get_ops(options.backend, options.device)).load(weights)
+    model = DiaModel(checkpoint.config, get_ops(options.backend, device)).load(weights)
     theirs = None
     if options.against:
         from tests.parity.pairs import theirs_sharing

@@ -26,10 +26,12 @@ from bench.measure import (
     now,
     our_run,
     step_times,
+    use,
 )
 from bench.parts import installed
 from dia_fast.engine import Request
 from dia_fast.errors import DiaFastError, InputError
+from dia_fast.placement import choose_device
 from dia_fast.text import encode_text
 
 TEXT = "[S1] Did you hear that? [S2] Hear what? [S1] It was a bell, far away. [S2] There is no bell here."
@@ -42,9 +44,8 @@ def load_original(options: argparse.Namespace) -> Any:
         raise InputError("the original package is not installed: pip install git+https://github.com/nari-labs/dia.git")
     from dia.model import Dia
 
-    made = Dia.from_pretrained(
-        options.model, compute_dtype=options.dtype, device=torch.device(options.device), load_dac=False
-    )
+    device = use(choose_device(options.device))
+    made = Dia.from_pretrained(options.model, compute_dtype=options.dtype, device=device, load_dac=False)
     made.model.decoder.logits_dense.weight.data[..., made.config.eos_token_id] = 0
     return made
 
@@ -64,8 +65,10 @@ def report(options: argparse.Namespace) -> int:
     """Runs both in turns and prints what a step takes. Raises InputError."""
     theirs = load_original(options)
     model, _ = load(options)
+    ids = encode_text(TEXT)
+    options.text = len(ids)  # which `describe` prints
     requests = [
-        Request(encode_text(TEXT), None, options.steps + WARM_UP + 1, options.guidance, temperature=0.0)
+        Request(ids, None, options.steps + WARM_UP + 1, options.guidance, temperature=0.0)
         for _ in range(options.requests)
     ]
     texts = [TEXT] * options.requests

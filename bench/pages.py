@@ -12,10 +12,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from bench.gauges import resident
 from bench.make_checkpoint import DTYPES, random_weight
 from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Request
@@ -34,14 +34,6 @@ def narrow_config() -> DiaConfig:
     return DiaConfig(encoder, decoder, config.delay_pattern)
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds, as Linux counts them."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmRSS")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="pages", description=(__doc__ or "").splitlines()[0])
@@ -58,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engine.submit(Request([1] * 200, prompt, options.rows - options.prompt, seed=0))
     while not engine.stats.steps:
         engine.step()
-    start = resident() - engine.stats.page_bytes
+    start = resident("VmRSS") - engine.stats.page_bytes
     total = engine.stats.total_bytes / MIB
     print(f"one request of {options.rows} rows, {options.dtype}; the pool has room for {total:.0f} MiB\n")
     print("|  row | pages | bytes in pages | process grew by |\n|---:|---:|---:|---:|")
@@ -67,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row += 1
         if row == 32 or row % options.every == 0:
             stats = engine.stats
-            grown = (resident() - start) / MIB
+            grown = (resident("VmRSS") - start) / MIB
             print(f"| {row} | {stats.pages} | {stats.page_bytes / MIB:.0f} MiB | {grown:.0f} MiB |", flush=True)
     print(f"\nafterwards {engine.stats.pages} pages are in use; the most were {engine.stats.peak_bytes / MIB:.0f} MiB")
     return 0

@@ -10,8 +10,11 @@ twice that of torch in the same dtype, plus one rounding. Graphs may not change 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +24,11 @@ import torch
 from torch import Tensor
 
 from bench.make_checkpoint import random_weight
+from bench.measure import use
 from dia_fast.config import DiaConfig
 from dia_fast.delay import FREE
 from dia_fast.engine import Engine, Request, place, plan, prefill
+from dia_fast.engine.stepper import choose_capture
 from dia_fast.errors import DiaFastError
 from dia_fast.files import replacing
 from dia_fast.model import DiaModel
@@ -98,35 +103,56 @@ def forced_logits(model: DiaModel, request: Request, rows: Tensor) -> Tensor:
     return torch.stack(logits, 1)
 
 
-def check_graphs(model: DiaModel, steps: int) -> Finding:
-    """Whether a captured step gives the bits of the launches it was made of."""
-    name = str(model.dtype).removeprefix("torch.")
-    if model.device.type != "cuda":
-        return Finding(name, "graphs", "unchecked", f"there are no graphs on {model.device.type}")
+@contextmanager
+def on(model: DiaModel, ops: ModuleType) -> Iterator[DiaModel]:
+    """The model on another op set, for so long."""
+    own, model.ops = model.ops, ops
+    try:
+        yield model
+    finally:
+        model.ops = own
+
+
+def check_graphs(model: DiaModel, steps: int, capture: Any = "auto") -> tuple[str, str]:
+    """Whether a captured step gives the bits of the launches it was made of. Raises if it cannot be captured."""
+    capture = choose_capture(capture, model)
+    if capture is None:
+        return "unchecked", f"with these ops there are no graphs on {model.device.type}"
     asked = requests(model.config, steps, 1.2)
-    same = all(torch.equal(a, b) for a, b in zip(speak(model, asked, "auto"), speak(model, asked, None), strict=True))
-    return Finding(name, "graphs", "ok" if same else "wrong", "the same codes" if same else "other codes than launches")
+    with warnings.catch_warnings():
+        # The engine warns and goes on without graphs: launches would be compared with themselves.
+        warnings.simplefilter("error", RuntimeWarning)
+        captured = speak(model, asked, capture)
+    same = all(torch.equal(a, b) for a, b in zip(captured, speak(model, asked, None), strict=True))
+    return ("ok", "the same codes") if same else ("wrong", "other codes than launches")
 
 
-def check_tokens(model: DiaModel, torch_ops: ModuleType, steps: int) -> Iterator[Finding]:
-    """fp32: whether the codes are those of torch, greedily and sampled."""
-    for what, temperature in (("greedy", 0.0), ("sampled", 1.2)):
-        asked, ops = requests(model.config, steps, temperature), model.ops
-        ours = speak(model, asked, "auto")
-        model.ops = torch_ops
-        theirs = speak(model, asked, None)
-        model.ops = ops
-        yield Finding("float32", f"{what} tokens", *_equal(ours, theirs, "torch"))
+def check_tokens(model: DiaModel, torch_ops: ModuleType, steps: int, temperature: float) -> tuple[str, str]:
+    """fp32: whether the codes are those of torch; temperature: 0 for greedy ones."""
+    asked = requests(model.config, steps, temperature)
+    ours = speak(model, asked, "auto")
+    with on(model, torch_ops):
+        return _equal(ours, speak(model, asked, None), "torch")
 
 
-def check_transformers(model: DiaModel, steps: int) -> Finding:
-    """fp32: whether greedy codes are those of transformers."""
+def check_transformers(model: DiaModel, steps: int) -> tuple[str, str]:
+    """fp32: whether greedy codes are those of transformers; unchecked where that does not run."""
     if find_spec("transformers") is None:
-        return Finding("float32", "transformers", "unchecked", "transformers is not installed")
-    from tests.parity.pairs import their_rows, theirs_sharing
-
+        return "unchecked", "transformers is not installed"
     asked = [replace(request, prompt=None) for request in requests(model.config, steps, 0.0)]
     ours = speak(model, asked, "auto")
+    try:
+        theirs = _their_codes(model, asked, steps)
+    except Exception as error:
+        return "unchecked", f"transformers does not run: {_said(error)}"
+    counts = [min(len(a), len(b)) for a, b in zip(ours, theirs, strict=True)]
+    mine, other = ([codes[:count] for codes, count in zip(side, counts, strict=True)] for side in (ours, theirs))
+    return _equal(mine, other, "transformers")
+
+
+def _their_codes(model: DiaModel, asked: Sequence[Request], steps: int) -> list[Tensor]:
+    from tests.parity.pairs import their_rows, theirs_sharing
+
     theirs = []
     for request in asked:
         [rows] = their_rows(
@@ -134,43 +160,54 @@ def check_transformers(model: DiaModel, steps: int) -> Finding:
             guidance_scale=request.guidance_scale, top_k=request.top_k,
         )  # fmt: skip
         theirs.append(rows.cpu())
-    counts = [min(len(a), len(b)) for a, b in zip(ours, theirs, strict=True)]
-    mine, other = ([codes[:count] for codes, count in zip(side, counts, strict=True)] for side in (ours, theirs))
-    return Finding("float32", "transformers", *_equal(mine, other, "transformers"))
+    return theirs
 
 
-def check_logits(model: DiaModel, exact: DiaModel, torch_ops: ModuleType, steps: int) -> Finding:
+def check_logits(model: DiaModel, weights: dict[str, Tensor], torch_ops: ModuleType, steps: int) -> tuple[str, str]:
     """16 bits: the error of the logits against the same weights in fp32, beside that of torch in the same dtype."""
     request = requests(model.config, steps, 0.0)[1]
     channels, codes = model.config.decoder.num_channels, model.config.decoder.eos_token_id
     rows = torch.arange(steps * channels).view(steps, channels) * 97 % codes
-    ours, ops = forced_logits(model, request, rows), model.ops
-    model.ops = torch_ops
-    plain = forced_logits(model, request, rows)
-    model.ops = ops
+    ours = forced_logits(model, request, rows)
+    with on(model, torch_ops):
+        plain = forced_logits(model, request, rows)
+    exact = DiaModel(model.config, torch_ops).load({name: weight.float() for name, weight in weights.items()})
     wanted = forced_logits(exact, request, rows)
     error, allowed = (float((side - wanted).abs().max()) for side in (ours, plain))
     budget = 2 * allowed + torch.finfo(model.dtype).eps / 2 * float(wanted.abs().max())
-    name = str(model.dtype).removeprefix("torch.")
     detail = f"largest error {error:.3g} of {budget:.3g} allowed; torch's is {allowed:.3g}"
-    return Finding(name, "logits", "ok" if error <= budget else "wrong", detail)  # a NaN is wrong
+    return ("ok" if error <= budget else "wrong"), detail  # a NaN is wrong
 
 
-def check(config: DiaConfig, dtype: torch.dtype, ops: ModuleType, device: torch.device, steps: int) -> list[Finding]:
-    """Everything for one dtype; what raises is a finding too."""
-    torch_ops = get_ops("torch", device)
-    name = str(dtype).removeprefix("torch.")
+def check(
+    config: DiaConfig, dtype: torch.dtype, ops: ModuleType, device: torch.device, steps: int
+) -> Iterator[Finding]:
+    """Everything for one dtype, each finding as soon as it is made; what raises is one too, and the others go on."""
+    torch_ops, name = get_ops("torch", device), str(dtype).removeprefix("torch.")
     try:
         weights = weights_for(config, dtype, device)
         model = DiaModel(config, ops).load(weights)
-        found = [check_graphs(model, steps)]
-        if dtype == torch.float32:
-            return [*found, *check_tokens(model, torch_ops, steps), check_transformers(model, steps)]
-        wide = DiaModel(config, torch_ops).load({name: weight.float() for name, weight in weights.items()})
-        return [*found, check_logits(model, wide, torch_ops, steps)]
     except Exception as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        return [Finding(name, "all", "failed", f"{type(error).__name__}: {first}")]
+        yield Finding(name, "all", "failed", _said(error))
+        return
+    checks: dict[str, Callable[[], tuple[str, str]]] = {"graphs": partial(check_graphs, model, steps)}
+    if dtype == torch.float32:
+        checks["greedy tokens"] = partial(check_tokens, model, torch_ops, steps, 0.0)
+        checks["sampled tokens"] = partial(check_tokens, model, torch_ops, steps, 1.2)
+        checks["transformers"] = partial(check_transformers, model, steps)
+    else:
+        checks["logits"] = partial(check_logits, model, weights, torch_ops, steps)
+    for what, run in checks.items():
+        try:
+            outcome, detail = run()
+        except Exception as error:
+            outcome, detail = "failed", _said(error)
+        yield Finding(name, what, outcome, detail)
+
+
+def _said(error: Exception) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first}"
 
 
 def _equal(ours: Sequence[Tensor], theirs: Sequence[Tensor], whose: str) -> tuple[str, str]:
@@ -198,16 +235,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found: list[Finding] = []
     try:
-        device = choose_device(options.device)
+        device = use(choose_device(options.device))
         dtypes = [choose_dtype(name, device) for name in options.dtypes]
         ops = get_ops(options.backend, device)
         for dtype in dtypes:
             for finding in check(shallow(options.layers), dtype, ops, device, options.steps):
                 found.append(finding)
                 print(f"{finding.dtype:9} {finding.what:14} {finding.outcome:10} {finding.detail}", flush=True)
-        if options.json:
-            with replacing(options.json) as temporary:
-                temporary.write_text(json.dumps([asdict(finding) for finding in found], indent=1))
+                if options.json:  # now: whatever ends this run later, what was found is known
+                    with replacing(options.json) as temporary:
+                        temporary.write_text(json.dumps([asdict(finding) for finding in found], indent=1))
     except (DiaFastError, ValueError) as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2

@@ -30,12 +30,12 @@ from bench.measure import (
     step_times,
     their_run,
 )
+from dia_fast.arguments import FRAMES_PER_SECOND
 from dia_fast.config import DiaConfig
 from dia_fast.engine import MAX_BATCH, Engine, Request
 from dia_fast.errors import DiaFastError
 from dia_fast.model import DiaModel
-
-FRAMES_PER_SECOND = 44100 / 512  # of Dia's codec: one frame per request and step
+from dia_fast.plotting import require_matplotlib
 
 
 def equal_requests(config: DiaConfig, count: int, options: argparse.Namespace, steps: int) -> list[Request]:
@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--requests: from 1 to {MAX_BATCH} fit in a batch, got {options.requests}")
     torch.manual_seed(0)
     try:
+        if options.out:
+            require_matplotlib()
         model, theirs = load(options)
     except DiaFastError as error:
         print(f"throughput: {error}", file=sys.stderr)

@@ -16,13 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import environment, gpu, original, parity, parts
-from bench.measure import Seconds
+from bench import environment, gpu, parts
 from bench.parts import Part, Runner
 from bench.report import Report
 from dia_fast.errors import InputError
-from dia_kernels import reference
-from tests.checkpoints import tiny_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FACTS = {"device": "a device", "torch": "2"}
@@ -249,56 +246,6 @@ def test_only_names_parts_and_gets_what_they_need() -> None:
     assert [part.name for part in gpu.chosen_parts(all_parts("--model", "m"), ["latency"])] == ["latency"]
     with pytest.raises(InputError, match="there is no part 'speed'; there are doctor, parity"):
         gpu.chosen_parts(all_parts(), ["speed"])
-
-
-class BrokenOps:
-    """The reference, but one op adds a little."""
-
-    def __getattr__(self, op: str) -> Any:
-        if op != "linear_residual":
-            return getattr(reference, op)
-        return lambda x, weight, residual, *more: reference.linear_residual(x, weight, residual, *more).add_(0.05)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parity_finds_a_broken_kernel_and_nothing_else(dtype: torch.dtype) -> None:
-    codes = {"num_channels": 3, "vocab_size": 70, "eos_token_id": 64, "pad_token_id": 65, "bos_token_id": 66}
-    layer = {"num_hidden_layers": 1}
-    config = tiny_config(layer, layer | codes | {"max_position_embeddings": 64}, delay_pattern=(0, 2, 3))
-    outcomes = {}
-    for name, ops in (("sound", reference), ("broken", BrokenOps())):
-        found = parity.check(config, dtype, ops, torch.device("cpu"), 9)  # type: ignore[arg-type]
-        outcomes[name] = {finding.what: finding.outcome for finding in found}
-    checks = ["greedy tokens", "sampled tokens", "transformers"] if dtype == torch.float32 else ["logits"]
-    assert outcomes["sound"] == {"graphs": "unchecked", **dict.fromkeys(checks, "ok")}
-    assert outcomes["broken"] == {"graphs": "unchecked", **dict.fromkeys(checks, "wrong")}
-
-
-def test_parity_reports_what_raises() -> None:
-    class NoOps:
-        def __getattr__(self, op: str) -> None:
-            raise RuntimeError(f"{op}: out of registers")
-
-    [finding] = parity.check(tiny_config(), torch.float16, NoOps(), torch.device("cpu"), 4)  # type: ignore[arg-type]
-    assert finding.outcome == "failed" and "out of registers" in finding.detail
-
-
-def test_a_step_of_the_original_is_told_without_what_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-
-    def call(steps: int) -> None:
-        clock[0] += 7.0 + 2.0 * steps
-
-    monkeypatch.setattr(original, "now", lambda: Seconds(clock[0], clock[0] / 2))
-    assert original.original_steps(call, 10) == Seconds(2.0, 1.0)
-
-
-def test_the_original_package_is_asked_for_where_it_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(original, "installed", lambda package: False)
-    assert original.main(["--model", "none"]) == 2
-    assert "the original package is not installed: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.slow
