@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import plots
-from bench.device import Device, Moment, Peaks, measure_peaks
+from bench.device import Device, Moment, measure_peaks
 from bench.suite import __main__ as suite
 from bench.suite import backends, cases, table
 from dia_fast.doctor import OPS
@@ -39,13 +39,26 @@ def measured(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(item["extra_info"]["op"], item["extra_info"]["backend"]): item for item in found}
 
 
+RAISING = """
+from bench.suite.cases import Case
+make = Case.make
+def fail(case, *given):
+    if case.op == "embed_codes":
+        raise MemoryError("there is no room for it\\nand much more")
+    return make(case, *given)
+Case.make = fail
+"""
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run in which one kernel leaves its last program out, and another is distrusted."""
-    folder = tmp_path_factory.mktemp("planted")
+    """A run in which one kernel leaves its last program out, another is distrusted, and one op has no arguments."""
+    folder, plugins = tmp_path_factory.mktemp("planted"), tmp_path_factory.mktemp("plugins")
+    (plugins / "raising.py").write_text(RAISING)
     done = run_suite(
-        folder, "--backends", "torch", "triton", "--distrust", "glu", "--",
-        "-k", "rms_norm_linear-rows-1 or rms_norm-tokens-64 or glu-tokens-64", DIA_PLANTED="_rms_norm_linear",
+        folder, "--backends", "torch", "triton", "--distrust", "glu", "--", "-p", "raising",
+        "-k", "rms_norm_linear-rows-1 or rms_norm-tokens-64 or glu-tokens-64 or embed_codes",
+        DIA_PLANTED="_rms_norm_linear", PYTHONPATH=os.pathsep.join([str(plugins), *sys.path]),
     )  # fmt: skip
     return folder, done
 
@@ -74,6 +87,16 @@ def test_what_was_found_wrong_before_has_no_speed_either(
     found = measured(planted[0])
     assert ("glu", "torch") in found and ("glu", "triton") not in found
     assert "glu: was found wrong before" in (planted[0] / "suite.md").read_text()
+
+
+def test_what_raises_is_in_the_table_with_its_reason(
+    planted: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    text = (planted[0] / "suite.md").read_text()
+    [row] = [line for line in text.splitlines() if line.startswith("| embed_codes-")]
+    assert row.count("**failed**") == 2
+    [line] = [line for line in text.splitlines() if line.startswith("- embed_codes-") and "on triton" in line]
+    assert line.endswith("on triton: MemoryError: there is no room for it")
 
 
 def test_times_and_shares_are_those_of_the_clock(planted: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -108,18 +131,51 @@ def test_a_slower_run_fails_beside_an_earlier_one(
         tmp_path, "--backends", "torch", "--compare", before, "--fail-at", "10", "--", "-k", "glu-tokens-64",
         DIA_TICK="0.0012",
     )  # fmt: skip
-    assert done.returncode not in (0, 2)
-    assert "Performance has regressed" in done.stdout + done.stderr and "20.0" in done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
+    [row] = [line for line in done.stdout.splitlines() if line.startswith("| glu-tokens-64") and "slower" in line]
+    assert row.endswith("| torch | 1000 | 1200 | **+20.0%, slower than allowed** |")
+    # The figures of a slower run are what one wants to look at.
+    assert row in (tmp_path / "suite.md").read_text() and ("glu", "torch") in measured(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} >= {".json", ".md", ".svg", ".png"}
+
+
+def timed(**microseconds: float) -> dict[str, Any]:
+    """A run of that many benchmarks."""
+    return {
+        "benchmarks": [
+            {"group": name, "extra_info": {"backend": "torch"}, "stats": {"median": value / 1e6}}
+            for name, value in microseconds.items()
+        ]
+    }
+
+
+def test_medians_are_compared_where_both_runs_have_them() -> None:
+    before, now = timed(a=100, b=100, gone=1), timed(a=109, b=111, new=1)
+    slower = {item["group"]: item["slower"] for item in table.compared(before, now, 10)}
+    assert slower == {"a": False, "b": True} and suite.regressed(table.compared(before, now, 10))
+    assert not suite.regressed(table.compared(before, now, 12))
+    assert not any(item["slower"] for item in table.compared(before, now, None))
+    assert suite.regressed(table.compared(timed(other=1), now, 10)), "nothing in common says nothing"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--compare", "no/such/run.json"], "there is no file no/such/run.json"),
+        (["--compare", "tests"], "--compare: tests is no suite.json of this suite: IsADirectoryError"),
+        (["--compare", "bench/baseline.json"], "--compare: bench/baseline.json is no suite.json of this suite"),
         (["--fail-at", "5"], "needs --compare"),
+        (["--dtype", "fp64"], "dtype 'fp64' is not supported; use float32, bfloat16 or float16"),
+        (["--device", "gpu"], "device 'gpu' is unknown; use 'cpu'"),
+        (["--device", "cuda:97"], "device 'cuda:97' "),
+        (["--out", "Makefile/suite"], "--out: cannot write to Makefile/suite: Not a directory"),
     ],
 )
-def test_options_that_cannot_work(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_cannot_work(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(pytest, "main", lambda given: pytest.fail("was run"))
     assert suite.main(arguments) == 2
     assert said in capsys.readouterr().err
 
@@ -174,11 +230,6 @@ def test_a_span_is_divided_by_the_calls_in_it() -> None:
 def test_peaks_of_this_machine_are_plausible() -> None:
     peaks = measure_peaks(Device(torch.device("cpu")), torch.float32, quick=True)
     assert 1e8 < peaks.bandwidth < 1e13 and 1e8 < peaks.compute < 1e15
-
-
-def test_the_roofline_is_the_longer_of_two_times() -> None:
-    peaks = Peaks(bandwidth=100.0, compute=1000.0)
-    assert peaks.floor(200, 100) == 2 and peaks.floor(10, 5000) == 5
 
 
 def test_a_run_that_broke_off_says_so() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.suite import backends, table
 from dia_fast.errors import DiaFastError, InputError
+from dia_fast.placement import choose_device, choose_dtype
 
 FOLDER = Path(__file__).resolve().parent
 CONFIG = str(FOLDER / "pytest.ini")
@@ -20,7 +21,8 @@ examples:
   python -m bench.suite --out after --compare before/suite.json --fail-at 10
   python -m bench.suite --backends triton -- -k "rope_attention and context-1024"
 
-exit status: 0 everything was measured; 1 a backend computes something else, or is slower than allowed; 2 wrong options
+exit status: 0 everything was measured; 1 a backend computes something else, raises, or is slower than allowed; 2 wrong
+options
 """
 
 
@@ -53,19 +55,13 @@ def pytest_arguments(options: argparse.Namespace, saved: Path, verdicts: Path) -
         f"--benchmark-json={saved}", "--benchmark-storage=.", "--benchmark-columns=median,iqr,min,rounds",
         "--benchmark-sort=name", f"--bench-backends={','.join(options.backends)}", f"--bench-verdicts={verdicts}",
         f"--bench-limit={options.limit}", f"--bench-distrust={','.join(options.distrust)}", "--no-summary",
-        "-c", CONFIG,
+        "--benchmark-quiet", "-c", CONFIG,
     ]  # fmt: skip
     for name in ("device", "dtype"):
         if getattr(options, name):
             given.append(f"--bench-{name}={getattr(options, name)}")
     if options.quick:
         given.append("--bench-quick")
-    if options.compare:
-        given.append(f"--benchmark-compare={options.compare}")
-        if options.fail_at is not None:
-            given.append(f"--benchmark-compare-fail=median:{options.fail_at:g}%")
-    else:
-        given.append("--benchmark-quiet")
     return given + options.pytest
 
 
@@ -77,21 +73,26 @@ def run(options: argparse.Namespace) -> int:
 
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise InputError("the suite needs pytest-benchmark: pip install '.[bench]'")
-    if options.compare and not options.compare.is_file():
-        raise InputError(f"--compare: there is no file {options.compare}")
     if options.fail_at is not None and not options.compare:
         raise InputError("--fail-at needs --compare with an earlier run")
-    options.out.mkdir(parents=True, exist_ok=True)
+    choose_dtype(options.dtype, choose_device(options.device))  # what pytest would say takes longer to read
+    before = earlier(options.compare) if options.compare else None
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: cannot write to {options.out}: {error.strerror}") from error
     saved, verdicts = (options.out / f".{name}.part" for name in ("suite", "verdicts"))
     try:
         status = int(pytest.main(pytest_arguments(options, saved, verdicts)))
         if not verdicts.exists():  # pytest has said what it did not like
-            return status or 1
+            return 2 if status == pytest.ExitCode.USAGE_ERROR else status or 1
         noted = json.loads(verdicts.read_text())
         run: dict[str, Any] = {"benchmarks": [], "machine_info": {}}
         if saved.exists():
             run = json.loads(saved.read_text())
         run |= {"verdicts": noted, "complete": status in (0, 1)}
+        if before is not None:
+            run["compared"] = table.compared(before, run, options.fail_at)
         table.write(options.out, run)
     finally:
         for file in (saved, verdicts):
@@ -101,7 +102,26 @@ def run(options: argparse.Namespace) -> int:
     if run["benchmarks"]:
         draw(run, options.out)
     print(f"written to {options.out}: suite.json, suite.md, and plots in the light and the dark")
-    return status
+    return status or int(options.fail_at is not None and regressed(run["compared"]))
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """The suite.json of another run. Raises InputError if it is none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        table.medians(found)
+    except FileNotFoundError:
+        raise InputError(f"--compare: there is no file {path}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--compare: {path} is no suite.json of this suite: {type(error).__name__}: {error}") from None
+    return found
+
+
+def regressed(compared: Sequence[dict[str, Any]]) -> bool:
+    """Whether a median is slower than allowed, or there is none to say so."""
+    if not compared:
+        print("nothing was measured in both runs: whether anything is slower is not known", file=sys.stderr)
+    return not compared or any(item["slower"] for item in compared)
 
 
 def draw(run: dict[str, Any], folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from bench.suite import backends
 from bench.suite.cases import all_cases
 from bench.suite.stages import all_stages
 from dia_fast.doctor import Verdict, environment
+from dia_fast.errors import InputError
 from dia_fast.placement import choose_dtype
 
 WARM_UP = 3  # rounds
@@ -59,13 +60,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     option = config.getoption
-    device = devices.open_device(option("--bench-device"))
-    if not device.available:
-        raise pytest.UsageError(f"--bench-device: torch sees no device {str(device.torch)!r} here")
+    try:
+        device = devices.open_device(option("--bench-device"))
+        dtype = choose_dtype(option("--bench-dtype"), device.torch)
+    except InputError as error:
+        raise pytest.UsageError(str(error)) from None
     quick = option("--bench-quick")
     config.stash[KEY] = Session(
         device,
-        choose_dtype(option("--bench-dtype"), device.torch),
+        dtype,
         quick,
         tuple(option("--bench-backends").split(",")),
         0.03 if quick else 0.3 if device.gpu else 0.5,
@@ -89,11 +92,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Every benchmark reads the device's clock; those of one op at one shape stand together in the table."""
     for item in items:
-        parameters: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
-        group = (parameters.get("case") or parameters["stage"]).name
+        group, _ = _place(item)
         item.add_marker(pytest.mark.benchmark(timer=config.stash[KEY].device.now, group=group))
     # What compiles for minutes comes last: if the time is over before its end, the rest is there.
     items.sort(key=lambda item: item.callspec.params["backend"] == "compile")  # type: ignore[attr-defined]
+
+
+def _place(item: pytest.Item) -> tuple[str, str]:
+    """Of a benchmark in the table: what it measures, and on which backend."""
+    parameters: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
+    return (parameters.get("case") or parameters["stage"]).name, parameters["backend"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: "pytest.CallInfo[None]"
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Notes what raised; what is skipped or found wrong has been noted where that was found."""
+    said = call.excinfo
+    if said is not None and not said.errisinstance((pytest.skip.Exception, pytest.fail.Exception)):
+        first = (str(said.value).strip() or "no message").splitlines()[0]
+        item.config.stash[KEY].note(*_place(item), "failed", f"{said.typename}: {first}")
+    return (yield)
 
 
 @pytest.fixture(scope="session")

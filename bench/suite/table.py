@@ -18,27 +18,47 @@ def write(folder: Path, run: Run) -> None:
 
 
 def markdown(run: Run) -> str:
-    """A row for each op or stage at a shape, backends side by side; then what is wrong, and what was not measured."""
-    wrong = {(item["group"], item["backend"]) for item in run["verdicts"] if item["outcome"] == "wrong"}
-    lines = [*_machine(run), *_wrong(run)]
+    """A row for each op or stage at a shape, backends side by side; before it what is wrong or raised, behind it what
+    was not measured, and an earlier run."""
+    without = {
+        (item["group"], item["backend"]): item["outcome"]
+        for item in run["verdicts"]
+        if item["outcome"] in ("wrong", "failed")
+    }
+    lines = [*_machine(run), *_wrong(run), *_failed(run)]
     groups: dict[str, dict[str, Any]] = {}
     for benchmark in run["benchmarks"]:
         groups.setdefault(benchmark["group"], {})[benchmark["extra_info"]["backend"]] = benchmark
-    names = list(dict.fromkeys([*groups, *(group for group, _ in wrong)]))
+    names = list(dict.fromkeys([*groups, *(group for group, _ in without)]))
     backends = [
         name
         for name in ("torch", "compile", "triton")
-        if any(name in group for group in groups.values()) or any(name == backend for _, backend in wrong)
+        if any(name in group for group in groups.values()) or any(name == backend for _, backend in without)
     ]
     heads = [f"{name}, µs (spread) | {name}, share of bandwidth, compute" for name in backends]
     lines += ["", f"| what | MB | MFLOP | {' | '.join(heads)} |", "|---|---:|---:|" + "---:|" * (2 * len(backends))]
     for name in names:
         found = groups.get(name, {})
         facts = next(iter(found.values()))["extra_info"] if found else {"bytes": 0, "operations": 0}
-        cells = [_cell(found.get(backend), (name, backend) in wrong) for backend in backends]
+        cells = [_cell(found.get(backend), without.get((name, backend))) for backend in backends]
         sizes = f"{facts['bytes'] / 1e6:.3g} | {facts['operations'] / 1e6:.3g}" if found else " | "
         lines.append(f"| {name} | {sizes} | {' | '.join(cells)} |")
-    return "\n".join(lines + _skipped(run)) + "\n"
+    return "\n".join(lines + _skipped(run) + _compared(run)) + "\n"
+
+
+def medians(run: Run) -> dict[tuple[str, str], float]:
+    """Seconds by what was measured and on which backend. Raises KeyError or TypeError if it is no run of the suite."""
+    return {(item["group"], item["extra_info"]["backend"]): item["stats"]["median"] for item in run["benchmarks"]}
+
+
+def compared(before: Run, run: Run, percent: float | None) -> list[dict[str, Any]]:
+    """What was measured in both runs. slower: whether the median is more than so many percent above the earlier one."""
+    old, most = medians(before), float("inf") if percent is None else 1 + percent / 100
+    return [
+        {"group": key[0], "backend": key[1], "before": old[key], "now": now, "slower": now > old[key] * most}
+        for key, now in medians(run).items()
+        if key in old
+    ]
 
 
 def _machine(run: Run) -> list[str]:
@@ -60,9 +80,10 @@ def _machine(run: Run) -> list[str]:
     return [line]
 
 
-def _cell(benchmark: Mapping[str, Any] | None, wrong: bool) -> str:
-    if wrong:
-        return "**wrong** | "
+def _cell(benchmark: Mapping[str, Any] | None, outcome: str | None) -> str:
+    """outcome: why there is no time, if there should be one."""
+    if outcome is not None:
+        return f"**{outcome}** | "
     if benchmark is None:
         return "- | "
     stats, facts = benchmark["stats"], benchmark["extra_info"]
@@ -78,6 +99,34 @@ def _wrong(run: Run) -> list[str]:
     return ["", "**Wrong results, therefore no times:**", ""] + [
         f"- {item['group']} on {item['backend']}: {item['detail']}" for item in found
     ]
+
+
+def _failed(run: Run) -> list[str]:
+    """Each reason once, with the first that it stopped."""
+    stopped: dict[tuple[str, str], list[str]] = {}
+    for item in run["verdicts"]:
+        if item["outcome"] == "failed":
+            stopped.setdefault((item["backend"], item["detail"]), []).append(item["group"])
+    if not stopped:
+        return []
+    return ["", "**Raised, therefore no times:**", ""] + [
+        f"- {groups[0]}{f' and {len(groups) - 1} more' if len(groups) > 1 else ''} on {backend}: {detail}"
+        for (backend, detail), groups in stopped.items()
+    ]
+
+
+def _compared(run: Run) -> list[str]:
+    if "compared" not in run:
+        return []
+    lines = ["", "Beside an earlier run:", "", "| what | backend | before, µs | now, µs | change |"]
+    lines.append("|---|---|---:|---:|---:|")
+    for item in run["compared"]:
+        change = f"{item['now'] / item['before'] - 1:+.1%}"
+        lines.append(
+            f"| {item['group']} | {item['backend']} | {item['before'] * 1e6:.4g} | {item['now'] * 1e6:.4g} | "
+            f"{f'**{change}, slower than allowed**' if item['slower'] else change} |"
+        )
+    return lines
 
 
 def _skipped(run: Run) -> list[str]:
