@@ -1,20 +1,27 @@
 """The benchmark suite without a GPU: the device is replaced by one whose clock counts, everything else is real."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import plots
 from bench.device import Device, Moment, measure_peaks
 from bench.suite import __main__ as suite
 from bench.suite import backends, cases, table
+from bench.suite.stages import Models, Stage, Work
+from dia_fast.config import DiaConfig
 from dia_fast.doctor import OPS
+from dia_fast.packing import packed_shapes
+from dia_fast.roofline import work
 from dia_kernels import reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +214,48 @@ def test_operations_of_a_product() -> None:
     found = {case.name: case.cost.operations for case in cases.all_cases(torch.bfloat16, (8,))}
     assert found["rms_norm_glu-rows-8-2048-to-16384"] == 2 * 8 * 2048 * 16384
     assert found["rope_attention-rows-8-context-1024"] == 4 * 8 * 1024 * 2048
+
+
+def stage_work(stage: Stage) -> tuple[DiaConfig, Work]:
+    models = Models(Device(torch.device("cpu")), torch.float32, quick=True)
+    return models.config, models.work(stage, reference)
+
+
+@pytest.mark.parametrize("stage", [Stage("step", 64, 2), Stage("step", 300)])
+def test_work_of_a_step_is_that_of_its_launches(stage: Stage) -> None:
+    config, found = stage_work(stage)
+    step = work.Step(stage.requests, stage.size, cases.TEXT, 4, True, stage.requests, 400, cases.TEXT)
+    launches = work.launches(config, step, work.Tiles(lambda name, rows: 16, 128, 64, False))
+    products = [item for item in launches if item.name not in ("embed", "sample")]
+    assert found.operations == sum(item.times * item.flops for item in products)
+    norms = 4 * config.decoder.hidden_size * (3 * config.decoder.num_hidden_layers + 1)
+    assert found.bytes == sum(item.times * item.streamed for item in products) + norms
+
+
+@pytest.mark.parametrize("stage", [Stage("prefill", 43), Stage("encode", 60)])
+def test_work_of_many_rows_is_that_of_their_products(stage: Stage) -> None:
+    config, found = stage_work(stage)
+    ops, pairs = SimpleNamespace(**{op: getattr(reference, op) for op in reference.__all__}), []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, out: torch.Tensor, *,
+               causal: bool, block_table: Any = None, kv_lengths: Any = None) -> None:  # fmt: skip
+        for length in starts.diff().tolist():
+            seen = cases.TEXT if block_table is not None else (length + 1) / 2 if causal else length
+            pairs.append(4 * length * seen * out.shape[1])
+        out.zero_()
+
+    ops.ragged_attention = attend
+    with FlopCounterMode(display=False) as counter:
+        found.call(ops)
+    assert found.operations == counter.get_total_flops() + sum(pairs)
+    side = f"{'decoder' if stage.kind == 'prefill' else 'encoder'}.layers"
+    weights = {name: 4 * math.prod(shape) for name, shape in packed_shapes(config).items() if name.startswith(side)}
+    used = sum(size for name, size in weights.items() if "norm" not in name and "cross_kv" not in name)
+    decoder = config.decoder
+    # A row's keys and values of both branches, and those of a text that all rows read.
+    row, text = 2 * 4 * decoder.num_key_value_heads * decoder.head_dim, 2 * 4 * 2 * decoder.cross_head_dim
+    stored = 2 * 43 * row + cases.TEXT * text if stage.kind == "prefill" else 0
+    assert found.bytes == used + stored
 
 
 @pytest.mark.parametrize("case", cases.all_cases(torch.float32, (2,), quick=True), ids=lambda case: case.name)

@@ -53,7 +53,10 @@ def all_stages(gpu: bool, quick: bool) -> list[Stage]:
 
 
 class Work(NamedTuple):
-    """call(ops) does it; reset makes it the same work again; bytes and operations are the fewest possible."""
+    """call(ops) does it; reset makes it the same work again.
+
+    bytes, operations: the fewest with which the model can do it: weights, keys and values once each, products alone.
+    """
 
     call: Callable[[Any], Any]
     reset: Callable[[], None] | None
@@ -107,9 +110,10 @@ class Models:
         model = self.model(ops)
         if stage.kind == "encode":
             ids = [1 + index % 250 for index in range(stage.size)]
-            weights = _weights(self.config, "encoder.layers")
-            moved = weights * self.dtype.itemsize
-            return Work(_with(model, lambda: model.encode(ids)), None, moved, 2 * stage.size * weights)
+            encoder, weights = self.config.encoder, _weights(self.config, "encoder.layers")
+            attention = 4 * encoder.num_hidden_layers * encoder.num_attention_heads * encoder.head_dim * stage.size**2
+            operations = 2 * stage.size * weights + attention
+            return Work(_with(model, lambda: model.encode(ids)), None, weights * self.dtype.itemsize, operations)
         state = self._state(stage, ops)
         decoder = self.config.decoder
         token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * self.dtype.itemsize
@@ -117,21 +121,23 @@ class Models:
         text *= TEXT * self.dtype.itemsize
         if stage.kind == "prefill":
             rows = torch.arange(stage.size * decoder.num_channels, device=self.device.torch).view(stage.size, -1) % 1000
-            weights = _weights(self.config, "decoder.layers")
+            # The text's keys and values are there; those of the rows are stored, with guidance twice.
+            weights = _weights(self.config, "decoder.layers") - _weights(self.config, "decoder.layers", "cross_kv")
             call = _with(model, lambda: model.prefill(rows, state, 0, TEXT, guided=True))
-            return Work(call, None, weights * self.dtype.itemsize + text, 4 * stage.size * weights)
+            moved = weights * self.dtype.itemsize + text + 2 * token * stage.size
+            return Work(
+                call, None, moved, guided_operations(self.config, stage.size, stage.size * (stage.size + 1) // 2)
+            )
 
         def reset() -> None:
             state.row.fill_(stage.size - 1)
             state.finished.zero_()
 
-        weights = bytes_per_step(model)
-        cached = stage.requests * (2 * token * stage.size + text)
+        moved = bytes_per_step(model) + stage.requests * (2 * token * stage.size + text)
+        head = 2 * state.rows * _weights(self.config, "decoder.head")
+        operations = stage.requests * guided_operations(self.config, 1, stage.size) + head
         reset()
-        return Work(
-            _with(model, lambda: model.decode_step(state)), reset, weights + cached,
-            2 * state.rows * (weights // self.dtype.itemsize),
-        )  # fmt: skip
+        return Work(_with(model, lambda: model.decode_step(state)), reset, moved, operations)
 
     def _codec_work(self, stage: Stage, ops: Any) -> Work:
         codec = self.codec(ops)
@@ -175,7 +181,23 @@ def _with(model: DiaModel, call: Callable[[], Any]) -> Callable[[Any], None]:
     return run
 
 
-def _weights(config: DiaConfig, prefix: str) -> int:
-    """Elements of the matrices that are multiplied by every token."""
-    shapes = packed_shapes(config).items()
-    return sum(shape[0] * shape[1] for name, shape in shapes if name.startswith(prefix) and len(shape) == 2)
+def guided_operations(config: DiaConfig, tokens: int, pairs: int) -> int:
+    """Of the decoder's layers, for so many tokens of one request and their unconditional copies.
+
+    pairs: of a token and one that it attends to, in either branch. Cross-attention is the conditional branch's alone.
+    """
+    decoder = config.decoder
+    every = _weights(config, "decoder.layers") - _weights(config, "decoder.layers", "cross_q", "cross_kv", "cross_o")
+    conditional = _weights(config, "decoder.layers", "cross_q", "cross_o")
+    attended = 2 * pairs * decoder.num_attention_heads * decoder.head_dim
+    attended += tokens * TEXT * decoder.cross_num_attention_heads * decoder.cross_head_dim
+    return 2 * tokens * (2 * every + conditional) + 4 * decoder.num_hidden_layers * attended
+
+
+def _weights(config: DiaConfig, prefix: str, *names: str) -> int:
+    """Elements of the matrices under a prefix: of all, or of those that are called so."""
+    return sum(
+        shape[0] * shape[1]
+        for name, shape in packed_shapes(config).items()
+        if name.startswith(prefix) and len(shape) == 2 and (not names or name.rsplit(".", 1)[-1] in names)
+    )
