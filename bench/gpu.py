@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.parts import ROOT, Interrupted, Part, Result, Runner, installed, scrub
+from bench.parts import ROOT, Interrupted, Part, Result, Runner, clean, installed, scrub
 from bench.report import DOCTOR, PARITY, Report
 from dia_fast.errors import DiaFastError, InputError
 
@@ -122,9 +122,10 @@ def obstacle(part: Part, report: Report, results: Sequence[Result]) -> str | Non
     return None
 
 
-def run(parts: Sequence[Part], report: Report, budget: float) -> int:
-    """Runs all parts, writing the report after each; returns the exit status."""
-    runner = Runner(report.folder, budget)
+def run(parts: Sequence[Part], report: Report, budget: float, hidden: Mapping[Path, str] | None = None) -> int:
+    """Runs all parts, writing the report after each; returns the exit status. hidden: folders that it must not name."""
+    hidden = {report.folder: "<report>"} | dict(hidden or {})
+    runner = Runner(report.folder, budget, hidden=hidden)
     results = report.results = [Result(part.name) for part in parts]
     started = time.monotonic()
     try:
@@ -133,7 +134,8 @@ def run(parts: Sequence[Part], report: Report, budget: float) -> int:
             reason = obstacle(part, report, results[:index])
             if part.name == "suite" and report.distrusted():
                 part = replace(part, command=(*part.command, "--distrust", *report.distrusted()))
-            results[index] = runner.run(part) if reason is None else Result(part.name, "skipped", reason)
+            results[index] = runner.run(part) if reason is None else Result(part.name, "left out", reason)
+            clean(report.folder, hidden)
             report.seconds = round(time.monotonic() - started, 1)
             report.write()
             done = results[index]
@@ -146,13 +148,20 @@ def run(parts: Sequence[Part], report: Report, budget: float) -> int:
     finally:
         for file in report.folder.rglob(".*.part"):  # of parts that were ended before they could clean up
             file.unlink(missing_ok=True)
-        for file in [*report.folder.rglob("*.json"), *report.folder.rglob("*.md")]:  # of parts that wrote by themselves
-            text = file.read_text()
-            if scrub(text) != text:
-                file.write_text(scrub(text))
+        clean(report.folder, hidden)
         report.seconds = round(time.monotonic() - started, 1)
         report.write()
     return report.status()
+
+
+def hidden_folders(options: argparse.Namespace, scratch: Path) -> dict[Path, str]:
+    """Folders that were named or made for a run, with what stands for them in a report."""
+    hidden = {scratch: "<scratch>"}
+    if options.scratch is not None:
+        hidden[options.scratch.absolute()] = "<scratch>"
+    if options.model is not None and (model := Path(options.model)).is_absolute():
+        hidden[model if model.is_dir() else model.parent] = "<model>"
+    return hidden
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -178,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.scratch and not options.scratch.is_dir():
         parser.error(f"--scratch: there is no folder {options.scratch}")
+    if options.model and (model := Path(options.model).expanduser()).exists():
+        options.model = str(model.absolute())  # parts run elsewhere
     with tempfile.TemporaryDirectory(prefix="dia-fast-", dir=options.scratch) as scratch:
         try:
             folder = options.out.resolve()
@@ -186,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report.begin()
             before = signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
-                status = run(parts, report, options.budget)
+                status = run(parts, report, options.budget, hidden_folders(options, Path(scratch)))
             finally:
                 signal.signal(signal.SIGTERM, before)
         except DiaFastError as error:

@@ -1,18 +1,20 @@
 """Commands that run one after another, each in a process group of its own and within a limit, whatever they do."""
 
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from dia_fast.files import replacing
 
@@ -44,7 +46,8 @@ class Part:
 
 @dataclass
 class Result:
-    """status: "ok", "failed", "timed out", "skipped", "no time", "interrupted" or "not run"; reason: in words.
+    """reason: in words. status: "ok", "failed", "timed out", "skipped" (cannot run here), "left out" (could, but what
+    it builds on is missing or wrong), "no time", "interrupted" or "not run".
 
     exit: the exit status, negative for a signal; tail: the last lines of the output.
     """
@@ -66,10 +69,12 @@ class Interrupted(Exception):
 
 
 class Runner:
-    """Runs parts into a folder, within a budget of seconds for all of them."""
+    """Runs parts into a folder, within a budget of seconds for all of them. hidden: see `scrub`."""
 
-    def __init__(self, folder: Path, budget: float, clock: Clock = time.monotonic) -> None:
-        self.folder, self.clock = folder, clock
+    def __init__(
+        self, folder: Path, budget: float, clock: Clock = time.monotonic, hidden: Mapping[Path, str] | None = None
+    ) -> None:
+        self.folder, self.clock, self.hidden = folder, clock, hidden or {}
         self.end = clock() + budget
 
     def run(self, part: Part) -> Result:
@@ -82,7 +87,8 @@ class Runner:
             return Result(part.name, "no time", "the time for the report was over")
         with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as output:
             result = self._run(part, min(part.limit, left), log, output if part.output else log)
-            said, printed = _text(log), _text(output)
+            said = without_host(scrub(_text(log), self.hidden))
+            printed = scrub(_text(output), self.hidden)  # for programs: the host's name may be a key's as well
         result.tail = "\n".join((said + printed).splitlines()[-TAIL:])
         self._keep(f"{part.name}.log", said)
         if part.output:
@@ -142,7 +148,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def _text(file: IO[bytes]) -> str:
     file.seek(0)
-    return scrub(file.read().decode(errors="replace"))
+    return file.read().decode(errors="replace")
 
 
 def installed(package: str) -> bool:
@@ -153,16 +159,49 @@ def installed(package: str) -> bool:
         return False
 
 
-def scrub(text: str) -> str:
-    """The text without what identifies a machine or its user: folders and the name of the host."""
-    for folder, name in (
-        (ROOT, "."),
-        (Path(sys.prefix), "<environment>"),
-        (Path(sys.base_prefix), "<python>"),
-        (Path(tempfile.gettempdir()), "<temporary>"),
-        (Path.home(), "~"),
-    ):
-        if len(folder.parts) > 1:
-            text = text.replace(str(folder), name)
+def scrub(text: str, hidden: Mapping[Path, str] | None = None) -> str:
+    """The text without folders of the machine or its user. hidden: further ones, with what stands for each."""
+    known = {
+        ROOT: ".",
+        Path(sys.prefix): "<environment>",
+        Path(sys.base_prefix): "<python>",
+        Path(tempfile.gettempdir()): "<temporary>",
+        Path.home(): "~",
+    }
+    names = {str(path): name for folder, name in (known | dict(hidden or {})).items()
+             for path in (folder, folder.resolve()) if len(path.parts) > 1}  # fmt: skip
+    for path in sorted(names, key=len, reverse=True):  # what lies in another one first
+        text = text.replace(path, names[path])
+    return text
+
+
+def without_host(text: str) -> str:
+    """The text of a log without the name of the host, where that stands by itself."""
     host = socket.gethostname()
-    return text.replace(host, "<host>") if len(host) > 3 else text
+    return re.sub(rf"(?<![\w-]){re.escape(host)}(?![\w-])", "<host>", text) if len(host) > 3 else text
+
+
+def clean(folder: Path, hidden: Mapping[Path, str]) -> None:
+    """Scrubs the files that parts wrote by themselves."""
+    for file in folder.rglob("*"):
+        if file.suffix not in (".json", ".md", ".csv"):
+            continue
+        text = file.read_text(errors="replace")
+        try:
+            # What JSON escapes would not be found in its text.
+            found = json.loads(text) if file.suffix == ".json" else text
+        except ValueError:  # of a part that was ended
+            found = text
+        cleaned = _scrubbed(found, hidden)
+        if cleaned != found:
+            file.write_text(cleaned if isinstance(cleaned, str) and found is text else json.dumps(cleaned, indent=1))
+
+
+def _scrubbed(value: Any, hidden: Mapping[Path, str]) -> Any:
+    if isinstance(value, str):
+        return scrub(value, hidden)
+    if isinstance(value, list):
+        return [_scrubbed(item, hidden) for item in value]
+    if isinstance(value, dict):
+        return {scrub(key, hidden): _scrubbed(item, hidden) for key, item in value.items()}
+    return value

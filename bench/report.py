@@ -16,12 +16,20 @@ from dia_fast.files import replacing
 DOCTOR = "doctor.json"
 PARITY = "parity.json"
 SUITE = "suite/suite.json"
-PLOTS = {  # what they show, for those who do not see them
+# What they show, for those who do not see them, by their folder.
+MEASURED = {
     "roofline": "operations per second of every kernel, under what the device itself reaches",
     "kernels": "time of every kernel on every backend",
     "latency": "time of a step over the context",
     "throughput": "frames per second over the number of requests",
 }
+PREDICTED = {
+    "roofline": "predicted operations per second of every launch, under the published peaks",
+    "kernels": "predicted time of a step by launch, beside the measured one",
+    "latency": "predicted time of a step over the context, beside the measured one",
+    "throughput": "predicted seconds of sound per second over the number of requests",
+}
+PLOTS = {"suite": MEASURED, "throughput": MEASURED, "plan": PREDICTED}
 
 
 @dataclass
@@ -38,25 +46,25 @@ class Report:
 
     def begin(self) -> None:
         """Makes the folder. Raises InputError if something is in it that an earlier report did not put there."""
-        if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "report.json").exists():
-            raise InputError(f"{self.folder.name} is not empty and holds no report; name another folder with --out")
         try:
+            if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "report.json").exists():
+                raise InputError(f"{self.folder.name} is not empty and holds no report; name another folder with --out")
             self.folder.mkdir(parents=True, exist_ok=True)
             # What an earlier run found is not found by this one.
             for file in (DOCTOR, PARITY, "report.md", *(path.name for path in self.folder.glob("*.log"))):
                 (self.folder / file).unlink(missing_ok=True)
-            for name in ("suite", "throughput", "plan"):
+            for name in PLOTS:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         except OSError as error:
             raise InputError(f"cannot write to {self.folder.name}: {error.strerror}") from error
         self._put("environment.json", json.dumps(self.environment, indent=1))
 
     def status(self) -> int:
-        """The exit status: 0 only if everything ran that can run here, and nothing is wrong."""
+        """The exit status: 0 only if something ran, with it everything that can run here, and nothing is wrong."""
         if self.interrupted:
             return 130
-        bad = any(result.status in ("failed", "timed out", "no time", "not run") for result in self.results)
-        return int(bad or bool(self.wrong()))
+        bad = any(result.status not in ("ok", "skipped") for result in self.results)
+        return int(bad or all(result.status == "skipped" for result in self.results) or bool(self.wrong()))
 
     def wrong(self) -> list[str]:
         """What was found to compute something else than it should, a sentence each."""
@@ -140,10 +148,10 @@ class Report:
 
     def _pictures(self) -> list[str]:
         found = []
-        for folder in ("suite", "throughput", "plan"):
+        for folder, shown in PLOTS.items():
             for file in sorted((self.folder / folder).glob("*-light.svg")):
                 name = file.name.removesuffix("-light.svg")
-                found += ["", picture(name, PLOTS.get(name, name), folder)]
+                found += ["", picture(name, shown.get(name, name), folder)]
         return found
 
     def _put(self, name: str, text: str) -> None:

@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,7 +117,7 @@ def test_wrong_results_are_reported_instead_of_speeds(tmp_path: Path) -> None:
     ]
     status, found, text = report_of(tmp_path, given)
     assert status == 1
-    assert statuses(found) == {"doctor": "failed", "suite": "ok", "step": "skipped", "tests": "ok"}
+    assert statuses(found) == {"doctor": "failed", "suite": "ok", "step": "left out", "tests": "ok"}
     assert found["wrong"] == ["doctor: glu wrong: error 7 times what is allowed"]
     assert "Wrong results on this machine" in text and "3 ms per step" not in text
     # The suite is told, and gives no time for what is wrong.
@@ -132,8 +134,23 @@ def test_a_wrong_kernel_in_the_suite_stops_the_speeds_of_the_model(tmp_path: Pat
     )
     given = [python("suite", code), python("latency", "print('2 ms')", speed=True)]
     _, found, text = report_of(tmp_path / "out", given)
-    assert statuses(found) == {"suite": "failed", "latency": "skipped"}
+    assert statuses(found) == {"suite": "failed", "latency": "left out"}
     assert "| glu-tokens-2 |" in text and "**wrong**" in text and "2 ms" not in text
+
+
+def test_parts_that_were_left_out_are_not_called_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full disk: there are no weights, and no speed is measured."""
+    monkeypatch.setattr(gpu.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
+    weights = Part("weights", ("-m", "bench.make_checkpoint", str(tmp_path / "weights")), 9, "makes weights")
+    given = [python("suite", "pass"), weights, python("step", "print('3 ms')", speed=True)]
+    status, found, text = report_of(tmp_path / "out", given)
+    assert status == 1 and statuses(found) == {"suite": "ok", "weights": "left out", "step": "left out"}
+    assert "| step | shows step | left out: there are no weights |" in text and "has no 4 GB free" in text
+
+
+def test_a_report_of_nothing_is_status_1(tmp_path: Path) -> None:
+    status, found, _ = report_of(tmp_path, [python("lacks", "pass", needs=("no_such_package",))])
+    assert status == 1 and statuses(found) == {"lacks": "skipped"}
 
 
 def test_a_check_that_did_not_end_is_said_and_speeds_are_measured(tmp_path: Path) -> None:
@@ -153,6 +170,63 @@ def test_a_report_names_no_machine(tmp_path: Path) -> None:
     assert not [name for name in private if len(name) > 3 and name in everything]
     facts = json.dumps(environment.collect(torch.device("cpu")))
     assert socket.gethostname() not in facts and "torch" in facts
+
+
+def test_a_report_names_no_folder_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do the files that parts write by themselves, whatever JSON makes of a path; keys stay what they are."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(socket, "gethostname", lambda: "detail")
+    out, scratch, model = (tmp_path / name for name in ("Öffentlich", "scratch", "model"))
+    for folder in (out, scratch, model, tmp_path / "temporary"):
+        folder.mkdir()
+    (out / "report.json").write_text("{}")
+    code = (
+        f"import json, pathlib; folders = {[str(out), str(scratch / 'x'), str(model)]!r}\n"
+        "print(*folders, 'on detail')\n"
+        "out = pathlib.Path(folders[0]); (out / 'suite').mkdir(); (out / 'own.json').write_text(json.dumps(folders))\n"
+        "(out / 'suite' / 'own.csv').write_text(','.join(folders)); (out / 'half.json').write_text(folders[0] + '{')"
+    )
+    wrong = f"print({json.dumps(json.dumps(WRONG))}); raise SystemExit(1)"
+    given = [python("tells", code), python("doctor", wrong, output="doctor.json")]
+    options = gpu.build_parser().parse_args(["--scratch", str(scratch), "--model", str(model)])
+    report = Report(out, given, FACTS)
+    report.begin()
+    gpu.run(given, report, 100.0, gpu.hidden_folders(options, scratch / "x"))
+    assert (out / "tells.log").read_text() == "<report> <scratch> <model> on <host>\n"
+    assert json.loads((out / "own.json").read_text()) == ["<report>", "<scratch>", "<model>"]
+    assert (out / "suite" / "own.csv").read_text() == "<report>,<scratch>,<model>"
+    everything = "".join(file.read_text() for file in out.rglob("*.*") if file.is_file())
+    assert str(tmp_path) not in everything and "\\u00d6" not in everything
+    assert report.wrong() == ["doctor: glu wrong: error 7 times what is allowed"], "the host is called as a key is"
+
+
+def test_pictures_of_predictions_are_called_that(tmp_path: Path) -> None:
+    code = (
+        f"import pathlib; folder = pathlib.Path({str(tmp_path / 'out')!r})\n"
+        "for name in ('suite', 'plan'):\n"
+        "    (folder / name).mkdir(); (folder / name / 'latency-light.svg').touch()"
+    )
+    _, _, text = report_of(tmp_path / "out", [python("draws", code)])
+    assert 'alt="time of a step over the context"' in text and 'alt="predicted time of a step over the' in text
+
+
+def test_a_model_is_found_from_the_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts run in the root of the repository."""
+    seen: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(gpu, "all_parts", lambda options, folder, weights: seen.append(options.model) or [])
+    monkeypatch.setattr(gpu, "environment", lambda device: FACTS)
+    gpu.main(["--out", "out", "--model", "model"])
+    gpu.main(["--out", "out", "--model", "somebody/dia"])
+    assert seen == [str(tmp_path / "model"), "somebody/dia"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "environment", lambda device: FACTS)
+    (tmp_path / "file").write_text("mine")
+    assert gpu.main(["--out", str(tmp_path / "file"), "--device", "cpu"]) == 2
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 DRIVER = """
