@@ -158,7 +158,7 @@ def hidden_folders(options: argparse.Namespace, scratch: Path) -> dict[Path, str
     """Folders that were named or made for a run, with what stands for them in a report."""
     hidden = {scratch: "<scratch>"}
     if options.scratch is not None:
-        hidden[options.scratch.absolute()] = "<scratch>"
+        hidden[options.scratch] = "<scratch>"
     if options.model is not None and (model := Path(options.model)).is_absolute():
         hidden[model if model.is_dir() else model.parent] = "<model>"
     return hidden
@@ -188,7 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.scratch and not options.scratch.is_dir():
         parser.error(f"--scratch: there is no folder {options.scratch}")
     if options.model and (model := Path(options.model).expanduser()).exists():
-        options.model = str(model.absolute())  # parts run elsewhere
+        options.model = str(model.absolute())  # parts run in the root of the repository
+    if options.scratch:
+        options.scratch = options.scratch.absolute()
     with tempfile.TemporaryDirectory(prefix="dia-fast-", dir=options.scratch) as scratch:
         try:
             folder = options.out.resolve()
