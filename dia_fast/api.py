@@ -81,7 +81,7 @@ class Dia:
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | str | None = None,
         backend: str = "auto",
-        codec: AnyCodec = "descript/dac_44khz",
+        codec: AnyCodec = "auto",
         max_batch: int = MAX_BATCH,
         memory: Memory = None,
         revision: str | None = None,
@@ -92,8 +92,9 @@ class Dia:
         name_or_path: Hub repository (`nari-labs/Dia-1.6B-0626`), folder, or file of weights. device: by default the
         GPU if torch sees one, else the CPU. dtype: by default bfloat16 on a GPU (float16 where it lacks that), float32
         on a CPU. backend: the ops, `"torch"`, `"triton"` or `"auto"` (triton on a GPU). codec: Hub repository, folder
-        or file of a DAC, loaded when first used; `"descript"` for the dac package's own; a loaded codec; None for none,
-        which leaves `generate_codes`. max_batch: most texts spoken at once, 1 to 32; more wait. memory: for keys and
+        or file of a DAC, loaded when first used; `"auto"` is the folder `codec` in the model's folder if there is one,
+        else `descript/dac_44khz`; `"descript"` the dac package's own; a loaded codec; None for none, which leaves
+        `generate_codes`. max_batch: most texts spoken at once, 1 to 32; more wait. memory: for keys and
         values, in bytes or as in `"4GB"`; by default what `max_batch` texts can need, at most half of what is free at
         first use. A GPU sets it aside then; on a CPU it is taken as it is used. revision: branch, tag or commit on the
         Hub. local_files_only: stay offline.
@@ -111,6 +112,10 @@ class Dia:
             raise InputError(str(error)) from error
         checkpoint = open_checkpoint(os.fspath(name_or_path), revision=revision, local_files_only=local_files_only)
         model = DiaModel(checkpoint.config, ops).load(checkpoint.load(kind, place)).pack(progress=True)
+        if isinstance(codec, str | os.PathLike):
+            from dia_fast.codec import codec_for
+
+            codec = codec_for(name_or_path, codec)
         dia = cls(model, codec, **limits)
         dia._load_codec["local_files_only"] = local_files_only
         return dia

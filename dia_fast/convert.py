@@ -20,6 +20,7 @@ from torch import Tensor
 from dia_fast.checkpoint import DTYPES, open_checkpoint
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError, InputError
+from dia_fast.files import umask
 from dia_fast.layouts import Placement, placements
 from dia_fast.packing import packed_shapes, parameter_count
 from dia_fast.tensor_files import SAFETENSORS_DTYPES
@@ -127,7 +128,7 @@ def write_checkpoint(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-        partial.chmod(0o777 & ~_umask())
+        partial.chmod(0o777 & ~umask())
         if pickled:
             _save_pickle({entry.name: piece for entry, piece in _cut(entries, fetch)}, partial / "pytorch_model.bin")
         else:
@@ -236,10 +237,3 @@ def _metadata(config: DiaConfig, layout: str, entries: list[_Entry]) -> dict[str
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _umask() -> int:
-    """The process's file mode mask, which mkdtemp does not honour; it can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

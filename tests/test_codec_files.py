@@ -333,6 +333,17 @@ def test_descript_files_that_do_not_fit(tmp_path: Path, dac: object, codec: Code
             load_codec(f"descript:{path}")
 
 
+def test_others_may_read_the_files_as_the_umask_says(tmp_path: Path, codec: Codec) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = codec.save_pretrained(tmp_path / "codec")
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()} == dict.fromkeys(
+        ["config.json", "model.safetensors", "preprocessor_config.json"], 0o640
+    )
+
+
 def test_descript_downloads_its_weights(
     tmp_path: Path, dac: Any, codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,7 +91,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     model.add_argument(
         "-m", "--model", metavar="MODEL", help=f"to begin with: Hub repository or folder: {OFFICIAL_MODEL}"
     )
-    model.add_argument("--codec", metavar="CODEC", help="codec (default: descript/dac_44khz)")
+    model.add_argument(
+        "--codec",
+        metavar="CODEC",
+        help="codec (default: the folder codec in MODEL if it has one, else descript/dac_44khz)",
+    )
     model.add_argument("--offline", action="store_true", default=False, help="use only what has been downloaded before")
     model.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
     model.add_argument("--backend", default="auto", help="auto, torch or triton (default: triton on a GPU)")

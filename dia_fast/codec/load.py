@@ -12,10 +12,20 @@ from dia_fast.codec.weights import CONFIG, PREPROCESSOR, WEIGHTS, read_codec_fil
 from dia_fast.errors import CheckpointError
 
 DESCRIPT = "descript"
+AUTO = "auto"
+OFFICIAL_CODEC = "descript/dac_44khz"
+
+
+def codec_for(model: str | os.PathLike[str], codec: str | os.PathLike[str] = AUTO) -> str:
+    """The name of a codec; for `"auto"` the folder `codec` of the model's folder, else that of the official models."""
+    if codec != AUTO:
+        return os.fspath(codec)
+    beside = Path(os.path.expanduser(model)) / "codec"
+    return str(beside) if beside.is_dir() else OFFICIAL_CODEC
 
 
 def load_codec(
-    name_or_path: str | os.PathLike[str] = "descript/dac_44khz",
+    name_or_path: str | os.PathLike[str] = OFFICIAL_CODEC,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     *,

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dia_fast.checkpoint import Checkpoint, open_checkpoint
-from dia_fast.codec import Codec, load_codec
+from dia_fast.codec import Codec, codec_for, load_codec
+from dia_fast.codec.load import AUTO
 from dia_fast.convert import write_checkpoint
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.placement import choose_device
@@ -51,9 +52,9 @@ def finetune(
     folder, place = Path(output).expanduser(), choose_device(device)
     named = _absolute(settings)
     run = Run.reopen(folder, named) if resume else Run.create(folder, TrainSettings.from_dict(named))
-    if run.model.is_dir():
-        return run.model
     chosen = run.settings
+    if run.model.is_dir():
+        return _with_codec(run.model, chosen)
     checkpoint = open_checkpoint(chosen.model, local_files_only=offline)
     store = default_cache() if cache is None else Path(cache).expanduser()
     training, held_out = _datasets(chosen, checkpoint, place, store, offline, quiet)
@@ -74,7 +75,7 @@ def finetune(
     finally:
         run.close()
         plot_losses(run.lines(), folder / "loss.png")
-    return _write(trainer, run, checkpoint)
+    return _with_codec(_write(trainer, run, checkpoint), chosen)
 
 
 def _datasets(
@@ -83,7 +84,7 @@ def _datasets(
     """`(training, held out)`. Texts and paths are looked at before the codec is loaded, which may be a download."""
     recordings = read_recordings(settings.data)
     others = [] if settings.eval_data is None else read_recordings(settings.eval_data)
-    codec = load_codec(settings.codec, device, local_files_only=offline)
+    codec = load_codec(codec_for(settings.model, settings.codec), device, local_files_only=offline)
     _check_codec(codec, checkpoint)
 
     def load(found: list[Recording]) -> Dataset:
@@ -109,14 +110,30 @@ def _write(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> Path:
     return write_checkpoint(run.model, checkpoint.config, dtypes, fetch)
 
 
+def _with_codec(model: Path, settings: TrainSettings) -> Path:
+    """The finished model, and beside it the codec that lay beside the one it began with."""
+    codec = Path(codec_for(settings.model, settings.codec))
+    if settings.codec == AUTO and codec.is_dir() and not (model / "codec").is_dir():
+        with _whole(model / "codec", model.parent) as partial:
+            shutil.copytree(codec, partial)
+    return model
+
+
 def _write_adapters(trainer: Trainer, folder: Path, base: str) -> None:
+    with _whole(folder, folder.parent) as partial:
+        save_adapters(partial, trainer.config, trainer.adapters, base)
+
+
+@contextlib.contextmanager
+def _whole(folder: Path, near: Path) -> Iterator[Path]:
+    """Yields a path, in a new folder in `near`, of what becomes `folder` when it is complete; replaces an older one."""
     try:
-        partial = Path(tempfile.mkdtemp(prefix=".adapter.", suffix=".partial", dir=folder.parent))
+        partial = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=near))
         try:
-            save_adapters(partial / "adapter", trainer.config, trainer.adapters, base)
+            yield partial / folder.name
             if folder.exists():
                 shutil.rmtree(folder)  # of a run that was killed before its model was written
-            (partial / "adapter").rename(folder)
+            (partial / folder.name).rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:

@@ -32,7 +32,7 @@ class TrainSettings:
 
     model: str
     data: str
-    codec: str = "descript/dac_44khz"
+    codec: str = "auto"
     eval_data: str | None = None
     eval_share: float = 0.05
     steps: int = 1000

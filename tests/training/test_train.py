@@ -1,6 +1,7 @@
 """Whole runs: what they learn, what they write, and that the result loads wherever a checkpoint loads."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,20 @@ def test_a_codec_of_another_model(home: Path, tmp_path: Path) -> None:
     ):
         train(home, tmp_path / "run", codec=codec)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_codec_beside_the_model_goes_where_the_result_goes(home: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    shutil.copytree(home / "model", begun)
+    shutil.copytree(home / "codec", begun / "codec")
+    model = train(home, tmp_path / "run", model=begun, codec="auto", steps=2)
+    assert tree(model / "codec") == tree(home / "codec")
+    assert Dia.from_pretrained(model).codec.sample_rate == 44_100
+
+    shutil.rmtree(model / "codec")  # killed in between: the next call brings it
+    finetune(tmp_path / "run", {}, resume=True, device="cpu", cache=home / "codes")
+    assert tree(model / "codec") == tree(home / "codec")
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 @pytest.mark.parametrize(
