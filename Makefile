@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-emulated bench bench-check bench-suite bench-gpu lint clean
+.PHONY: help demo demo-voice eval-voice test test-slow test-emulated bench bench-check bench-suite bench-gpu lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +37,21 @@ $(VENV)/.dev: $(VENV)/.base
 	@$(INSTALL) --quiet --no-deps descript-audio-codec
 	@touch $@
 
-demo: $(VENV)/.base ## speak a short dialogue with a random checkpoint (downloads no weights)
+$(VENV)/.voice: $(VENV)/.base
+	@echo "installing what makes speech and listens to it into $(VENV)"
+	@$(INSTALL) -e '.[voice]'
+	@touch $@
+
+demo: $(VENV)/.base ## speak a short dialogue with the voice that comes with the package (downloads no weights)
 	$(PY) examples/demo.py
+
+VOICE_ARGS ?=
+VOICE_BUILD := examples/demo_voice/build
+demo-voice: $(VENV)/.voice ## make the demo voice from nothing: speech, codec, model (2 hours on two cores)
+	OMP_NUM_THREADS=2 $(PY) -m examples.demo_voice.build $(VOICE_BUILD)
+
+eval-voice: $(VENV)/.voice ## let two recognisers listen to the demo voice, and measure its pitch (VOICE_ARGS=)
+	OMP_NUM_THREADS=2 $(PY) -m examples.demo_voice.evaluate $(VOICE_BUILD)/held-out $(VOICE_ARGS)
 
 test: $(VENV)/.dev ## run the test suite (under 15 minutes on two cores)
 	$(PYTEST) $(PYTEST_ARGS)

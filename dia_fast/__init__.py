@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dia_fast.errors import CheckpointError, DiaFastError, InputError, OutOfPages
     from dia_fast.settings import SamplingSettings
     from dia_fast.text import TextWarning
+    from dia_fast.voice import demo_voice
 
     __version__: str
 
@@ -31,6 +32,7 @@ _HOMES = {
     "OutOfPages": "errors",
     "SamplingSettings": "settings",
     "TextWarning": "text",
+    "demo_voice": "voice",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "OutOfPages",
     "SamplingSettings",
     "TextWarning",
+    "demo_voice",
 ]
 
 

@@ -6,8 +6,64 @@ The weights are random, so that what is spoken is noise. Nothing is downloaded.
 import os
 from pathlib import Path
 
-from dia_fast.codec import random_codec
-from examples.demo import CODEC, SEED, make_model, make_voice
+import numpy as np
+import soundfile
+import torch
+
+from dia_fast import DiaConfig
+from dia_fast.codec import CodecConfig, random_codec
+from dia_fast.config import DecoderConfig, EncoderConfig
+from dia_fast.convert import save_pretrained
+from dia_fast.packing import packed_shapes
+
+SEED = 7
+
+# Dia's own vocabularies, channels and delays, in a model of some three million weights.
+MODEL = DiaConfig(
+    EncoderConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+    ),
+    DecoderConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        cross_num_attention_heads=4,
+        cross_num_key_value_heads=4,
+        cross_head_dim=32,
+        cross_hidden_size=64,
+    ),
+)
+# The frame rate and the codebooks of the codec that Dia speaks through, at an eighth of its width.
+CODEC = CodecConfig(encoder_hidden_size=8, decoder_hidden_size=192)
+
+
+def make_model(folder: Path) -> None:
+    """Writes random weights as a checkpoint that transformers would load too."""
+    generator = torch.Generator().manual_seed(SEED)
+    weights = {}
+    for name, shape in packed_shapes(MODEL).items():
+        weight = torch.randn(shape, generator=generator)
+        is_norm, is_table = len(shape) == 1, name.endswith("embedding")
+        # Outputs of unit variance, so that logits differ by a few units.
+        weights[name] = 1 + 0.1 * weight if is_norm else weight if is_table else weight * shape[1] ** -0.5
+    save_pretrained(folder, MODEL, weights)
+
+
+def make_voice(path: Path) -> None:
+    """Writes 1.2 seconds of a buzz with a moving pitch: stereo at 22.05 kHz, neither of which the codec takes."""
+    rate = 22_050
+    seconds = np.arange(int(1.2 * rate)) / rate
+    phase = 2 * np.pi * (120 * seconds + 8 * np.sin(2 * np.pi * seconds))
+    buzz = sum(np.sin(k * phase) / k for k in range(1, 12)) * 0.2 * np.sin(np.pi * seconds / 1.2)
+    soundfile.write(path, np.stack([buzz, 0.8 * buzz], axis=1), rate)
 
 
 def make(folder: Path) -> tuple[Path, Path, Path]:

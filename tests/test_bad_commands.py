@@ -135,7 +135,7 @@ COMMANDS: list[tuple[str, list[str], str]] = [
     ("folder for a file", ["speak", "--file", "folder"], "cannot read the text file folder: Is a directory"),
     ("endless file", ["speak", "--file", "/dev/zero"], "text is 65537 bytes long"),
     ("Latin-1 file", ["speak", "--file", "latin1.txt"], "text is not valid UTF-8: byte 0xe9 at offset 8"),
-    ("no model", ["speak", TEXT], "no model: name one with --model, as in --model nari-labs/Dia-1.6B-0626"),
+    ("no model", ["batch", "text.txt", "out"], "no model: name one with --model, as in --model nari-labs/Dia-1.6B"),
     ("missing model", ["speak", TEXT, "--model", "./none"], "./none: no such file or folder"),
     ("words without a voice", ["speak", TEXT, "--prompt-text", TEXT], "--prompt-text needs --prompt"),
     ("missing voice", ["speak", TEXT, "--prompt", "no.wav", "--prompt-text", TEXT], "--prompt no.wav: no such file"),

@@ -94,13 +94,19 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
     add_model(parser)
     add_sampling(parser)
+    parser.set_defaults(temperature=None)  # it depends on the model
     return parser
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("-m", "--model", metavar="MODEL", help=f"Hub repository or local folder: {OFFICIAL_MODEL}")
-    model.add_argument("--codec", metavar="CODEC", default="descript/dac_44khz", help="codec (%(default)s)")
+    model.add_argument(
+        "--codec",
+        metavar="CODEC",
+        default="auto",
+        help="codec (default: the folder codec in MODEL if it has one, else descript/dac_44khz)",
+    )
     model.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     model.add_argument("--offline", action="store_true", help="use only what has been downloaded before")
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
@@ -126,7 +132,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="how closely to follow the text, 1 or more; 1 or none turns guidance off (%(default)s)",
     )
     group.add_argument(
-        "--temperature", type=float, metavar="T", default=usual.temperature, help="higher is more varied (%(default)s)"
+        "--temperature",
+        type=float,
+        metavar="T",
+        default=usual.temperature,
+        help=f"higher is more varied ({usual.temperature}; speak without --model: 0.5)",
     )
     group.add_argument(
         "--top-p", type=float, metavar="P", default=usual.top_p, help="share of probability to draw from (%(default)s)"
@@ -147,6 +157,11 @@ def _none_or(kind: type) -> Any:
 
 
 def settings_from(args: argparse.Namespace) -> SamplingSettings:
+    """What was asked for; a temperature that was not is that of the model."""
+    if args.temperature is None:
+        from dia_fast.voice import TEMPERATURE
+
+        args.temperature = TEMPERATURE if args.model is None else SamplingSettings().temperature
     return SamplingSettings(
         max_new_tokens=args.max_new_tokens,
         guidance_scale=args.guidance_scale,
@@ -227,8 +242,25 @@ def run(args: argparse.Namespace) -> int:
     elif sys.stdout.isatty():
         raise InputError("-o - writes bare samples, and standard output is a terminal: send them to a player or a file")
     if args.model is None:
-        raise InputError(f"no model: name one with --model, as in --model {OFFICIAL_MODEL}")
+        args.model = _demo_voice(text, quiet=args.quiet)
     return _speak(args, settings, text, output)
+
+
+def _demo_voice(text: str, *, quiet: bool) -> Path:
+    """The voice that speaks where no model is named; says so, and warns of words that it cannot say."""
+    from dia_fast.voice import demo_voice, unknown_words, vocabulary
+
+    folder = demo_voice()
+    if not quiet:
+        print(
+            f"dia-fast: no --model: this is the demo voice of the package, which knows {len(vocabulary())} words and "
+            f"two synthetic speakers ({folder / 'README.md'}); for anything else: --model {OFFICIAL_MODEL}",
+            file=sys.stderr,
+        )
+    if unknown := unknown_words(text):
+        few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        warnings.warn(f"the demo voice never learnt: {few}; what it knows is in its README", TextWarning, stacklevel=1)
+    return folder
 
 
 def _speak(args: argparse.Namespace, settings: SamplingSettings, text: str, output: Path) -> int:

@@ -1,0 +1,115 @@
+"""Makes the demo voice from nothing: speech, codec, model, and the folder that the package ships.
+
+    python -m examples.demo_voice.build [FOLDER] [--output dia_fast/demo_voice]
+
+Steps whose results lie in FOLDER already are not done again; the training of the model goes on where it was stopped.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dia_fast.codec import load_codec
+from examples.demo_voice.sentences import vocabulary
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGEST = 20_000_000  # bytes, of everything that is shipped
+
+TRAINING = {
+    "steps": 4600,
+    "batch-size": 8,
+    "learning-rate": 1e-3,
+    "warmup": 200,
+    "final-share": 0.02,
+    "beta2": 0.98,
+    "weight-decay": 0.02,
+    "drop-text": 0.1,
+    "seed": 1,
+    "channel-weights": "3,2,1.5,1,1,1,1,1,1",
+    "eval-share": 0.02,
+    "eval-every": 250,
+    "save-every": 250,
+}
+
+
+def python(*arguments: str | Path) -> None:
+    """Runs a module in a process of its own; stops everything if it fails."""
+    subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True, cwd=ROOT)
+
+
+def speech(folder: Path) -> None:
+    """Training recordings: short ones of one or two turns, and turns of two sentences."""
+    module = "examples.demo_voice.speech"
+    python(module, folder / "short", "--count", "4000", "--seed", "1")
+    python(module, folder / "long", "--count", "600", "--seed", "3", "--turns", "1", "--sentences", "2")
+    entries = [
+        json.dumps({"audio": f"{part}/{entry['audio']}", "text": entry["text"]})
+        for part in ("short", "long")
+        for entry in map(json.loads, (folder / part / "recordings.jsonl").read_text(encoding="utf-8").splitlines())
+    ]
+    (folder / "recordings.jsonl").write_text("\n".join(entries) + "\n", encoding="utf-8")
+
+
+def train(work: Path) -> None:
+    """`dia-fast train`, or its continuation."""
+    run = work / "run"
+    if (run / "run.json").is_file():
+        python("dia_fast", "train", "-o", run, "--resume")
+        return
+    options: list[str | Path] = [part for name, value in TRAINING.items() for part in (f"--{name}", str(value))]
+    options += ["--model", work / "untrained", "--codec", work / "codec", "--codes", work / "codes", "-o", run]
+    python("dia_fast", "train", work / "speech" / "recordings.jsonl", *options, "--dtype", "bf16")
+
+
+def pack(work: Path, output: Path) -> None:
+    """Everything that is shipped, but for the model card: weights in 16 bits, and the words."""
+    for file in (work / "run" / "model").iterdir():
+        shutil.copyfile(file, output / file.name)
+    shutil.rmtree(output / "codec", ignore_errors=True)
+    load_codec(work / "codec", dtype=torch.float16).save_pretrained(output / "codec")
+    (output / "vocabulary.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    if size > LARGEST:
+        sys.exit(f"{output} has {size} bytes, more than {LARGEST}")
+    print(f"{output}: {size / 1e6:.1f} MB")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "examples" / "demo_voice" / "build")
+    parser.add_argument("--output", type=Path, default=ROOT / "dia_fast" / "demo_voice")
+    options = parser.parse_args()
+    work: Path = options.folder.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    steps: list[tuple[str, Path, Callable[[], None]]] = [
+        ("speech", work / "speech" / "recordings.jsonl", lambda: speech(work / "speech")),
+        ("codec", work / "codec.done", lambda: _codec(work)),
+        ("untrained model", work / "untrained", lambda: python("examples.demo_voice.model", work / "untrained")),
+        ("model", work / "run" / "model", lambda: train(work)),
+    ]
+    for name, result, make in steps:
+        if result.exists():
+            print(f"{name}: there already")
+            continue
+        start = time.monotonic()
+        make()
+        print(f"{name}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+    pack(work, options.output.resolve())
+
+
+def _codec(work: Path) -> None:
+    python("examples.demo_voice.codec", work / "speech" / "short", work / "codec")
+    (work / "codec.done").touch()
+
+
+if __name__ == "__main__":
+    main()
