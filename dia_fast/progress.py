@@ -28,9 +28,12 @@ class StepBar:
         return self
 
     def __call__(self, steps: int) -> None:
+        first = not self.steps
         self.steps, self.seconds = steps, time.perf_counter() - self._start
         self._bar.set_postfix_str(f"{steps / self.seconds / self.realtime:.2f}x realtime", refresh=False)
         self._bar.update(steps - self._bar.n)
+        if first:  # the rest is drawn now and then; a short run would end before
+            self._bar.refresh()
 
     def pieces(self, done: int, count: int, total: int) -> None:
         """Shows how many of `count` pieces of a script are done; total: steps expected of all."""
