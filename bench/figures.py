@@ -15,11 +15,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.machine_code import MACHINES
 from dia_fast.config import DiaConfig
 from dia_fast.files import replacing
 from dia_fast.roofline import figures, work
 from dia_fast.roofline.predict import SIZES
+from dia_kernels import gemv
 
 OUT = Path(work.__file__).parent / figures.FILE
 Line = dict[str, Any]
@@ -62,7 +65,7 @@ def compact(lines: Iterable[Line]) -> Table:
                 for name, line in name_launches(steps[target, dtype, rows]).items():
                     x_rows = rows // 2 if rows > 1 and name.startswith("cross") else rows
                     key = str(figures.bucket(target, x_rows)) if name in work.PROJECTIONS else "0"
-                    figure = _figure(name, line)
+                    figure = _figure(name, line, x_rows)
                     # Of row counts that share their code, the one that works hardest.
                     if key not in found[name] or found[name][key][-1] < figure[-1]:
                         found[name][key] = figure
@@ -95,7 +98,7 @@ def name_launches(lines: Sequence[Line]) -> dict[str, Line]:
     return named
 
 
-def _figure(name: str, line: Line) -> list[float]:
+def _figure(name: str, line: Line, rows: int) -> list[float]:
     """The fields of `Figure`; block, in_flight and instructions per load follow from the shapes of the 1.6B model."""
     machine, size = MACHINES[line["target"]], SIZES[line["dtype"]]
     resident = max(1, round(line["occupancy"] * machine.warps / line["warps"]))
@@ -104,15 +107,19 @@ def _figure(name: str, line: Line) -> list[float]:
         tokens = work.split(128, size, line["target"], wanted) if wanted else 0
         return [tokens, line["warps"], resident, 0, line["instructions"]]
     features, width = _shapes()[name]
-    block = min((1 << power for power in range(3, 9)), key=lambda n: abs(-(-features // n) - line["programs"]))
-    if -(-features // block) != line["programs"]:
+    dtype, normed = getattr(torch, line["dtype"]), int(name in work.NORMED)
+    rule = gemv.rule(dtype, line["target"], rows=rows, features=features, hidden=width, normed=normed)
+    sharing = -(-rows // rule["BLOCK_R"])  # programs of the same weights, each with some of the rows
+    tiles = line["programs"] // sharing
+    block = min((1 << power for power in range(3, 9)), key=lambda n: abs(-(-features // n) - tiles))
+    if -(-features // block) != tiles:
         raise ValueError(f"{name}: {line['programs']} programs for {features} features is no power of two each")
     busy = min(resident, line["programs"] / machine.units)
     loads = block * width * size / (16 * machine.lanes)  # by a whole warp, of a program
     if line["issue"]:
         per_load = line["issue"] * machine.slots_per_load
     else:  # weights cannot be told from activations, but the code has no loops
-        per_load = line["instructions"] * line["warps"] / loads
+        per_load = sharing * line["instructions"] * line["warps"] / loads
     return [block, line["warps"], resident, round(line["in_flight"] / busy), round(per_load, 1)]
 
 
