@@ -257,8 +257,11 @@ def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int
             block_r = min(block_r, 32)  # without matrix instructions for it, 64 rows would spill
     elif dtype == torch.float32:  # a thread multiplies by all columns of a step at once: half as many spill nothing
         config["CHUNKS"] = 1
-        # Compilers for the older ones hold more of what is in flight in registers.
-        block_n, depth = {32: (16, 2 if arch.startswith("sm_8") else 4), 64: (8, 2)}.get(block_r, (16, 8))
+        if normed and arch.startswith("sm_12"):
+            block_r = min(block_r, 32)  # its compiler finds too few registers for 64
+        # Compilers for most hold more of what is in flight in registers than the one for sm_90 does.
+        half = (8, 2) if arch.startswith("sm_1") else (16, 2 if arch.startswith("sm_8") else 4)
+        block_n, depth = {32: half, 64: (8, 1 if arch.startswith("sm_12") else 2)}.get(block_r, (16, 8))
     elif normed and config["AMD"]:
         block_n = 16 if config["K_LANES"] == 2 else 64 if block_r == 32 else 32
         depth = 4 if block_r == 16 and config["K_LANES"] == 4 else 2
