@@ -1,4 +1,4 @@
-"""The inner loop of every decode projection: `x @ weight.T` for 1 to 64 rows, the weights streamed exactly once.
+"""The inner loop of every decode projection: `x @ weight.T` for 1 to 64 rows, the weights streamed from memory once.
 
 One program computes `BLOCK_N` output features for all rows; its `SPLIT_K` warps share the reduction axis. A step
 covers `SPLIT_K * CHUNKS * K_LANES * VECTOR` columns of the weights, an equal share of them per warp.
