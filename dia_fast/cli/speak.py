@@ -259,7 +259,8 @@ def _demo_voice(text: str, *, quiet: bool) -> Path:
         )
     if unknown := unknown_words(text):
         few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        warnings.warn(f"the demo voice never learnt: {few}; its words: {folder}/vocabulary.txt", TextWarning, stacklevel=1)
+        told = f"the demo voice never learnt: {few}; its words: {folder / 'vocabulary.txt'}"
+        warnings.warn(told, TextWarning, stacklevel=1)
     return folder
 
 
