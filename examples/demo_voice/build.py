@@ -45,10 +45,10 @@ def python(*arguments: str | Path) -> None:
 
 
 def speech(folder: Path) -> None:
-    """Training recordings: short ones of one or two turns, and turns of two sentences."""
-    module = "examples.demo_voice.speech"
-    python(module, folder / "short", "--count", "4000", "--seed", "1")
-    python(module, folder / "long", "--count", "600", "--seed", "3", "--turns", "1", "--sentences", "2")
+    """Training recordings: short ones of one or two turns, and turns of two sentences; with many numbers."""
+    module, numbers = "examples.demo_voice.speech", ("--numbers", "0.55")
+    python(module, folder / "short", "--count", "7500", "--seed", "1", *numbers)
+    python(module, folder / "long", "--count", "2500", "--seed", "3", "--turns", "1", "--sentences", "2", *numbers)
     entries = [
         json.dumps({"audio": f"{part}/{entry['audio']}", "text": entry["text"]})
         for part in ("short", "long")

@@ -1,6 +1,6 @@
 """Trains the small codec of the demo voice from scratch: a DAC at 16 kHz, 9 codebooks of 256 codes, 50 frames a second.
 
-    python -m examples.demo_voice.codec RECORDINGS CODEC --steps 4000
+    python -m examples.demo_voice.codec RECORDINGS CODEC --steps 4000 [--device cuda]
 
 No adversary: distances between spectrograms at six resolutions, and between waveforms. It first learns to pass sound
 through without codes; then the codebooks are filled with what comes by, and codes are learnt.
@@ -11,6 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,20 +35,35 @@ CONFIG = CodecConfig(
     codebook_dim=8,
     sampling_rate=16_000,
 )
-BATCH, FRAMES = 8, 30  # clips of 0.6 s
-WINDOWS = (64, 128, 256, 512, 1024, 2048)
+FRAMES = 30  # of a clip: 0.6 s
+WINDOWS = {64: 8, 128: 16, 256: 32, 512: 64, 1024: 80, 2048: 80}  # of spectrograms: samples, and mel bins
 PEAK_RATE = 1e-3
 DECAY = 0.99  # of a codeword's mean, each step
 FLOOR = 3e-4  # 70 dB below full scale; what is softer is silence
 
 
-@torch.compile(dynamic=True)
+@dataclass(frozen=True)
+class Plan:
+    """How a codec is trained.
+
+    samples: weight of the L1 of samples. fewer: share of the clips that do with fewer than all codebooks. shortest: of
+    the windows of spectrograms, in samples.
+    """
+
+    steps: int = 4000
+    batch: int = 8
+    samples: float = 15.0
+    fewer: float = 0.25
+    shortest: int = 64
+    seed: int = 1
+    device: str = "cpu"
+
+
 def _snake_forward(x: Tensor, alpha: Tensor) -> Tensor:
     wide, a = x.float(), alpha.float()
     return (wide + torch.sin(a * wide).square() / (a + 1e-9)).to(x.dtype)
 
 
-@torch.compile(dynamic=True)
 def _snake_backward(x: Tensor, alpha: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     wide, a, g = x.float(), alpha.float(), gradient.float()
     sine, cosine = torch.sin(a * wide), torch.cos(a * wide)
@@ -56,18 +72,26 @@ def _snake_backward(x: Tensor, alpha: Tensor, gradient: Tensor) -> tuple[Tensor,
     return (g * (1 + slope)).to(x.dtype), by_alpha.to(alpha.dtype)
 
 
+_compiled_forward = torch.compile(_snake_forward, dynamic=True)
+_compiled_backward = torch.compile(_snake_backward, dynamic=True)
+
+
 class _Snake(torch.autograd.Function):
-    """`x + sin(a x)^2 / a`, computed in one pass over memory each way, from x alone; several times faster on a CPU."""
+    """`x + sin(a x)^2 / a`, computed in one pass over memory each way, from x alone; several times faster on a CPU.
+
+    On a GPU, which is not what limits there, it would only have to be compiled first.
+    """
 
     @staticmethod
     def forward(context: Any, x: Tensor, alpha: Tensor) -> Tensor:
         context.save_for_backward(x, alpha)
-        return _snake_forward(x, alpha)
+        return _snake_forward(x, alpha) if x.is_cuda else _compiled_forward(x, alpha)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         x, alpha = context.saved_tensors
-        return _snake_backward(x, alpha, gradients[0])
+        run = _snake_backward if x.is_cuda else _compiled_backward
+        return run(x, alpha, gradients[0])
 
 
 def _snake(x: Tensor, snake: Snake) -> Tensor:
@@ -112,11 +136,14 @@ def decode(network: DacNetwork, z: Tensor) -> Tensor:
 class Codebooks:
     """The codewords while they are learnt: running means of the latents that chose them, not steps of an optimizer."""
 
-    def __init__(self, network: DacNetwork, generator: torch.Generator) -> None:
+    def __init__(self, network: DacNetwork, frames: int, generator: torch.Generator) -> None:
+        """frames: of each step."""
+        self.frames = frames
         self.stages = list(cast("Iterable[Codebook]", network.quantizer.quantizers))
         self.generator = generator
-        size, width = self.stages[0].codebook.weight.shape
-        self.counts, self.sums = torch.zeros(len(self.stages), size), torch.zeros(len(self.stages), size, width)
+        words = self.stages[0].codebook.weight
+        self.counts = words.new_zeros(len(self.stages), words.shape[0])
+        self.sums = words.new_zeros(len(self.stages), *words.shape)
 
     def __call__(self, z: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
         """`(what codes say of z, how far latents are from codewords)`. used: `[batch]`, codebooks of each clip."""
@@ -138,7 +165,7 @@ class Codebooks:
 
     def _learn(self, index: int, ids: Tensor, latents: Tensor) -> None:
         counts, sums = self.counts[index], self.sums[index]
-        counts.mul_(DECAY).index_add_(0, ids, torch.full(ids.shape, 1 - DECAY))
+        counts.mul_(DECAY).index_add_(0, ids, latents.new_full(ids.shape, 1 - DECAY))
         sums.mul_(DECAY).index_add_(0, ids, latents * (1 - DECAY))
         self.stages[index].codebook.weight.copy_(sums / counts.clamp(min=1e-8)[:, None])
 
@@ -153,7 +180,8 @@ class Codebooks:
             cast(Tensor, stage.in_proj.bias).copy_(-(directions @ mean))
             stage.out_proj.weight.copy_(directions.T[..., None])
             cast(Tensor, stage.out_proj.bias).copy_(mean)
-            self._refill(index, torch.arange(len(stage.codebook.weight)), (left - mean) @ directions.T)
+            every = torch.arange(len(stage.codebook.weight), device=z.device)
+            self._refill(index, every, (left - mean) @ directions.T)
             left = left - stage.nearest(left.T[None])[1][0].T
 
     @torch.no_grad()
@@ -166,11 +194,10 @@ class Codebooks:
             left = left - stage.nearest(left.T[None])[1][0].T
 
     def _refill(self, index: int, which: Tensor, latents: Tensor) -> None:
-        chosen = latents[torch.randint(len(latents), (len(which),), generator=self.generator)]
-        share = 1 / self.counts.shape[1]  # of all that comes, if all codewords were used alike
-        frames = BATCH * FRAMES
-        self.counts[index, which] = share * frames
-        self.sums[index, which] = chosen * share * frames
+        chosen = latents[torch.randint(len(latents), (len(which),), generator=self.generator).to(latents.device)]
+        share = self.frames / self.counts.shape[1]  # of what a step brings, if all codewords were used alike
+        self.counts[index, which] = share
+        self.sums[index, which] = chosen * share
         self.stages[index].codebook.weight[which] = chosen
 
     def bits(self) -> list[float]:
@@ -182,14 +209,16 @@ class Codebooks:
 class Distance:
     """How far two waveforms are apart: L1 of mel spectrograms, logarithmic and plain, plus L1 of samples."""
 
-    def __init__(self) -> None:
-        self.scales = []
-        for n, bins in zip(WINDOWS, (8, 16, 32, 64, 80, 80), strict=True):
-            window = torch.hann_window(n)
-            self.scales.append((window, _mel(n, bins) * (2 / window.sum())))
+    def __init__(self, plan: Plan) -> None:
+        self.samples, self.scales = plan.samples, []
+        for n, bins in WINDOWS.items():
+            if n >= plan.shortest:
+                window = torch.hann_window(n)
+                mel = _mel(n, bins) * (2 / window.sum())
+                self.scales.append((window.to(plan.device), mel.to(plan.device)))
 
     def __call__(self, made: Tensor, real: Tensor) -> Tensor:
-        total = 15 * (made - real).abs().mean()
+        total = self.samples * (made - real).abs().mean()
         both = torch.cat([made, real])
         for window, mel in self.scales:
             n = len(window)
@@ -213,40 +242,43 @@ def _mel(n: int, bins: int) -> Tensor:
 
 def load(folder: Path) -> Tensor:
     """All recordings in a row, int16."""
-    return torch.from_numpy(np.concatenate([soundfile.read(p, dtype="int16")[0] for p in sorted(folder.glob("*.wav"))]))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".wav", ".flac"))
+    return torch.from_numpy(np.concatenate([soundfile.read(path, dtype="int16")[0] for path in files]))
 
 
-def train(recordings: Path, output: Path, steps: int, seed: int) -> None:
+def train(recordings: Path, output: Path, plan: Plan) -> None:
     """Trains and writes the codec in the layout of transformers, now and then and at the end."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    sound = load(recordings)
-    codec = random_codec(CONFIG, seed)
+    torch.manual_seed(plan.seed)
+    generator = torch.Generator().manual_seed(plan.seed)
+    sound = load(recordings).to(plan.device)
+    codec = random_codec(CONFIG, plan.seed, plan.device)
     network = cast(DacNetwork, codec.network).requires_grad_(True).train()
-    codebooks = Codebooks(network, generator)
+    codebooks = Codebooks(network, plan.batch * FRAMES, generator)
     learnt = [weight for name, weight in network.named_parameters() if "codebook" not in name]
     optimizer = torch.optim.AdamW(learnt, lr=PEAK_RATE, betas=(0.8, 0.99), weight_decay=0.0)
-    distance, recent = Distance(), deque[Tensor](maxlen=20)
-    begin, length = steps // 12, FRAMES * CONFIG.hop_length
+    distance, recent = Distance(plan), deque[Tensor](maxlen=20)
+    begin, length = plan.steps // 12, FRAMES * CONFIG.hop_length
+    clip = torch.arange(length, device=plan.device)
     started = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
     with (output.parent / f"{output.name}.log").open("w") as log:
-        for step in tqdm(range(1, steps + 1), unit="step", dynamic_ncols=True, mininterval=5):
-            rate = PEAK_RATE * min(step / 200, 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
+        for step in tqdm(range(1, plan.steps + 1), unit="step", dynamic_ncols=True, mininterval=5):
+            rate = PEAK_RATE * min(step / 200, 0.02 + 0.98 * (1 + math.cos(math.pi * step / plan.steps)) / 2)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            starts = torch.randint(len(sound) - length, (BATCH,), generator=generator)
-            wave = torch.stack([sound[start : start + length] for start in starts.tolist()]).float() / 32768
-            z, aside = encode(network, wave), torch.zeros(())
+            starts = torch.randint(len(sound) - length, (plan.batch, 1), generator=generator)
+            wave = sound[starts.to(plan.device) + clip].float() / 32768
+            z, aside = encode(network, wave), wave.new_zeros(())
             recent.append(z.detach().transpose(1, 2).flatten(0, 1))
             if step == begin:
                 codebooks.begin(torch.cat(list(recent)))
-            elif step > begin and step % 50 == 0 and step < 0.8 * steps:
+            elif step > begin and step % 50 == 0 and step < 0.8 * plan.steps:
                 codebooks.revive(recent[-1])
             if step >= begin:
-                # A quarter of the clips do with fewer codebooks, so that the first ones say what matters most.
-                used = torch.randint(1, 4 * len(codebooks.stages), (BATCH,), generator=generator)
-                z, aside = codebooks(z, used)
+                # Some clips do with fewer codebooks, so that the first ones say what matters most.
+                most = round(len(codebooks.stages) / plan.fewer)
+                used = torch.randint(1, most, (plan.batch,), generator=generator)
+                z, aside = codebooks(z, used.to(plan.device))
             far = distance(decode(network, z), wave)
             optimizer.zero_grad()
             (far + 0.25 * aside).backward()
@@ -256,7 +288,7 @@ def train(recordings: Path, output: Path, steps: int, seed: int) -> None:
                 numbers = [step, far.item(), aside.item(), float(norm), rate, time.monotonic() - started]
                 log.write(" ".join(f"{number:.4g}" for number in [*numbers, *codebooks.bits()]) + "\n")
                 log.flush()
-            if step % 500 == 0 or step == steps:
+            if step % 500 == 0 or step == plan.steps:
                 codec.save_pretrained(output)
 
 
@@ -265,10 +297,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recordings", type=Path)
     parser.add_argument("codec", type=Path)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
-    train(options.recordings, options.codec, options.steps, options.seed)
+    for field in fields(Plan):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    options = vars(parser.parse_args())
+    train(options.pop("recordings"), options.pop("codec"), Plan(**options))
 
 
 if __name__ == "__main__":

@@ -20,16 +20,21 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from examples.demo_voice.sentences import Line, lines
+from examples.demo_voice.sentences import NUMBERS, Line, lines, sentences
 
 RATE = 16_000  # samples per second, of everything in this recipe
 FORMANTS = 1.18  # those of [S2] over those of [S1]
 MEDIAN_PITCH = 185.0  # of [S2], in Hz; [S1] has about 95
-PEAK = 0.7  # of each recording, of full scale
+PEAK = 0.7  # of each sentence, of full scale
+FRAME = RATE // 50  # samples of a frame of the codec
 
 
 class Voices:
-    """The two speakers. The same seed and the same calls in the same order give the same samples."""
+    """The two speakers. The same seed and the same calls in the same order give the same samples.
+
+    A sentence sounds the same whenever a speaker of the same size says it, and begins with a frame of the codec: what
+    differs without a cause in the text, a small model can only guess.
+    """
 
     def __init__(self, seed: int) -> None:
         import onnxruntime
@@ -45,7 +50,7 @@ class Voices:
         from piper import SynthesisConfig
 
         # Spoken slower and played faster, or the other way round: only the size of the speaker changes.
-        config = SynthesisConfig(length_scale=1 / size, normalize_audio=False)
+        config = SynthesisConfig(length_scale=1 / size, noise_scale=0.0, noise_w_scale=0.0, normalize_audio=False)
         chunks = [chunk.audio_float_array for chunk in self._voice.synthesize(sentence, config)]
         samples = soxr.resample(np.concatenate(chunks), self._voice.config.sample_rate / size, RATE)
         if speaker == 2:
@@ -53,16 +58,18 @@ class Voices:
         return samples * (PEAK / max(float(np.abs(samples).max()), 1e-3))
 
     def speak(self, line: Line) -> np.ndarray:
-        """A whole recording: its turns, with a short pause between them."""
-        parts = [self._silence(0.02, 0.06)]
-        for index, (speaker, sentence) in enumerate(line.turns):
-            if index:
-                parts.append(self._silence(0.1, 0.2))
-            parts.append(_trimmed(self.say(sentence, speaker, line.sizes[speaker - 1])))
-        return np.concatenate([*parts, self._silence(0.06, 0.1)])
+        """A whole recording: its sentences, with a short pause between them."""
+        parts = [self._silence(2, 2)]
+        for speaker, turn in line.turns:
+            for sentence in sentences(turn):
+                if len(parts) > 1:
+                    parts.append(self._silence(5, 7))
+                parts.append(_whole_frames(_trimmed(self.say(sentence, speaker, line.sizes[speaker - 1]))))
+        return np.concatenate([*parts, self._silence(4, 4)])
 
-    def _silence(self, least: float, most: float) -> np.ndarray:
-        return np.zeros(int(RATE * self._draw.uniform(least, most)))
+    def _silence(self, least: int, most: int) -> np.ndarray:
+        """So many frames of it."""
+        return np.zeros(FRAME * self._draw.randint(least, most))
 
 
 def _other_throat(samples: np.ndarray, median_pitch: float) -> np.ndarray:
@@ -79,6 +86,10 @@ def _trimmed(samples: np.ndarray) -> np.ndarray:
     loud = np.flatnonzero(np.abs(samples) > 0.02)
     margin = RATE // 50
     return samples[max(0, loud[0] - margin) : loud[-1] + margin] if len(loud) else samples
+
+
+def _whole_frames(samples: np.ndarray) -> np.ndarray:
+    return np.pad(samples, (0, -len(samples) % FRAME))
 
 
 def _make(task: tuple[Path, list[tuple[int, Line]], int]) -> int:
@@ -115,8 +126,15 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="of sentences that training never has")
     parser.add_argument("--turns", type=int, help="turns of each recording (default: one or two)")
     parser.add_argument("--sentences", type=int, default=1, help="of each turn (%(default)s)")
+    parser.add_argument("--numbers", type=float, default=NUMBERS, help="share of sentences with digits (%(default)s)")
     options = parser.parse_args()
-    made = lines(options.seed, held_out=options.held_out, turns=options.turns, sentences=options.sentences)
+    made = lines(
+        options.seed,
+        held_out=options.held_out,
+        turns=options.turns,
+        sentences=options.sentences,
+        numbers=options.numbers,
+    )
     if options.held_out:
         made = different(made)
     record(options.folder, list(itertools.islice(made, options.count)), options.seed)
