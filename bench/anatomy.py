@@ -1,0 +1,71 @@
+"""Where does the time of a decode step go? Leaves one op out at a time and says how much faster the step is then.
+
+    python -m bench.anatomy [--rows 2] [--context 860] [--text 200] [--dtype bfloat16] [--json FILE]
+
+The whole model with random weights, as a CUDA graph, as the engine runs it. What an op costs within the step is not
+what it takes alone: its launch hides behind the op before it, or does not. Needs a GPU.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.captured import CapturedStep, Load, random_model, state_for, without
+from bench.device import open_device
+from bench.measure import DTYPES, bytes_per_step, read_bandwidth
+from dia_fast.errors import DiaFastError
+from dia_kernels import get_ops
+
+OPS = (
+    "embed_codes", "rms_norm_linear", "rope_attention", "linear_residual", "cross_attention", "rms_norm_glu",
+    "codebook_logits", "sample",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="anatomy", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[2], help="of the step: 1, or twice the requests")
+    parser.add_argument("--context", type=int, default=860)
+    parser.add_argument("--text", type=int, default=200, help="bytes")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        device = open_device(options.device)
+        ops = get_ops("triton", device.torch)
+    except (DiaFastError, ValueError) as error:
+        print(f"anatomy: {error}", file=sys.stderr)
+        return 2
+    reads = read_bandwidth(device.torch, 2 << 30)
+    model = random_model(DTYPES[options.dtype], device.torch, ops)
+    weights = bytes_per_step(model)
+    print(f"{device.name}, reads {reads / 1e12:.2f} TB/s; a step reads {weights / 1e9:.3f} GB of weights")
+    found = []
+    with torch.inference_mode():
+        for rows in options.rows:
+            load = Load(rows, options.context, options.text)
+            state = state_for(model, load)
+            whole = CapturedStep(device, model, state, load).seconds()
+            share = weights / reads / whole
+            print(f"{rows} rows: {whole * 1e3:.4f} ms a step, {share:.1%} of what reading the weights alone allows")
+            found.append({"rows": rows, "op": "all", "seconds": whole, "share": share})
+            for op in OPS:
+                model.ops = without(ops, op)
+                saved = whole - CapturedStep(device, model, state, load).seconds()
+                model.ops = ops
+                print(f"  {op:16} {saved * 1e6:8.1f} us  {saved / whole:6.1%}", flush=True)
+                found.append({"rows": rows, "op": op, "seconds": saved, "share": saved / whole})
+            del state
+    if options.json:
+        options.json.write_text(json.dumps({"reads": reads, "weights": weights, "found": found}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

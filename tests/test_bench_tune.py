@@ -1,0 +1,144 @@
+"""`bench.tune` and `bench.anatomy`: what is tried, what is kept, and that a table reaches the launches it is meant for.
+
+Times need a GPU; here they come from a function, and steps run on the torch ops.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import anatomy, captured, tune
+from bench.captured import CapturedStep, Load
+from bench.device import Device
+from dia_fast import launches as steps
+from dia_kernels import get_ops, launch
+
+ROWS = [1, 2, 16, 64]
+
+
+@pytest.fixture(autouse=True)
+def _no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIA_KERNELS_TABLE", "")
+
+
+def configurations(rows: int) -> list[dict[str, Any]]:
+    """Options of every launch of a step of one layer, in order."""
+    seen: list[dict[str, Any]] = []
+
+    def note(run: Any, kernel: Any, grid: Any, args: Any, meta: dict[str, Any]) -> None:
+        seen.append({"kernel": kernel.fn.__name__, **meta})
+
+    with launch.listening(note):
+        steps.decode(rows, torch.bfloat16)
+    return seen
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_launch_of_a_step_is_tuned_by_exactly_one_entry(
+    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = configurations(rows)
+    changed = [0] * len(before)
+    for one in tune.launches(rows, "bfloat16", None):
+        for use in tune.candidates(one, bits=False):
+            monkeypatch.setenv(
+                "DIA_KERNELS_TABLE", str(tune.write_table(tmp_path / f"{one.name}{use}.json", [(one, use)]))
+            )
+            after = configurations(rows)
+            differ = [index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
+            if differ:
+                break
+        for index in differ:
+            assert all(after[index][name] == value for name, value in use.items())
+            changed[index] += 1
+    assert changed == [1] * len(before)
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down", "qkv", "o", "heads"])
+def test_without_bits_nothing_is_tried_that_orders_a_sum(name: str) -> None:
+    [one] = tune.launches(2, "bfloat16", [name])
+    tried = list(tune.candidates(one, bits=False))
+    assert len(tried) > 4 and all(set(use) <= {"BLOCK_N", "BLOCK_R", "DEPTH"} for use in tried)
+    assert any("SPLIT_K" in use for use in tune.candidates(one, bits=True))
+
+
+class _Step:
+    """In place of a captured step: its time is a function of the table."""
+
+    def __init__(self, *_: Any) -> None:
+        with open(os.environ["DIA_KERNELS_TABLE"]) as file:
+            self.table = json.load(file)
+
+    def seconds(self) -> float:
+        taken = 1.0
+        for entries in self.table.values():
+            use = entries[0]["use"]
+            if use.get("BLOCK_N") == 64:
+                raise RuntimeError("out of registers\nmore about it")
+            taken -= 0.1 * (use.get("BLOCK_N") == 8) + 0.01 * (use.get("DEPTH") == 8)
+        return taken
+
+
+@pytest.fixture
+def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tune.Tuner]:
+    monkeypatch.setattr(tune, "CapturedStep", _Step)
+    monkeypatch.setattr(tune, "state_for", lambda model, load: None)
+    monkeypatch.setattr(tune, "random_model", lambda *_: None)
+    monkeypatch.setattr("dia_kernels.get_ops", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda *_: None)
+    options = argparse.Namespace(
+        device="cpu", dtype="bfloat16", layers=None, budget=60.0, rows=[2], only=["gate_up", "down"], bits=False,
+        context=9, text=9, margin=0.001,
+    )  # fmt: skip
+    yield tune.Tuner(options, tmp_path)
+
+
+def test_the_fastest_is_kept_for_each_launch_and_what_fails_is_noted(tuner: tune.Tuner, tmp_path: Path) -> None:
+    tuner.run()
+    best = {"BLOCK_N": 8, "DEPTH": 8}
+    assert {one.name: use for one, use in tuner.chosen} == {"gate_up": best, "down": best}
+    failed = [trial for trial in tuner.trials if "failed" in trial]
+    assert failed and all(t["use"]["BLOCK_N"] == 64 and "more about" not in t["failed"] for t in failed)
+    table = launch.read_table(str(tune.write_table(tmp_path / "table.json", tuner.chosen)))
+    assert table["rms_norm_glu"] == [{"where": {"rows": 2, "dtype": "bfloat16"}, "use": best}]
+
+
+def test_a_gain_below_the_margin_is_noise(tuner: tune.Tuner) -> None:
+    tuner.options.margin = 0.2
+    tuner.run()
+    assert tuner.chosen == []
+
+
+def test_no_gpu_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    for main, arguments in ((tune.main, ["--out", str(tmp_path / "t.json")]), (anatomy.main, [])):
+        assert main([*arguments, "--device", "cuda"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "cuda" in said
+
+
+def test_a_step_of_every_kind_runs_in_the_middle_of_its_work() -> None:
+    device = Device(torch.device("cpu"))
+    device.capture = lambda work: work  # type: ignore[method-assign]
+    ops = get_ops("torch", device.torch)
+    model = captured.random_model(torch.bfloat16, device.torch, ops, layers=1)
+    load = Load(rows=2, context=70, text=5)
+    with torch.inference_mode():
+        state = captured.state_for(model, load)
+        step = CapturedStep(device, model, state, load)
+        assert len(step.spans(replays=1)) == captured.SPANS and step.seconds() > 0
+        moved = captured.WARM_UP + captured.SPANS * 12
+        assert state.positions.tolist() == [70 + moved - 1] * 2 and not state.finished.any()
+        assert state.logits.isfinite().all() and state.logits.std() > 0.1
+        state.gated.zero_()
+        model.ops = captured.without(ops, "rms_norm_glu")  # type: ignore[assignment]
+        CapturedStep(device, model, state, load).seconds()
+        assert not state.gated.any()
