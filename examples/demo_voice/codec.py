@@ -175,7 +175,8 @@ class Codebooks:
         left = z
         for index, stage in enumerate(self.stages):
             mean = left.mean(0)
-            directions = torch.linalg.svd(left - mean, full_matrices=False)[2][: stage.codebook.weight.shape[1]]
+            every_direction = torch.linalg.svd((left - mean).cpu(), full_matrices=False)[2].to(z.device)
+            directions = every_direction[: stage.codebook.weight.shape[1]]
             stage.in_proj.weight.copy_(directions[..., None])
             cast(Tensor, stage.in_proj.bias).copy_(-(directions @ mean))
             stage.out_proj.weight.copy_(directions.T[..., None])
