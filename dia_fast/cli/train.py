@@ -56,7 +56,8 @@ _LEARNING: list[tuple[str, Any, str, str]] = [
     ("beta2", float, "B", "of AdamW"),
     ("clip", float, "N", "largest norm of the gradient, 0 for any"),
     ("drop-text", float, "P", "probability that an example comes without its text, which guidance needs"),
-    ("seed", int, "N", "decides order, held-out share, dropped texts and new adapters"),
+    ("drop-codes", float, "P", "probability that the decoder reads a random code in the place of the right one"),
+    ("seed", int, "N", "decides order, held-out share, what is dropped and new adapters"),
 ]
 _LORA: list[tuple[str, Any, str, str]] = [
     ("lora-rank", int, "R", "train adapters of this rank; 0 trains all weights"),

@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dia_fast.training.batch import IGNORED, Batch, Example, build_batch, drop_conditions
+    from dia_fast.training.batch import IGNORED, Batch, Example, build_batch, disturb_codes, drop_conditions
     from dia_fast.training.data import Dataset, Recording, load_dataset, read_recordings
     from dia_fast.training.fine_tuning import finetune
     from dia_fast.training.forward import Loss, batch_loss
@@ -29,6 +29,7 @@ _HOMES = {
     "Trainer": "trainer",
     "batch_loss": "forward",
     "build_batch": "batch",
+    "disturb_codes": "batch",
     "drop_conditions": "batch",
     "finetune": "fine_tuning",
     "load_dataset": "data",
@@ -46,6 +47,7 @@ __all__ = [
     "Trainer",
     "batch_loss",
     "build_batch",
+    "disturb_codes",
     "drop_conditions",
     "finetune",
     "load_dataset",

@@ -113,3 +113,17 @@ def drop_conditions(batch: Batch, probability: float, generator: torch.Generator
     """
     keep = torch.rand(len(batch.text), generator=generator) >= probability
     return replace(batch, text=batch.text * keep.to(batch.text.device)[:, None])
+
+
+def disturb_codes(batch: Batch, probability: float, config: DiaConfig, generator: torch.Generator) -> Batch:
+    """Puts a random code in the place of some of those that the decoder reads, each with `probability`.
+
+    The labels stay, so that the model learns to go on after a code that it would better not have sampled. BOS, EOS and
+    PAD stay, too. generator: on the CPU; nothing is drawn if probability is 0.
+    """
+    if not probability:
+        return batch
+    rows, codes = batch.rows, config.decoder.eos_token_id
+    others = torch.randint(codes, rows.shape, generator=generator).to(rows.device)
+    hit = (torch.rand(rows.shape, generator=generator) < probability).to(rows.device) & (rows < codes)
+    return replace(batch, rows=torch.where(hit, others, rows))

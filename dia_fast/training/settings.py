@@ -24,10 +24,12 @@ class TrainSettings:
     without eval_data, `eval_share` of the data is held out. steps: optimizer steps, each of
     `batch_size * accumulate` examples. learning_rate: at its peak, by default 1e-5, or 1e-4 for LoRA; it rises over
     `warmup` steps and falls along a cosine to `final_share` of the peak. clip: largest norm of the gradient, 0 for
-    any. drop_text: probability that an example comes without its text, for guidance. channel_weights: of the loss,
-    one per channel. lora_rank: 0 trains all weights; lora_alpha: by default twice the rank. dtype: of activations and
-    matrix products, and of weights that are not trained; what is trained is always float32. recompute: less memory for
-    a third more time. eval_every, save_every: in steps; keep: how many states to keep for resuming.
+    any. drop_text: probability that an example comes without its text, for guidance. drop_codes: probability that the
+    decoder reads a random code in the place of the right one, from which it learns to go on after a bad one.
+    channel_weights: of the loss, one per channel. lora_rank: 0 trains all weights; lora_alpha: by default twice the
+    rank. dtype: of activations and matrix products, and of weights that are not trained; what is trained is always
+    float32. recompute: less memory for a third more time. eval_every, save_every: in steps; keep: how many states to
+    keep for resuming.
     """
 
     model: str
@@ -46,6 +48,7 @@ class TrainSettings:
     beta2: float = 0.95
     clip: float = 1.0
     drop_text: float = 0.1
+    drop_codes: float = 0.0
     channel_weights: tuple[float, ...] | None = None
     lora_rank: int = 0
     lora_alpha: float | None = None
@@ -63,7 +66,7 @@ class TrainSettings:
             self._integer(name, 1)
         for name in ("warmup", "seed", "lora_rank"):
             self._integer(name, 0)
-        for name in ("eval_share", "drop_text", "beta1", "beta2"):
+        for name in ("eval_share", "drop_text", "drop_codes", "beta1", "beta2"):
             self._number(name, 0, 1, open_end=True)
         for name in ("final_share", "weight_decay"):
             self._number(name, 0, 1)

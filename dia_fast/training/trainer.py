@@ -18,7 +18,7 @@ from dia_fast.checkpoint import Checkpoint
 from dia_fast.errors import InputError
 from dia_fast.model import DiaModel
 from dia_fast.placement import DTYPES
-from dia_fast.training.batch import Batch, Example, build_batch, drop_conditions
+from dia_fast.training.batch import Batch, Example, build_batch, disturb_codes, drop_conditions
 from dia_fast.training.data import Dataset, drawn, generator
 from dia_fast.training.forward import batch_loss
 from dia_fast.training.lora import LoRA, make_adapters
@@ -78,21 +78,23 @@ class Trainer:
             (loss.total / weight).backward()
             total, sums, counts = total + loss.total.detach(), sums + loss.sums, counts + loss.counts
         limit = settings.clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
-        mean = float(total / weight)
-        if not (torch.isfinite(norm) and math.isfinite(mean)):
+        size = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
+        # All numbers at once: each transfer would wait for the GPU. float64 holds every count, and the losses' bits.
+        numbers = [total / weight, size, counts.sum(), *(sums / counts.clamp(min=1))]
+        mean, norm, labels, *channels = torch.stack([number.double() for number in numbers]).tolist()
+        if not (math.isfinite(norm) and math.isfinite(mean)):
             raise InputError(
-                f"training diverged at step {number}: the loss is {mean}, the norm of its gradient {float(norm)}. "
+                f"training diverged at step {number}: the loss is {mean}, the norm of its gradient {norm}. "
                 "Lower the learning rate, or lengthen the warm-up"
             )
         self.optimizer.step()
         return {
             "step": number,
             "loss": mean,
-            "channels": (sums / counts.clamp(min=1)).tolist(),
+            "channels": channels,
             "rate": rate,
-            "norm": float(norm),
-            "labels": int(counts.sum()),
+            "norm": norm,
+            "labels": int(labels),
             "seconds": round(time.perf_counter() - started, 4),
         }
 
@@ -135,13 +137,14 @@ class Trainer:
         )
 
     def _batches(self, number: int, examples: Sequence[Example]) -> Iterator[Batch]:
-        """The batches of a step: its examples, those of like length together, some without their text."""
+        """The batches of a step: its examples, those of like length together, some without their text or codes."""
         settings = self.settings
         size = settings.batch_size * settings.accumulate
         chosen = [examples[i] for i in drawn(len(examples), (number - 1) * size, number * size, settings.seed)]
-        draws = generator(settings.seed, f"texts of step {number}")
+        draws, others = (generator(settings.seed, f"{what} of step {number}") for what in ("texts", "codes"))
         for part in _alike(chosen, settings.batch_size):
-            yield drop_conditions(build_batch(part, self.config), settings.drop_text, draws)
+            batch = drop_conditions(build_batch(part, self.config), settings.drop_text, draws)
+            yield disturb_codes(batch, settings.drop_codes, self.config, others)
 
     def _trained(self) -> dict[str, Tensor]:
         if not self.adapters:

@@ -1,4 +1,4 @@
-"""Batches: what is in them, what they refuse, and condition dropout."""
+"""Batches: what is in them, what they refuse, condition dropout, and codes that are disturbed."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dia_fast.delay import undo_delay
 from dia_fast.errors import InputError
-from dia_fast.training import IGNORED, Example, build_batch, drop_conditions
+from dia_fast.training import IGNORED, Example, build_batch, disturb_codes, drop_conditions
 from dia_fast.training.batch import longest_speech
 from tests.checkpoints import tiny_config
 
@@ -79,3 +79,20 @@ def test_condition_dropout() -> None:
     for probability, none in ((0.0, True), (1.0, False)):
         text = drop_conditions(batch, probability, torch.Generator().manual_seed(0)).text
         assert torch.equal(text, batch.text if none else torch.zeros_like(text))
+
+
+def test_disturbed_codes() -> None:
+    batch = build_batch([Example([1], codes(n % 40 + 1, n)) for n in range(100)], CONFIG)
+    disturbed = disturb_codes(batch, 0.25, CONFIG, torch.Generator().manual_seed(0))
+    known = batch.rows < EOS
+    changed = disturbed.rows != batch.rows
+    assert not changed[~known].any(), "only codes of sound are replaced"
+    count, expected = int(changed.sum()), 0.25 * (1 - 1 / EOS) * int(known.sum())
+    assert abs(count - expected) < 5 * (0.25 * 0.75 * int(known.sum())) ** 0.5
+    assert (changed.sum((0, 1)) > 0).all() and disturbed.rows[changed].max() < EOS
+    assert len(disturbed.rows[changed].unique()) > EOS / 2, "all codes come"
+    for name in ("text", "text_mask", "row_mask", "labels"):
+        assert torch.equal(getattr(disturbed, name), getattr(batch, name))
+    again = disturb_codes(batch, 0.25, CONFIG, torch.Generator().manual_seed(0))
+    assert torch.equal(again.rows, disturbed.rows)
+    assert disturb_codes(batch, 0.0, CONFIG, torch.Generator()) is batch

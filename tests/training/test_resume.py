@@ -64,11 +64,11 @@ def wait_for_line(running: "subprocess.Popen[bytes]", output: Path, lines: int) 
 @pytest.mark.parametrize(
     ("settings", "kills"),
     [
-        ({}, 1),
+        ({"drop_codes": 0.3}, 1),
         pytest.param({"lora_rank": 4, "dtype": "bf16"}, 2, marks=pytest.mark.slow),
         pytest.param({"steps": 60, "save_every": 3, "recompute": True}, 5, marks=pytest.mark.slow),
     ],
-    ids=["full", "lora in bf16", "many times"],
+    ids=["full, some codes replaced", "lora in bf16", "many times"],
 )
 def test_killed_and_resumed(settings: dict[str, Any], kills: int, home: Path, tmp_path: Path) -> None:
     settings = {"steps": 24, "save_every": 3, **settings}

@@ -143,6 +143,7 @@ def test_a_codec_beside_the_model_goes_where_the_result_goes(home: Path, tmp_pat
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be above 0, got nan"),
         ({"drop_text": 1.0}, "drop_text must be at least 0 and below 1, got 1.0"),
+        ({"drop_codes": -0.1}, "drop_codes must be at least 0 and below 1, got -0.1"),
         ({"weight_decay": -1}, "weight_decay must be at least 0 and at most 1, got -1"),
         ({"clip": -1}, "clip must be at least 0, got -1"),
         ({"dtype": "fp16"}, "dtype is 'fp16'; training computes in float32 or bfloat16"),
