@@ -1,7 +1,8 @@
 """A decode step of the whole model in the middle of its work, captured as a graph: what tuning and anatomy time."""
 
 import statistics
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from bench.device import Device
 from dia_fast.config import DiaConfig
+from dia_fast.engine.stepper import Capture
 from dia_fast.launches import CONTEXT
 from dia_fast.model import DiaModel
 from dia_fast.packing import packed_shapes
@@ -38,8 +40,6 @@ def random_model(dtype: torch.dtype, device: torch.device, ops: ModuleType, laye
 
     layers: of the decoder (all 18). The encoder, which no step calls, has one.
     """
-    from dataclasses import replace
-
     config = DiaConfig()
     config = replace(
         config,
@@ -82,10 +82,12 @@ def state_for(model: DiaModel, load: Load) -> DecodeState:
 class CapturedStep:
     """One step as a graph. A new one has to be made for other configurations or ops: they are part of the graph."""
 
-    def __init__(self, device: Device, model: DiaModel, state: DecodeState, load: Load) -> None:
+    def __init__(
+        self, device: Device, model: DiaModel, state: DecodeState, load: Load, capture: Capture | None = None
+    ) -> None:
         self.device, self.state, self.load = device, state, load
         self._begin()
-        self._replay = device.capture(partial(model.decode_step, state))
+        self._replay = (capture or device.capture)(partial(model.decode_step, state))
 
     def _begin(self) -> None:
         self.state.row.fill_(self.load.context)
@@ -109,6 +111,27 @@ class CapturedStep:
     def seconds(self) -> float:
         """Of a step: the median span."""
         return statistics.median(self.spans())
+
+
+class QuickCapture:
+    """Captures as the engine does, but leaves out the garbage collection before it: many graphs, none kept for long."""
+
+    def __init__(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._stream):
+            step()
+            self._stream.synchronize()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize()
+        return graph.replay
 
 
 def without(ops: Any, op: str) -> Any:

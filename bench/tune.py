@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench.captured import CapturedStep, Load, random_model, state_for
+from bench.captured import CapturedStep, Load, QuickCapture, random_model, state_for
 from bench.device import open_device
 from bench.measure import DTYPES
 from dia_fast.errors import DiaFastError
@@ -58,8 +58,9 @@ class Launch:
 
 
 def launches(rows: int, dtype: str, only: Sequence[str] | None) -> list[Launch]:
-    """Those of a step, the most expensive ones first."""
-    found = []
+    """Those of a step."""
+    found = [Launch(op, op, (("dtype", dtype),)) for op in ("rope_attention", "cross_attention", "embed_codes")]
+    found.append(Launch("sample", "sample", ()))
     for name in ("gate_up", "down", "qkv", "o", "cross_q", "heads"):
         op, shape = PROJECTIONS[name]
         # The cross projections see conditional rows only.
@@ -67,8 +68,6 @@ def launches(rows: int, dtype: str, only: Sequence[str] | None) -> list[Launch]:
         for count in seen if name != "cross_q" else [max(rows // 2, 1)]:
             label = name if count == rows or name == "cross_q" else f"cross_{name}"
             found.append(Launch(label, op, tuple({"rows": count, "dtype": dtype, **shape}.items())))
-    found += [Launch(op, op, (("dtype", dtype),)) for op in ("rope_attention", "cross_attention", "embed_codes")]
-    found.append(Launch("sample", "sample", ()))
     return [launch for launch in found if not only or launch.name in only]
 
 
@@ -87,9 +86,9 @@ def candidates(launch: Launch, bits: bool) -> Iterator[Config]:
         yield from ({"DIGIT": digit, "num_warps": warps} for digit in (1, 2, 4) for warps in (2, 4, 8))
         return
     # SPLIT_K and CHUNKS; the default's are 8 and 2.
-    splits = ((8, 1), (8, 2), (8, 4), (4, 2), (4, 4), (16, 1)) if bits else ((8, 2),)
+    splits = ((8, 1), (8, 2), (8, 4), (4, 1), (4, 2), (4, 4), (2, 2), (2, 4)) if bits else ((8, 2),)
     for (split, chunks), block_n, depth in itertools.product(splits, (8, 16, 32, 64), (1, 2, 4, 8)):
-        if 64 <= block_n * chunks * depth <= 192:
+        if 32 <= block_n * chunks * depth <= 160:
             order = {"SPLIT_K": split, "num_warps": split, "CHUNKS": chunks} if bits else {}
             yield {"BLOCK_N": block_n, "DEPTH": depth, **order}
 
@@ -157,13 +156,14 @@ class Tuner:
 
     def run(self) -> None:
         """Raises DiaFastError, and whatever a step raises with the default configurations."""
+        capture = QuickCapture() if self.device.gpu else None
         for rows in self.options.rows:
             load = Load(rows, self.options.context, self.options.text)
             state = state_for(self.model, load)
 
             def seconds(table: str, state: Any = state, load: Load = load) -> float:
                 os.environ["DIA_KERNELS_TABLE"] = table
-                return CapturedStep(self.device, self.model, state, load).seconds()
+                return CapturedStep(self.device, self.model, state, load, capture).seconds()
 
             best = first = seconds(self.table())
             print(f"{rows} rows: {first * 1e3:.4f} ms a step by default", flush=True)
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--margin", type=float, default=0.001, help="what a gain must exceed to count (%(default)s)")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds of trying (%(default)s)")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile; 0 leaves it to the trials")
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and end")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="dia-fast-") as folder:
@@ -219,8 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (DiaFastError, ValueError) as error:
             print(f"tune: {error}", file=sys.stderr)
             return 2
-        with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-            tuner.compile(pool)
+        if options.workers:
+            with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
+                tuner.compile(pool)
         if options.compile_only:
             return 0
         try:

@@ -46,7 +46,6 @@ def _cross_attention(
     begin = split * SPLIT
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     g = tl.arange(0, BLOCK_G)
     d, _paired, _angle, used = head_axis(HEAD_DIM, BLOCK_D)
     grouped = (g < GROUP)[:, None] & used[None, :]
@@ -54,13 +53,17 @@ def _cross_attention(
     t = begin + tl.arange(0, SPLIT)
     page = tl.load(table_ptr + row * max_pages + t // PAGE, mask=t // PAGE < max_pages, other=0)
     length = tl.load(lengths_ptr + row)
+    live = t < length
+    k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
+    if USE_PDL:
+        # All that was read so far is older than the previous launch, which writes only q.
+        tl.debug_barrier()
+        tl.extra.cuda.gdc_wait()
     if begin >= length:
         nothing = tl.zeros([BLOCK_G, BLOCK_D], out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, nothing, mask=grouped & (split == 0))  # only an empty row gets here with split 0
         return
 
-    live = t < length
-    k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
     q = tl.load(q_ptr + at, mask=grouped, other=0.0)
     k, v = keep_both_in_flight(k, v, TARGET)
     peak, total, acc = attend(q, k, v, live, tl.full([BLOCK_G], float("-inf"), tl.float32), TARGET)

@@ -57,8 +57,7 @@ def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: in
         split = min(split, 64)
     if arch.startswith("gfx1"):  # four warps for a 16-bit split: see `attend`
         warps = min(8, max(4, split * token_bytes // (32 * 256)))
-    chunk = warps * 32 * 32 // (triton.next_power_of_2(group) * width)
-    return {"SPLIT": split, "CHUNK": min(max(chunk, 1), 16), "num_warps": warps}
+    return {"SPLIT": split, "CHUNK": 8, "num_warps": warps}
 
 
 def check_pages(
@@ -198,6 +197,16 @@ def keep_both_in_flight(k, v, TARGET: tl.constexpr):
 
 
 @triton.jit
+def let_next_begin(stored):
+    """Lets the next launch begin; if this program has stored something, then so that reads before its wait see that."""
+    if stored:
+        tl.debug_barrier()
+        tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1)
+        tl.debug_barrier()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def settle(x, TARGET: tl.constexpr):
     """x unchanged, computed where it is.
 
@@ -325,32 +334,37 @@ def merge(
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Merges the splits of a row and kv head in order, CHUNK at a time. Loads skip the L1 cache, which may be stale."""
+    """Merges the splits of a row and kv head in order, CHUNK at a time. Loads skip the L1 cache, which may be stale.
+
+    Every lane reads the scores it needs by itself: nothing is exchanged, so nothing waits for a barrier.
+    """
     BLOCK_G: tl.constexpr = triton.next_power_of_2(GROUP)
     g = tl.arange(0, BLOCK_G)
-    peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    mask = (g < GROUP)[:, None] & used[None, :]
+    # Lanes beyond the group get score 0 and weight 0, so that nothing becomes NaN.
+    none = tl.where(g < GROUP, float("-inf"), 0.0)
+    peak = none
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     for start in range(0, splits, CHUNK):
-        s = start + tl.arange(0, CHUNK)
-        line = first + s[:, None] * GROUP + g[None, :]
-        real = (s < splits)[:, None] & (g < GROUP)[None, :]
-        # Lanes beyond the group get score 0 and weight 0, so that nothing becomes NaN.
-        none = tl.where((g < GROUP)[None, :] & (s >= 0)[:, None], float("-inf"), 0.0)
-        peaks = tl.load(stats_ptr + line * 2, mask=real, other=none, cache_modifier=".cg")
-        totals = tl.load(stats_ptr + line * 2 + 1, mask=real, other=0.0, cache_modifier=".cg")
-        sums = tl.load(
-            partials_ptr + line[:, :, None] * HEAD_DIM + d[None, None, :],
-            mask=real[:, :, None] & used[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        higher = tl.maximum(peak, tl.max(peaks, 0))
-        weight = tl.exp(peaks - higher[None, :])
+        peaks, totals, sums = (), (), ()
+        higher = peak
+        for ahead in tl.static_range(CHUNK):
+            line = first + (start + ahead) * GROUP + g
+            real = (g < GROUP) & (start + ahead < splits)
+            score = tl.load(stats_ptr + line * 2, mask=real, other=none, cache_modifier=".cg")
+            peaks = peaks + (score,)  # type: ignore[assignment]
+            totals = totals + (tl.load(stats_ptr + line * 2 + 1, mask=real, other=0.0, cache_modifier=".cg"),)  # type: ignore
+            at = partials_ptr + line[:, None] * HEAD_DIM + d[None, :]
+            sums = sums + (tl.load(at, mask=real[:, None] & mask, other=0.0, cache_modifier=".cg"),)  # type: ignore
+            higher = tl.maximum(higher, score)
         shrink = tl.exp(peak - higher)
-        total = total * shrink + tl.sum(totals * weight, 0)
-        acc = acc * shrink[:, None] + tl.sum(sums * weight[:, :, None], 0)
+        total *= shrink
+        acc *= shrink[:, None]
+        for ahead in tl.static_range(CHUNK):
+            weight = tl.exp(peaks[ahead] - higher)
+            total += totals[ahead] * weight
+            acc += sums[ahead] * weight[:, None]
         peak = higher
     out = (acc / tl.where(g < GROUP, total, 1.0)[:, None]).to(out_ptr.dtype.element_ty)
-    mask = (g < GROUP)[:, None] & used[None, :]
     tl.store(out_ptr + (row_head * GROUP + g[:, None]) * HEAD_DIM + d[None, :], out, mask=mask)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from dia_kernels import launch, paged
-from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile, settle
+from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, let_next_begin, load_tile, settle
 
 SPLIT = 128  # tokens; the partial sums of a group of 4 heads are then 3 % of the K and V they stand for
 
@@ -55,9 +55,6 @@ def _rope_attention(
     row = row_head // KV_HEADS
     kv_head = row_head % KV_HEADS
     begin = split * SPLIT
-    if USE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     g = tl.arange(0, BLOCK_G)
     d, paired, angle, used = head_axis(HEAD_DIM, BLOCK_D)
     grouped = (g < GROUP)[:, None] & used[None, :]
@@ -65,16 +62,22 @@ def _rope_attention(
     t = begin + tl.arange(0, SPLIT)
     page = tl.load(table_ptr + t // PAGE, mask=t // PAGE < max_pages, other=0)
     position = tl.load(positions_ptr + row)
+    live = t < position
+    k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
+    turned = used & (position >= 0)
+    cos = tl.load(cos_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=turned, other=0.0)
+    sin = tl.load(sin_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=turned, other=0.0)
+    new_page = tl.load(table_ptr + position // PAGE, mask=position >= 0, other=0).to(tl.int64)
+    if USE_PDL:
+        # All that was read so far is older than the previous launch, which writes only qkv.
+        tl.debug_barrier()
+        tl.extra.cuda.gdc_wait()
     if begin > position:
         nothing = tl.zeros([BLOCK_G, BLOCK_D], out_ptr.dtype.element_ty)
         inert = grouped & (split == 0)  # only a position of -1 gets here with split 0
         tl.store(out_ptr + (row_head * GROUP + g[:, None]) * HEAD_DIM + d[None, :], nothing, mask=inert)
         return
 
-    live = t < position
-    k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
-    cos = tl.load(cos_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=used, other=0.0)
-    sin = tl.load(sin_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=used, other=0.0)
     qkv_ptr += row * ((GROUP + 2) * KV_HEADS * HEAD_DIM)
     head = (kv_head * GROUP + g)[:, None] * HEAD_DIM
     q = tl.load(qkv_ptr + head + d[None, :], mask=grouped, other=0.0)
@@ -85,7 +88,6 @@ def _rope_attention(
     new_k = tl.load(new_ptr + d, mask=new, other=0.0)
     new_k_paired = tl.load(new_ptr + paired, mask=new, other=0.0)
     new_v = tl.load(new_ptr + KV_HEADS * HEAD_DIM + d, mask=new, other=0.0)
-    new_page = tl.load(table_ptr + position // PAGE).to(tl.int64)
     k, v = keep_both_in_flight(k, v, TARGET)
 
     q = settle(_rotated(q, q_paired, cos[None, :], sin[None, :], d[None, :], HEAD_DIM), TARGET)
@@ -93,6 +95,8 @@ def _rope_attention(
     slot = ((new_page * KV_HEADS + kv_head) * PAGE + position % PAGE) * HEAD_DIM + d
     tl.store(k_ptr + slot, new_k, mask=new)
     tl.store(v_ptr + slot, new_v, mask=new)
+    if USE_PDL:
+        let_next_begin(owner)
 
     new_score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
     new_score = tl.where(owner, new_score, float("-inf"))

@@ -76,9 +76,9 @@ def patch_tensor(tensor: Any, scope: Any) -> None:
 
 
 def _truth(value: Any) -> bool:
+    if sys._getframe(1).f_code.co_filename.startswith(_TRITON):  # Triton itself asks so whether a value is None
+        return True
     if value.handle.data.size != 1:
-        if sys._getframe(1).f_code.co_filename.startswith(_TRITON):  # Triton itself asks so whether a value is None
-            return True
         raise Unsupported(f"a block of shape {value.handle.data.shape} as a condition: only scalars can be one")
     return bool(value.handle.data.item())
 
