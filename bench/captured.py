@@ -117,7 +117,7 @@ class QuickCapture:
     """Captures as the engine does, but leaves out the garbage collection before it: many graphs, none kept for long."""
 
     def __init__(self) -> None:
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
@@ -125,7 +125,7 @@ class QuickCapture:
         with torch.cuda.stream(self._stream):
             step()
             self._stream.synchronize()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
                 step()
             finally:

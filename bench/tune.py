@@ -5,8 +5,8 @@
 
 Times the whole step, as a CUDA graph, with one launch of it configured otherwise: what a kernel hides behind its
 neighbours counts, what it takes alone does not. Launches are tuned one after another, each on what was best for those
-before it. Worker processes compile ahead. Only BLOCK_N, BLOCK_R and DEPTH may differ between numbers of rows, or a
-row's bits would depend on its company: --bits lets the rest be tried too, for all numbers of rows alike.
+before it. Worker processes compile ahead. SPLIT_K and CHUNKS order the sum of a projection; what is best for the first
+number of rows is kept for the others, or a row's bits would depend on its company.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,11 @@ class Launch:
     op: str
     where: tuple[tuple[str, Any], ...]
 
+    @property
+    def family(self) -> tuple[str, Any]:
+        """Launches whose rows have to come out alike."""
+        return self.op, dict(self.where).get("hidden")
+
     def entry(self, use: Config) -> dict[str, Any]:
         """Of a table."""
         return {"where": dict(self.where), "use": use}
@@ -59,37 +64,40 @@ class Launch:
 
 def launches(rows: int, dtype: str, only: Sequence[str] | None) -> list[Launch]:
     """Those of a step."""
-    found = [Launch(op, op, (("dtype", dtype),)) for op in ("rope_attention", "cross_attention", "embed_codes")]
+    attention = ("rope_attention", "cross_attention")
+    found = [Launch(op, op, (("dtype", dtype),)) for op in (*attention, "embed_codes")]
+    found += [Launch(f"{op} bring", op, (("dtype", dtype),)) for op in attention]
     found.append(Launch("sample", "sample", ()))
     for name in ("gate_up", "down", "qkv", "o", "cross_q", "heads"):
         op, shape = PROJECTIONS[name]
         # The cross projections see conditional rows only.
-        seen = [rows] if name not in ("cross_q", "o") else sorted({rows, max(rows // 2, 1)})
+        seen = [rows] if name not in ("cross_q", "o") else sorted({rows, max(rows // 2, 1)}, reverse=True)
         for count in seen if name != "cross_q" else [max(rows // 2, 1)]:
             label = name if count == rows or name == "cross_q" else f"cross_{name}"
             found.append(Launch(label, op, tuple({"rows": count, "dtype": dtype, **shape}.items())))
     return [launch for launch in found if not only or launch.name in only]
 
 
-def candidates(launch: Launch, bits: bool) -> Iterator[Config]:
+ORDERS = ((4, 2), (4, 4), (8, 1), (8, 2), (2, 4))  # SPLIT_K and CHUNKS, which decide a row's bits
+
+
+def candidates(launch: Launch, orders: Sequence[tuple[int, int]]) -> Iterator[Config]:
     """What is tried beside the default; what would hold too few bytes in flight, or too many for registers, is not."""
-    if launch.op == "rope_attention":
+    if launch.name.endswith(" bring"):
+        yield from ({"BRING": size << 10} for size in (0, 4, 8, 16, 24))
+        return
+    if launch.op in ("rope_attention", "cross_attention"):
         yield from ({"SPLIT": split, "num_warps": warps} for split in (64, 128) for warps in (4, 8))
         return
-    if launch.op == "cross_attention":
-        yield from ({"SPLIT": split, "num_warps": warps} for split in (64, 128) for warps in (2, 4, 8))
-        return
     if launch.op == "embed_codes":
-        yield from ({"num_warps": warps, "BLOCK_H": block} for warps in (4, 8, 16) for block in (1024, 2048))
+        yield from ({"num_warps": warps} for warps in (4, 8, 16))
         return
     if launch.op == "sample":
-        yield from ({"DIGIT": digit, "num_warps": warps} for digit in (1, 2, 4) for warps in (2, 4, 8))
+        yield from ({"DIGIT": digit, "num_warps": warps} for digit in (1, 2, 4) for warps in (4, 8, 16))
         return
-    # SPLIT_K and CHUNKS; the default's are 8 and 2.
-    splits = ((8, 1), (8, 2), (8, 4), (4, 1), (4, 2), (4, 4), (2, 2), (2, 4)) if bits else ((8, 2),)
-    for (split, chunks), block_n, depth in itertools.product(splits, (8, 16, 32, 64), (1, 2, 4, 8)):
-        if 32 <= block_n * chunks * depth <= 160:
-            order = {"SPLIT_K": split, "num_warps": split, "CHUNKS": chunks} if bits else {}
+    for (split, chunks), block_n, depth in itertools.product(orders, (8, 16, 32), (1, 2, 4, 8)):
+        if 64 <= block_n * chunks * depth <= 128:
+            order = {"SPLIT_K": split, "num_warps": split, "CHUNKS": chunks}
             yield {"BLOCK_N": block_n, "DEPTH": depth, **order}
 
 
@@ -103,18 +111,18 @@ def write_table(path: Path, chosen: Iterable[tuple[Launch, Config]]) -> Path:
     return path
 
 
-def compile_ahead(job: tuple[str, str, int, str, str]) -> str:
-    """Compiles one op of a step under a table, into Triton's cache on disk; returns what went wrong."""
-    table, arch, rows, dtype, op = job
+def compile_ahead(job: tuple[str, int, str, str]) -> str:
+    """Compiles one op of a step under a table for the GPU at hand, into Triton's cache on disk; returns what failed."""
+    table, rows, dtype, op = job
     os.environ["DIA_KERNELS_TABLE"] = table
     from dia_fast import launches as steps
-    from dia_kernels import ahead, kernels
+    from dia_kernels import kernels, launch
 
     ops = SimpleNamespace(**{name: lambda *args, **named: None for name in kernels.__all__}, name="triton")
     ops.attention_workspace = kernels.attention_workspace
     setattr(ops, op, getattr(kernels, op))
     try:
-        with ahead.compiling(arch):
+        with launch.listening(lambda run, kernel, grid, args, meta: kernel.warmup(*args, grid=grid, **meta)):
             steps.decode(rows, DTYPES[dtype], ops)
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
@@ -126,11 +134,9 @@ class Tuner:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         from dia_kernels import get_ops
-        from dia_kernels.launch import architecture
 
         self.options, self.folder, self.numbers = options, folder, itertools.count()
         self.device = open_device(options.device)
-        self.arch = architecture(self.device.torch)
         self.model = random_model(
             DTYPES[options.dtype], self.device.torch, get_ops("triton", self.device.torch), options.layers
         )
@@ -141,13 +147,20 @@ class Tuner:
     def table(self, *more: tuple[Launch, Config]) -> str:
         return str(write_table(self.folder / f"{next(self.numbers)}.json", [*more, *self.chosen]))
 
+    def orders(self, launch: Launch) -> Sequence[tuple[int, int]]:
+        """What may be tried: what was chosen for this op before, for fewer rows, decides for all."""
+        for chosen, use in self.chosen:
+            if chosen.family == launch.family and "SPLIT_K" in use:
+                return [(use["SPLIT_K"], use["CHUNKS"])]
+        return ORDERS
+
     def compile(self, pool: ProcessPoolExecutor) -> None:
         """Everything that will be tried."""
         jobs = []
         for rows in self.options.rows:
             for launch in launches(rows, self.options.dtype, self.options.only):
-                for use in candidates(launch, self.options.bits):
-                    jobs.append((self.table((launch, use)), self.arch, rows, self.options.dtype, launch.op))
+                for use in candidates(launch, self.orders(launch)):
+                    jobs.append((self.table((launch, use)), rows, self.options.dtype, launch.op))
         start = time.monotonic()
         failed = [said for said in pool.map(compile_ahead, jobs) if said]
         print(f"{len(jobs)} configurations compiled in {time.monotonic() - start:.0f} s, {len(failed)} failed")
@@ -168,29 +181,41 @@ class Tuner:
             best = first = seconds(self.table())
             print(f"{rows} rows: {first * 1e3:.4f} ms a step by default", flush=True)
             for launch in launches(rows, self.options.dtype, self.options.only):
-                found = None
-                for use in candidates(launch, self.options.bits):
-                    if time.monotonic() > self.deadline:
-                        print("the time is over")
-                        return
-                    try:
-                        taken = seconds(self.table((launch, use)))
-                    except Exception as error:
-                        said = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-                        self.trials.append({"rows": rows, "launch": launch.name, "use": use, "failed": said})
-                        torch.cuda.synchronize()
-                        continue
-                    self.trials.append({"rows": rows, "launch": launch.name, "use": use, "seconds": taken})
-                    if taken < best * (1 - self.options.margin):
-                        best, found = taken, use
+                found, best = self._best(launch, rows, best, seconds)
                 if found:
                     self.chosen.insert(0, (launch, found))
-                    print(f"  {launch.name:16} {found} {best * 1e3:.4f} ms", flush=True)
+                    print(f"  {launch.name:20} {found} {best * 1e3:.4f} ms", flush=True)
+                if time.monotonic() > self.deadline:
+                    print("the time is over")
+                    return
             again = seconds(self.table())
             print(f"{rows} rows: {again * 1e3:.4f} ms a step as tuned, {first / again:.3f} times faster", flush=True)
             self.trials.append({"rows": rows, "launch": "all", "default": first, "tuned": again})
             del state
             torch.cuda.empty_cache()
+
+    def _best(
+        self, launch: Launch, rows: int, best: float, seconds: Callable[[str], float]
+    ) -> tuple[Config | None, float]:
+        """The fastest configuration of a launch, None if none is faster than what there is, and the step's seconds."""
+        found = None
+        so_far: Config = next((use for other, use in self.chosen if other.entry({}) == launch.entry({})
+                               and other.op == launch.op), {})  # fmt: skip
+        for change in candidates(launch, self.orders(launch)):
+            if time.monotonic() > self.deadline:
+                break
+            use = so_far | change
+            trial: dict[str, Any] = {"rows": rows, "launch": launch.name, "use": use}
+            self.trials.append(trial)
+            try:
+                trial["seconds"] = taken = seconds(self.table((launch, use)))
+            except Exception as error:
+                trial["failed"] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+                torch.cuda.synchronize()
+                continue
+            if taken < best * (1 - self.options.margin):
+                best, found = taken, use
+        return found, best
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,7 +227,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for all that was tried")
     parser.add_argument("--rows", type=int, nargs="+", default=[2], help="of the step: 1, or twice the requests")
     parser.add_argument("--only", nargs="+", help=f"launches: {', '.join(PROJECTIONS)}, rope_attention, sample, ...")
-    parser.add_argument("--bits", action="store_true", help="try what decides a row's bits, too")
     parser.add_argument("--context", type=int, default=860)
     parser.add_argument("--text", type=int, default=200, help="bytes")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
@@ -210,7 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--margin", type=float, default=0.001, help="what a gain must exceed to count (%(default)s)")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds of trying (%(default)s)")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile; 0 leaves it to the trials")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile; 0 leaves it to the trials"
+    )
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and end")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="dia-fast-") as folder:

@@ -21,9 +21,7 @@ def small_config() -> DiaConfig:
     """One layer with shared heads, three channels and a short delay."""
     decoder = {"num_channels": CHANNELS, "vocab_size": 40, "hidden_size": 32, "intermediate_size": 32}
     codes = {"eos_token_id": EOS, "pad_token_id": 37, "bos_token_id": 38, "max_position_embeddings": POSITIONS}
-    return tiny_config(
-        {"num_hidden_layers": 1}, decoder | codes | {"num_hidden_layers": 1}, delay_pattern=(0, 2, 3)
-    )
+    return tiny_config({"num_hidden_layers": 1}, decoder | codes | {"num_hidden_layers": 1}, delay_pattern=(0, 2, 3))
 
 
 @lru_cache

@@ -27,6 +27,7 @@ def _cross_attention(
     partials_ptr,  # [rows, KV_HEADS, grid splits, GROUP, HEAD_DIM] float32
     stats_ptr,  # [rows, KV_HEADS, grid splits, GROUP, 2] float32
     arrivals_ptr,  # [rows, KV_HEADS] int32
+    upcoming_ptr,  # weights of a later launch, unless EXTRA is 0
     max_pages,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -34,11 +35,18 @@ def _cross_attention(
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EXTRA: tl.constexpr,
+    PIECE: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
+    if EXTRA > 0:  # noqa: SIM102 (Triton would evaluate both)
+        if paged.bring(upcoming_ptr, EXTRA, PIECE, FROM, TO):
+            return
     row_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = row_head // KV_HEADS
@@ -82,6 +90,7 @@ def cross_attention(
     lengths: torch.Tensor,
     out: torch.Tensor,
     workspace: object = None,
+    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.cross_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
 
@@ -94,5 +103,5 @@ def cross_attention(
         raise ValueError(f"lengths: {lengths.dtype} {tuple(lengths.shape)}, needs int32 [{rows}]")
     launch.require_contiguous(q=q, lengths=lengths)
     cache = (k_pages, v_pages, block_table, lengths, out)
-    paged.run("cross_attention", _cross_attention, SPLIT, (q,), cache, workspace)
+    paged.run("cross_attention", _cross_attention, SPLIT, (q,), cache, workspace, upcoming, half=1)
     return out

@@ -140,11 +140,48 @@ def _load(pointers, columns, K: tl.constexpr, EVEN_K: tl.constexpr, POLICY: tl.c
 
 
 @triton.jit
+def begin(
+    weight_ptr,  # [features, K]
+    weight_rows,  # rows of the weights this program multiplies by, as `tile_rows(BLOCK_N, ...)` lays them out
+    K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    K_LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    K_INNER: tl.constexpr,
+    FENCE: tl.constexpr,
+    AMD: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Requests the weights of the first `DEPTH` steps, then waits for the launch before this one: `project` goes on."""
+    STEP: tl.constexpr = SPLIT_K * CHUNKS * K_LANES * VECTOR
+    STEPS: tl.constexpr = (K + STEP - 1) // STEP
+    EVEN_K: tl.constexpr = K % STEP == 0
+    STREAM: tl.constexpr = ".cg" if AMD else ""
+    columns = _columns(CHUNKS, SPLIT_K, K_LANES, VECTOR, K_INNER)
+    weights = weight_ptr + (weight_rows.to(tl.int64) * K + columns)
+    flying = (_load(weights, columns, K, EVEN_K, "evict_first", STREAM),)
+    for step in tl.static_range(1, DEPTH):
+        if step < STEPS:
+            first = step * STEP
+            flying = flying + (_load(weights + first, columns + first, K, EVEN_K, "evict_first", STREAM),)  # type: ignore
+    if FENCE:
+        tl.debug_barrier()
+    if USE_PDL:
+        # Weights never change, so they may be read while the previous kernel still runs; nothing else may.
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    return flying
+
+
+@triton.jit
 def project(
+    flying,  # of `begin`
     x_ptr,  # [rows, K]
     norm_ptr,  # [K], unless not HAS_NORM
     weight_ptr,  # [features, K]
-    weight_rows,  # rows of the weights this program multiplies by, as `tile_rows(BLOCK_N, ...)` lays them out
+    weight_rows,  # as for `begin`
     rows,
     EPS: tl.constexpr,
     K: tl.constexpr,
@@ -161,7 +198,6 @@ def project(
     K_INNER: tl.constexpr,
     FENCE: tl.constexpr,
     AMD: tl.constexpr,
-    USE_PDL: tl.constexpr,
 ):
     """`(rms_norm(x) if HAS_NORM else x) @ weight[weight_rows].T`, `[BLOCK_R, BLOCK_N]` float32; the last row pads."""
     STEP: tl.constexpr = SPLIT_K * CHUNKS * K_LANES * VECTOR
@@ -170,22 +206,12 @@ def project(
     SCALE_FIRST: tl.constexpr = AMD or x_ptr.dtype.element_ty == tl.float16
     # AMD's compiler drops eviction policies; there, this modifier is what marks a load as streaming.
     STREAM: tl.constexpr = ".cg" if AMD else ""
+    # x of the next step is on its way while this one is multiplied, where there are registers for it.
+    X_AHEAD: tl.constexpr = FENCE and not AMD and BLOCK_R <= 16
     columns = _columns(CHUNKS, SPLIT_K, K_LANES, VECTOR, K_INNER)
     weights = weight_ptr + (weight_rows.to(tl.int64) * K + columns)
     x_rows = tl.minimum(tile_rows(BLOCK_R, ROW_LANES, K_INNER), rows - 1)
     inputs = x_ptr + (x_rows * K + columns)
-
-    flying = (_load(weights, columns, K, EVEN_K, "evict_first", STREAM),)
-    for step in tl.static_range(1, DEPTH):
-        if step < STEPS:
-            first = step * STEP
-            flying = flying + (_load(weights + first, columns + first, K, EVEN_K, "evict_first", STREAM),)  # type: ignore
-    if FENCE:
-        tl.debug_barrier()
-    if USE_PDL:
-        # Weights never change, so they may be read while the previous kernel still runs; nothing else may.
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
     if HAS_NORM:
         # Every row lane reads the weights of the norm: the same lanes as x, so that nothing has to move.
@@ -202,9 +228,12 @@ def project(
             tl.debug_barrier()
 
     acc = tl.zeros((SPLIT_K, BLOCK_R, BLOCK_N), tl.float32)
+    coming = _load(inputs, columns, K, EVEN_K, "evict_last", "")
     for step in tl.static_range(STEPS):
         first = step * STEP
-        x = _load(inputs + first, columns + first, K, EVEN_K, "evict_last", "")
+        x = coming
+        if X_AHEAD and step + 1 < STEPS:
+            coming = _load(inputs + (first + STEP), columns + (first + STEP), K, EVEN_K, "evict_last", "")
         if HAS_NORM:
             norm = _load(norms + first, columns + first, K, EVEN_K, "evict_last", "").to(tl.float32)
             wide = x.to(tl.float32)
@@ -217,12 +246,14 @@ def project(
         w = _operand(flying[0], BLOCK_N, CHUNKS, SPLIT_K, ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER)
         acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
         if step + DEPTH < STEPS:
-            first = (step + DEPTH) * STEP
-            flying = flying[1:] + (_load(weights + first, columns + first, K, EVEN_K, "evict_first", STREAM),)
+            behind = (step + DEPTH) * STEP
+            flying = flying[1:] + (_load(weights + behind, columns + behind, K, EVEN_K, "evict_first", STREAM),)
             if FENCE:
                 tl.debug_barrier()
         else:
-            flying = flying[1:]  # type: ignore[assignment]
+            flying = flying[1:]
+        if not X_AHEAD and step + 1 < STEPS:
+            coming = _load(inputs + (first + STEP), columns + (first + STEP), K, EVEN_K, "evict_last", "")
     total = tl.sum(acc, 0)
     if HAS_NORM and not SCALE_FIRST:
         scale = tl.rsqrt(_sum_columns(squares, K_INNER) / K + EPS)

@@ -42,22 +42,25 @@ def _linear_residual(
         x_ptr, residual_ptr, rows, all_rows = x_ptr + skip * K, residual_ptr + skip * N, rows - skip, all_rows - skip
     first = tile * BLOCK_N
     weight_rows = tl.minimum(first + gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER), N - 1)
-    total = gemv.project(
-        x_ptr, x_ptr, weight_ptr, weight_rows, rows, 0.0, K, False, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
-        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, AMD, USE_PDL,
-    )  # fmt: skip
+    flying = gemv.begin(
+        weight_ptr, weight_rows, K, SPLIT_K, CHUNKS, DEPTH, K_LANES, VECTOR, K_INNER, FENCE, AMD, USE_PDL
+    )
     r, n = tl.arange(0, BLOCK_R)[:, None], first + tl.arange(0, BLOCK_N)[None, :]
     inside = (r < rows) & (n < N)
     old = tl.load(residual_ptr + r * N + n, mask=inside, other=0.0)
-    tl.store(residual_ptr + r * N + n, (old.to(tl.float32) + total).to(old.dtype), mask=inside)
     if BLOCK_C > 0:
         c = rows + tl.arange(0, BLOCK_C)[:, None]
-        inside = (c < all_rows) & (n < N)
+        fixed = (c < all_rows) & (n < N)
         if ROW_BLOCKS > 1:
-            inside = inside & (rows <= BLOCK_R)  # the program of the last rows does it
-        old = tl.load(residual_ptr + c * N + n, mask=inside, other=0.0)
+            fixed = fixed & (rows <= BLOCK_R)  # the program of the last rows does it
+        before = tl.load(residual_ptr + c * N + n, mask=fixed, other=0.0)
         constant = tl.load(constant_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        tl.store(residual_ptr + c * N + n, (old.to(tl.float32) + constant).to(old.dtype), mask=inside)
+        tl.store(residual_ptr + c * N + n, (before.to(tl.float32) + constant).to(before.dtype), mask=fixed)
+    total = gemv.project(
+        flying, x_ptr, x_ptr, weight_ptr, weight_rows, rows, 0.0, K, False, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
+        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, AMD,
+    )  # fmt: skip
+    tl.store(residual_ptr + r * N + n, (old.to(tl.float32) + total).to(old.dtype), mask=inside)
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> Tensor:

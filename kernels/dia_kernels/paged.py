@@ -17,6 +17,8 @@ import triton.language as tl
 
 from dia_kernels import launch
 
+PIECES = tl.constexpr(256)  # of the weights that one program brings
+
 
 class AttentionWorkspace(NamedTuple):
     """Scratch memory of the split attention; any number of launches may use it one after another."""
@@ -44,10 +46,11 @@ def smallest_split(head_dim: int) -> int:
 
 
 def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: int) -> dict[str, int]:
-    """Tokens per split, splits merged at once, and warps.
+    """Tokens per split, splits merged at once, warps, and KiB of weights to bring.
 
     K and V of a split are loaded at once, straight into registers, 64 of each thread's: that is the traffic in flight.
-    Pure; the number of rows must not enter, or a row's result would depend on it.
+    Pure; the number of rows must not enter, or a row's result would depend on it. BRING: the memory has little to do
+    meanwhile, and what is brought stays well below half of the cache, where weights that stream by do not displace it.
     """
     width = triton.next_power_of_2(head_dim)
     token_bytes = 2 * width * dtype.itemsize
@@ -57,7 +60,8 @@ def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: in
         split = min(split, 64)
     if arch.startswith("gfx1"):  # four warps for a 16-bit split: see `attend`
         warps = min(8, max(4, split * token_bytes // (32 * 256)))
-    return {"SPLIT": split, "CHUNK": 8, "num_warps": warps}
+    bring = 12288 if arch in ("sm_90", "sm_100") else 0
+    return {"SPLIT": split, "CHUNK": 8, "num_warps": warps, "BRING": bring}
 
 
 def check_pages(
@@ -92,10 +96,13 @@ def run(
     inputs: tuple[torch.Tensor, ...],
     cache: tuple[torch.Tensor, ...],
     workspace: object,
+    upcoming: torch.Tensor | None = None,
+    half: int = 0,
 ) -> None:
     """Launches a decode attention: one program per row, kv head and split of the longest row the block table can hold.
 
-    inputs: the kernel's own tensors; cache: k_pages, v_pages, block_table, lengths or positions, out.
+    inputs: the kernel's own tensors; cache: k_pages, v_pages, block_table, lengths or positions, out. upcoming:
+    contiguous weights of a later launch, from whose half 0 or 1 some programs more bring a part to the L2 cache.
     """
     k_pages, _, block_table, _, out = cache
     _, kv_heads, page_size, head_dim = k_pages.shape
@@ -117,12 +124,18 @@ def run(
         raise ValueError(f"workspace: too small for this call; make it with attention_workspace({needed}, ...)")
     if rows * splits == 0:
         return
+    brought = {"EXTRA": 0, "PIECE": 0, "FROM": 0, "TO": 0}
+    wanted = chosen.pop("BRING") * 1024
+    if upcoming is not None and wanted:
+        launch.require_contiguous(upcoming=upcoming)
+        brought = _shares(wanted, upcoming.numel() * upcoming.itemsize // 2, half, splits)
     launch.run(
         kernel,
-        (rows * kv_heads, splits),
+        (rows * kv_heads + brought["EXTRA"], splits),
         *inputs,
         *cache,
         *workspace,
+        upcoming if brought["EXTRA"] else None,
         max_pages,
         GROUP=group,
         KV_HEADS=kv_heads,
@@ -131,9 +144,18 @@ def run(
         BLOCK_G=max(16 if out.dtype.itemsize == 2 else 1, triton.next_power_of_2(group)),
         BLOCK_D=triton.next_power_of_2(head_dim),
         enable_fp_fusion=True,
+        **brought,
         **chosen,
         **options(launch.architecture(out.device)),
     )
+
+
+def _shares(wanted: int, size: int, half: int, splits: int) -> dict[str, int]:
+    """How `wanted` bytes from the given half, of `size` bytes, are shared out among programs of PIECES pieces each."""
+    total = min(wanted, size) // 16 * 16
+    extra = triton.cdiv(total, splits * (256 << 10))
+    piece = triton.cdiv(total, extra * splits * PIECES.value * 16) * 16
+    return {"EXTRA": extra, "PIECE": piece, "FROM": half * size, "TO": half * size + total}
 
 
 def options(arch: str) -> dict[str, Any]:
@@ -144,6 +166,25 @@ def options(arch: str) -> dict[str, Any]:
     if arch.startswith("gfx9"):
         return {"TARGET": "gfx9", "USE_PDL": False, "matrix_instr_nonkdim": 16}
     return {"TARGET": "gfx" if arch.startswith("gfx") else "interpreter", "USE_PDL": False}
+
+
+@triton.jit
+def bring(upcoming_ptr, EXTRA: tl.constexpr, PIECE: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr):
+    """Whether this is one of the EXTRA columns of programs, which only bring bytes FROM to TO to the L2 cache.
+
+    Nothing waits for them, and nothing depends on them but time.
+    """
+    extra = tl.program_id(0) - (tl.num_programs(0) - EXTRA)
+    if extra >= 0:
+        worker = extra * tl.num_programs(1) + tl.program_id(1)
+        at = FROM + (worker * PIECES + tl.arange(0, PIECES)) * PIECE
+        address = upcoming_ptr.to(tl.int64) + tl.minimum(at, TO - PIECE)
+        size = tl.full([PIECES], PIECE, tl.int32)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [address, size],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return extra >= 0
 
 
 @triton.jit

@@ -43,9 +43,12 @@ def _rms_norm_glu(
     first = tile * HALF
     local = gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER)
     weight_rows = tl.minimum(first + local % HALF, N - 1) + local // HALF * N
+    flying = gemv.begin(
+        weight_ptr, weight_rows, K, SPLIT_K, CHUNKS, DEPTH, K_LANES, VECTOR, K_INNER, FENCE, AMD, USE_PDL
+    )
     total = gemv.project(
-        x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
-        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, AMD, USE_PDL,
+        flying, x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
+        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, AMD,
     )  # fmt: skip
     gate, up = tl.split(tl.permute(tl.reshape(total, (BLOCK_R, 2, HALF)), (0, 2, 1)))
     value = gate / (1.0 + tl.exp(-gate)) * up

@@ -38,6 +38,7 @@ def _rope_attention(
     partials_ptr,  # [rows, KV_HEADS, grid splits, GROUP, HEAD_DIM] float32
     stats_ptr,  # [rows, KV_HEADS, grid splits, GROUP, 2] float32
     arrivals_ptr,  # [rows, KV_HEADS] int32
+    upcoming_ptr,  # weights of a later launch, unless EXTRA is 0
     max_pages,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -45,11 +46,18 @@ def _rope_attention(
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EXTRA: tl.constexpr,
+    PIECE: tl.constexpr,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
+    if EXTRA > 0:  # noqa: SIM102 (Triton would evaluate both)
+        if paged.bring(upcoming_ptr, EXTRA, PIECE, FROM, TO):
+            return
     row_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = row_head // KV_HEADS
@@ -135,6 +143,7 @@ def rope_attention(
     positions: torch.Tensor,
     out: torch.Tensor,
     workspace: object = None,
+    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.rope_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
 
@@ -151,5 +160,5 @@ def rope_attention(
         raise ValueError(f"positions: {positions.dtype} {tuple(positions.shape)}, needs int32 [{rows}]")
     launch.require_contiguous(qkv=qkv, cos=cos, sin=sin, positions=positions)
     cache = (k_pages, v_pages, block_table, positions, out)
-    paged.run("rope_attention", _rope_attention, SPLIT, (qkv, cos, sin), cache, workspace)
+    paged.run("rope_attention", _rope_attention, SPLIT, (qkv, cos, sin), cache, workspace, upcoming, half=0)
     return out
