@@ -72,10 +72,10 @@ def _rope_attention(
     position = tl.load(positions_ptr + row)
     live = t < position
     k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
-    turned = used & (position >= 0)
+    turned = used & (begin <= position)
     cos = tl.load(cos_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=turned, other=0.0)
     sin = tl.load(sin_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=turned, other=0.0)
-    new_page = tl.load(table_ptr + position // PAGE, mask=position >= 0, other=0).to(tl.int64)
+    new_page = tl.load(table_ptr + position // PAGE, mask=begin <= position, other=0).to(tl.int64)
     if USE_PDL:
         # All that was read so far is older than the previous launch, which writes only qkv.
         tl.debug_barrier()
