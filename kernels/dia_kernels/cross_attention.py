@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dia_kernels import launch, paged
+from dia_kernels import bring, launch, paged
 from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile
 
 SPLIT = 64  # tokens: texts are short, so it takes small splits to occupy the device
@@ -45,7 +45,7 @@ def _cross_attention(
     USE_PDL: tl.constexpr,
 ):
     if EXTRA > 0:  # noqa: SIM102 (Triton would evaluate both)
-        if paged.bring(upcoming_ptr, EXTRA, PIECE, FROM, TO):
+        if bring.bring(upcoming_ptr, EXTRA, PIECE, FROM, TO):
             return
     row_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

@@ -15,9 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dia_kernels import launch
-
-PIECES = tl.constexpr(256)  # of the weights that one program brings
+from dia_kernels import bring, launch
 
 
 class AttentionWorkspace(NamedTuple):
@@ -128,7 +126,7 @@ def run(
     wanted = chosen.pop("BRING") * 1024
     if upcoming is not None and wanted:
         launch.require_contiguous(upcoming=upcoming)
-        brought = _shares(wanted, upcoming.numel() * upcoming.itemsize // 2, half, splits)
+        brought = bring.shares(wanted, upcoming.numel() * upcoming.itemsize // 2, half, splits)
     launch.run(
         kernel,
         (rows * kv_heads + brought["EXTRA"], splits),
@@ -150,14 +148,6 @@ def run(
     )
 
 
-def _shares(wanted: int, size: int, half: int, splits: int) -> dict[str, int]:
-    """How `wanted` bytes from the given half, of `size` bytes, are shared out among programs of PIECES pieces each."""
-    total = min(wanted, size) // 16 * 16
-    extra = triton.cdiv(total, splits * (256 << 10))
-    piece = triton.cdiv(total, extra * splits * PIECES.value * 16) * 16
-    return {"EXTRA": extra, "PIECE": piece, "FROM": half * size, "TO": half * size + total}
-
-
 def options(arch: str) -> dict[str, Any]:
     """Arguments that depend on the target: family, programmatic dependent launch, size of the matrix instruction."""
     if arch.startswith("sm_"):
@@ -166,25 +156,6 @@ def options(arch: str) -> dict[str, Any]:
     if arch.startswith("gfx9"):
         return {"TARGET": "gfx9", "USE_PDL": False, "matrix_instr_nonkdim": 16}
     return {"TARGET": "gfx" if arch.startswith("gfx") else "interpreter", "USE_PDL": False}
-
-
-@triton.jit
-def bring(upcoming_ptr, EXTRA: tl.constexpr, PIECE: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr):
-    """Whether this is one of the EXTRA columns of programs, which only bring bytes FROM to TO to the L2 cache.
-
-    Nothing waits for them, and nothing depends on them but time.
-    """
-    extra = tl.program_id(0) - (tl.num_programs(0) - EXTRA)
-    if extra >= 0:
-        worker = extra * tl.num_programs(1) + tl.program_id(1)
-        at = FROM + (worker * PIECES + tl.arange(0, PIECES)) * PIECE
-        address = upcoming_ptr.to(tl.int64) + tl.minimum(at, TO - PIECE)
-        size = tl.full([PIECES], PIECE, tl.int32)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [address, size],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    return extra >= 0
 
 
 @triton.jit

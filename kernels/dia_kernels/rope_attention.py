@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dia_kernels import launch, paged
+from dia_kernels import bring, launch, paged
 from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, let_next_begin, load_tile, settle
 
 SPLIT = 128  # tokens; the partial sums of a group of 4 heads are then 3 % of the K and V they stand for
@@ -56,7 +56,7 @@ def _rope_attention(
     USE_PDL: tl.constexpr,
 ):
     if EXTRA > 0:  # noqa: SIM102 (Triton would evaluate both)
-        if paged.bring(upcoming_ptr, EXTRA, PIECE, FROM, TO):
+        if bring.bring(upcoming_ptr, EXTRA, PIECE, FROM, TO):
             return
     row_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)

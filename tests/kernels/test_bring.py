@@ -5,13 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dia_kernels import paged
+from dia_kernels import bring
 from dia_kernels.cross_attention import cross_attention
 from tests.kernels.paged_cases import fresh_workspace, same_bits
 from tests.kernels.support import DTYPES, poisoned
 from tests.kernels.test_cross_attention import Case
 
-PIECES = paged.PIECES.value
+PIECES = bring.PIECES.value
 
 
 @given(
@@ -21,7 +21,7 @@ PIECES = paged.PIECES.value
     splits=st.integers(1, 60),
 )
 def test_the_programs_together_bring_a_half_from_its_beginning(wanted: int, size: int, half: int, splits: int) -> None:
-    shares = paged._shares(wanted, size, half, splits)
+    shares = bring.shares(wanted, size, half, splits)
     workers = torch.arange(shares["EXTRA"] * splits * PIECES)
     starts = torch.minimum(shares["FROM"] + workers * shares["PIECE"], torch.tensor(shares["TO"] - shares["PIECE"]))
     assert shares["PIECE"] % 16 == 0 and shares["FROM"] % 16 == 0  # as the instruction wants it
