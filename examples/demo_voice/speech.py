@@ -24,6 +24,7 @@ from examples.demo_voice.sentences import NUMBERS, Line, lines, sentences
 
 RATE = 16_000  # samples per second, of everything in this recipe
 FORMANTS = 1.18  # those of [S2] over those of [S1]
+PRAAT_SEED = 1
 MEDIAN_PITCH = 185.0  # of [S2], in Hz; [S1] has about 95
 PEAK = 0.7  # of each sentence, of full scale
 FRAME = RATE // 50  # samples of a frame of the codec
@@ -75,6 +76,8 @@ class Voices:
 def _other_throat(samples: np.ndarray, median_pitch: float) -> np.ndarray:
     import parselmouth
 
+    # Praat copies what has no pitch with a little chance, which it would seed with the time.
+    parselmouth.praat.run(f"random_initializeWithSeedUnsafelyButPredictably ({PRAAT_SEED})")
     sound = parselmouth.Sound(samples, RATE)
     # Pitch is looked for between 60 and 300 Hz, its range widened by a fifth, the duration kept.
     changed = parselmouth.praat.call(sound, "Change gender", 60, 300, FORMANTS, median_pitch, 1.2, 1.0)
