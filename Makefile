@@ -47,7 +47,7 @@ demo: $(VENV)/.base ## speak a short dialogue with the voice that comes with the
 
 VOICE_ARGS ?=
 VOICE_BUILD := examples/demo_voice/build
-demo-voice: $(VENV)/.voice ## make the demo voice from nothing: speech, codec, model (2 hours on two cores)
+demo-voice: $(VENV)/.voice ## make the demo voice from nothing: speech, codec, model (under 3 hours on two cores; VOICE_BUILD=)
 	OMP_NUM_THREADS=2 $(PY) -m examples.demo_voice.build $(VOICE_BUILD)
 
 eval-voice: $(VENV)/.voice ## let two recognisers listen to the demo voice, and measure its pitch (VOICE_ARGS=)

@@ -3,6 +3,7 @@
     python -m examples.demo_voice.build [FOLDER] [--output dia_fast/demo_voice]
 
 Steps whose results lie in FOLDER already are not done again; the training of the model goes on where it was stopped.
+Where torch sees a GPU the model is trained there, three times as long in much less time.
 """
 
 import argparse
@@ -13,30 +14,36 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dia_fast.codec import load_codec
+from dia_fast.training import TrainSettings
+from examples.demo_voice import on_gpu
 from examples.demo_voice.sentences import vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 20_000_000  # bytes, of everything that is shipped
 
-TRAINING = {
-    "steps": 4600,
-    "batch-size": 8,
-    "learning-rate": 1e-3,
-    "warmup": 200,
-    "final-share": 0.02,
+TRAINING: dict[str, Any] = {
     "beta2": 0.98,
-    "weight-decay": 0.02,
-    "drop-text": 0.1,
+    "drop_text": 0.1,
+    "channel_weights": (3, 2, 1.5, 1, 1, 1, 1, 1, 1),
+    "dtype": "bf16",
+    "eval_share": 0.02,
     "seed": 1,
-    "channel-weights": "3,2,1.5,1,1,1,1,1,1",
-    "eval-share": 0.02,
-    "eval-every": 250,
-    "save-every": 250,
 }
+# What made the weights that are shipped: 22 times all recordings, in a minute or two.
+ON_GPU: dict[str, Any] = {
+    "steps": 6841, "batch_size": 32, "learning_rate": 2e-3, "warmup": 300, "final_share": 0.01,
+    "weight_decay": 0.1, "drop_codes": 0.25,
+}  # fmt: skip
+# What two cores can do in the time that speech, codec and codes leave of three hours: 7 times all recordings.
+ON_CPU: dict[str, Any] = {
+    "steps": 9200, "batch_size": 8, "learning_rate": 1e-3, "warmup": 200, "final_share": 0.02,
+    "weight_decay": 0.05, "drop_codes": 0.1, "eval_every": 400, "save_every": 400,
+}  # fmt: skip
 
 
 def python(*arguments: str | Path) -> None:
@@ -58,14 +65,20 @@ def speech(folder: Path) -> None:
 
 
 def train(work: Path) -> None:
-    """`dia-fast train`, or its continuation."""
-    run = work / "run"
-    if (run / "run.json").is_file():
+    """On a GPU in one go; on a CPU by `dia-fast train`, or by its continuation."""
+    run, places = work / "run", {"model": str(work / "untrained"), "codec": str(work / "codec")}
+    data = str(work / "speech" / "recordings.jsonl")
+    if torch.cuda.is_available():
+        settings = TrainSettings.from_dict({"data": data} | places | TRAINING | ON_GPU)
+        on_gpu.train(settings, work / "codes", run / "model", torch.device("cuda"))
+    elif (run / "run.json").is_file():
         python("dia_fast", "train", "-o", run, "--resume")
-        return
-    options: list[str | Path] = [part for name, value in TRAINING.items() for part in (f"--{name}", str(value))]
-    options += ["--model", work / "untrained", "--codec", work / "codec", "--codes", work / "codes", "-o", run]
-    python("dia_fast", "train", work / "speech" / "recordings.jsonl", *options, "--dtype", "bf16")
+    else:
+        options = []
+        for name, value in (places | TRAINING | ON_CPU).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            options += [f"--{name.replace('_', '-')}", ",".join(map(str, numbers))]
+        python("dia_fast", "train", data, "-o", run, "--codes", work / "codes", *options)
 
 
 def pack(work: Path, output: Path) -> None:
