@@ -117,7 +117,7 @@ def cloned(dia: Dia, entries: list[dict[str, Any]], sounds: list[np.ndarray]) ->
             numbers = [number for _, number in chosen]
             others = [entries[number]["text"].split("] ")[1] for number in numbers[1:] + numbers[:1]]
             scripts = [f"{entries[number]['text']} {other}" for number, other in zip(numbers, others, strict=True)]
-            prompts = [Audio(sounds[number].astype(np.float32), RATE) for number in numbers]
+            prompts = [Audio(_to_the_last_word(sounds[number]).astype(np.float32), RATE) for number in numbers]
             made = speak(dia, scripts, audio_prompt=prompts)
             cells = [
                 f"{np.nanmedian([median_pitch(sound) for sound in group]):.0f} Hz"
@@ -125,6 +125,11 @@ def cloned(dia: Dia, entries: list[dict[str, Any]], sounds: list[np.ndarray]) ->
             ]
             rows.append((f"{speaker}, {kind} speakers", cells))
     return table("voice cloning: median pitch", ["prompt", "continuation"], rows)
+
+
+def _to_the_last_word(sound: np.ndarray) -> np.ndarray:
+    """Without the silence at the end: after it the voice would take its speech to be over."""
+    return sound[: np.flatnonzero(np.abs(sound) > 0.02)[-1] + RATE // 50]
 
 
 def _through(codec: Any, sound: np.ndarray) -> np.ndarray:
