@@ -106,7 +106,7 @@ def _figure(name: str, line: Line, rows: int) -> list[float]:
         wanted = {"self_attention": work.SELF_SPLIT, "cross_attention": work.CROSS_SPLIT}.get(name)
         tokens = work.split(128, size, line["target"], wanted) if wanted else 0
         return [tokens, line["warps"], resident, 0, line["instructions"]]
-    features, width = _shapes()[name]
+    features, width = shapes()[name]
     dtype, normed = getattr(torch, line["dtype"]), int(name in work.NORMED)
     rule = gemv.rule(dtype, line["target"], rows=rows, features=features, hidden=width, normed=normed)
     sharing = -(-rows // rule["BLOCK_R"])  # programs of the same weights, each with some of the rows
@@ -123,7 +123,8 @@ def _figure(name: str, line: Line, rows: int) -> list[float]:
     return [block, line["warps"], resident, round(line["in_flight"] / busy), round(per_load, 1)]
 
 
-def _shapes() -> dict[str, tuple[int, int]]:
+def shapes() -> dict[str, tuple[int, int]]:
+    """Features and width of every projection of the 1.6B model."""
     step = work.Step(1, 1, 1, 2, True, 1, 1, 1, True)
     tiles = work.Tiles(lambda name, rows: 16, work.SELF_SPLIT, work.CROSS_SPLIT, False)
     return {item.name: (item.features, item.width) for item in work.launches(DiaConfig(), step, tiles)}

@@ -6,7 +6,8 @@
 Times the whole step, as a CUDA graph, with one launch of it configured otherwise: what a kernel hides behind its
 neighbours counts, what it takes alone does not. Launches are tuned one after another, each on what was best for those
 before it. Worker processes compile ahead. SPLIT_K and CHUNKS order the sum of a projection; what is best for the first
-number of rows is kept for the others, or a row's bits would depend on its company.
+number of rows holds for all others, those that are not tuned included, or a row's bits would depend on its company.
+What does not depend on the number of rows is tuned for the first one only.
 """
 
 import argparse
@@ -31,17 +32,21 @@ from bench.device import open_device
 from bench.measure import DTYPES
 from dia_fast.errors import DiaFastError
 from dia_fast.files import replacing
+from dia_kernels import gemv
+from dia_kernels.launch import architecture
 
 Config = dict[str, int]
 
+# Op and shape of each: what a table may name of a launch.
 PROJECTIONS = {
-    "qkv": ("rms_norm_linear", {"features": 3072}),
-    "cross_q": ("rms_norm_linear", {"features": 2048}),
-    "o": ("linear_residual", {"hidden": 2048}),
-    "gate_up": ("rms_norm_glu", {}),
-    "down": ("linear_residual", {"hidden": 8192}),
-    "heads": ("codebook_logits", {}),
+    "qkv": ("rms_norm_linear", {"features": 3072, "hidden": 2048}),
+    "cross_q": ("rms_norm_linear", {"features": 2048, "hidden": 2048}),
+    "o": ("linear_residual", {"features": 2048, "hidden": 2048}),
+    "gate_up": ("rms_norm_glu", {"features": 16384, "hidden": 2048}),
+    "down": ("linear_residual", {"features": 2048, "hidden": 8192}),
+    "heads": ("codebook_logits", {"features": 9252, "hidden": 2048}),
 }
+Family = tuple[str, tuple[tuple[str, Any], ...]]  # an op and its shape, without rows: whose rows come out alike
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,9 @@ class Launch:
     where: tuple[tuple[str, Any], ...]
 
     @property
-    def family(self) -> tuple[str, Any]:
-        """Launches whose rows have to come out alike."""
-        return self.op, dict(self.where).get("hidden")
+    def family(self) -> Family:
+        """The launches of its op and shape, with any number of rows."""
+        return self.op, tuple(item for item in self.where if item[0] != "rows")
 
     def entry(self, use: Config) -> dict[str, Any]:
         """Of a table."""
@@ -137,22 +142,39 @@ class Tuner:
 
         self.options, self.folder, self.numbers = options, folder, itertools.count()
         self.device = open_device(options.device)
+        self.arch = architecture(self.device.torch)
         self.model = random_model(
             DTYPES[options.dtype], self.device.torch, get_ops("triton", self.device.torch), options.layers
         )
         self.chosen: list[tuple[Launch, Config]] = []
+        self.decided: dict[Family, tuple[int, int]] = {}  # SPLIT_K and CHUNKS
         self.trials: list[dict[str, Any]] = []
-        self.deadline = time.monotonic() + options.budget
+        self.deadline = float("inf")
+
+    def entries(self) -> list[tuple[Launch, Config]]:
+        """What was chosen, and behind it the order of each family's sums for all other numbers of rows."""
+        orders = [
+            (Launch(op, op, shape), {"SPLIT_K": split, "num_warps": split, "CHUNKS": chunks})
+            for (op, shape), (split, chunks) in self.decided.items()
+        ]
+        return [*self.chosen, *orders]
 
     def table(self, *more: tuple[Launch, Config]) -> str:
-        return str(write_table(self.folder / f"{next(self.numbers)}.json", [*more, *self.chosen]))
+        return str(write_table(self.folder / f"{next(self.numbers)}.json", [*more, *self.entries()]))
 
     def orders(self, launch: Launch) -> Sequence[tuple[int, int]]:
-        """What may be tried: what was chosen for this op before, for fewer rows, decides for all."""
-        for chosen, use in self.chosen:
-            if chosen.family == launch.family and "SPLIT_K" in use:
-                return [(use["SPLIT_K"], use["CHUNKS"])]
-        return ORDERS
+        """What may be tried: what was decided for this op and shape, with another number of rows, holds for all."""
+        return [self.decided[launch.family]] if launch.family in self.decided else ORDERS
+
+    def decide(self, launch: Launch, found: Config | None) -> None:
+        """Keeps the order of a projection's sums: that of the configuration found, or of the default."""
+        if launch.op in {op for op, _ in PROJECTIONS.values()}:
+            where = dict(launch.where)
+            use = found or gemv.rule(
+                DTYPES[where["dtype"]], self.arch, rows=where["rows"], features=where["features"],
+                hidden=where["hidden"], normed=int(launch.op != "linear_residual"),
+            )  # fmt: skip
+            self.decided.setdefault(launch.family, (use["SPLIT_K"], use["CHUNKS"]))
 
     def compile(self, pool: ProcessPoolExecutor) -> None:
         """Everything that will be tried."""
@@ -170,6 +192,8 @@ class Tuner:
     def run(self) -> None:
         """Raises DiaFastError, and whatever a step raises with the default configurations."""
         capture = QuickCapture() if self.device.gpu else None
+        self.deadline = time.monotonic() + self.options.budget
+        done: set[tuple[bool, str, Any]] = set()
         for rows in self.options.rows:
             load = Load(rows, self.options.context, self.options.text)
             state = state_for(self.model, load)
@@ -179,9 +203,13 @@ class Tuner:
                 return CapturedStep(self.device, self.model, state, load, capture).seconds()
 
             best = first = seconds(self.table())
-            print(f"{rows} rows: {first * 1e3:.4f} ms a step by default", flush=True)
+            print(f"{rows} rows: {first * 1e3:.4f} ms a step before they are tuned", flush=True)
             for launch in launches(rows, self.options.dtype, self.options.only):
+                if (launch.name.endswith(" bring"), launch.op, launch.where) in done:
+                    continue  # alike for all numbers of rows, or met before by another name
+                done.add((launch.name.endswith(" bring"), launch.op, launch.where))
                 found, best = self._best(launch, rows, best, seconds)
+                self.decide(launch, found)
                 if found:
                     self.chosen.insert(0, (launch, found))
                     print(f"  {launch.name:20} {found} {best * 1e3:.4f} ms", flush=True)
@@ -256,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             if options.json:
                 options.json.write_text(json.dumps(tuner.trials, indent=1) + "\n", encoding="utf-8")
-            write_table(options.out, tuner.chosen)
+            write_table(options.out, tuner.entries())
     print(f"table: {options.out}")
     return 0
 

@@ -44,8 +44,8 @@ def test_sound_kernels_are_all_found_sound(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", ["rms_norm_glu", "rope_attention", "snake_residual"])
 def test_a_kernel_that_computes_something_else_is_named(op: str, dtype: torch.dtype) -> None:
-    def slightly_off(*args: torch.Tensor) -> torch.Tensor:
-        out = getattr(reference, op)(*args)
+    def slightly_off(*args: torch.Tensor, **named: bool) -> torch.Tensor:
+        out = getattr(reference, op)(*args, **named)
         return out.mul_(1.05)
 
     verdicts = doctor.check_running(kernels(**{op: slightly_off}), dtype, CPU, full_width=False)

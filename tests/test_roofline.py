@@ -57,7 +57,8 @@ def test_bytes_at_full_size_are_those_of_the_published_table() -> None:
         steps.setdefault((int(rows), int(context)), []).append(tuple(cells))
     assert steps, "the table has moved"
     names = {1: ["self_attention"], 11: list(work.LAUNCHES)}
-    tiles = work.Tiles(lambda name, count: figures.load("sm_90", "bfloat16").find(name, count).block, 128, 64, False)
+    # The meter takes the rule of no particular GPU.
+    tiles = work.Tiles(lambda name, count: 16, work.SELF_SPLIT, work.CROSS_SPLIT, False)
     for (rows, context), lines in steps.items():
         batch = max(rows // 2, 1)
         step = work.Step(batch, context, 256, 2, rows > 1, batch, 3073, 256, mixes=False)
@@ -132,16 +133,20 @@ def test_what_limits_a_launch_is_named() -> None:
 
 
 def test_littles_law_program_by_program() -> None:
-    """A program whose loads all fit on their way at once waits one latency; the down projection four times as long."""
+    """A program whose loads all fit on their way at once waits one latency; one with more, that many times as long."""
     device = DEVICES["h100"]
     found = figures.load("sm_90", "bfloat16")
     lines = {line.work.name: line for line in predict(device, usual()).lines}
     assert found.find("o", 2).in_flight == 16 * 2048 * 2
     assert lines["o"].parts["flight"].low == pytest.approx(device.latency)
     down = found.find("down", 2)
-    assert lines["down"].parts["flight"].low == pytest.approx(16 * 8192 * 2 / down.in_flight * device.latency)
-    waves = lines["gate_up"].work.programs / (found.find("gate_up", 2).resident * device.units)
-    assert waves > 1 and lines["gate_up"].parts["flight"].low == pytest.approx(waves * device.latency)
+    assert lines["down"].parts["flight"].low == pytest.approx(down.block * 8192 * 2 / down.in_flight * device.latency)
+    wide = found.find("gate_up", 2)
+    waves, times = (
+        lines["gate_up"].work.programs / (wide.resident * device.units),
+        wide.block * 2048 * 2 / wide.in_flight,
+    )
+    assert waves > 1 and lines["gate_up"].parts["flight"].low == pytest.approx(waves * times * device.latency)
 
 
 def test_launch_by_launch_the_host_decides() -> None:

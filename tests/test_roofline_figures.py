@@ -50,15 +50,16 @@ def test_rows_per_program_follow_the_rule_of_the_kernels() -> None:
     """A change of the rule asks for a new report."""
     import torch
 
+    from bench.figures import shapes
     from dia_kernels import gemv
 
     for target, dtypes in table()["figures"].items():
         for dtype, names in dtypes.items():
             for name in work.PROJECTIONS:
                 for count, values in names[name].items():
-                    normed = int(name in work.NORMED)
+                    normed, (features, hidden) = int(name in work.NORMED), shapes()[name]
                     rule = gemv.rule(
-                        getattr(torch, dtype), target, rows=int(count), features=0, hidden=0, normed=normed
+                        getattr(torch, dtype), target, rows=int(count), features=features, hidden=hidden, normed=normed
                     )
                     assert values[0] == rule["BLOCK_N"], (target, dtype, name, count)
                     blocks = -(-int(count) // rule["BLOCK_R"])
@@ -106,7 +107,7 @@ def test_a_report_becomes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[
     per_load = 0.22 * MACHINES["sm_90"].slots_per_load
     assert names["qkv"] == {"8": [16, 8, 2, 65536, round(per_load, 1)]}
     assert names["cross_o"]["8"] == names["o"]["8"] != names["down"]["8"]
-    assert names["self_attention"] == {"0": [128, 8, 2, 0, 1413]}
+    assert names["self_attention"] == {"0": [work.SELF_SPLIT, 8, 2, 0, 1413]}
     assert "not among them: sm_80 bfloat16" in capsys.readouterr().out
 
 

@@ -22,7 +22,7 @@ KERNELS = {
 NORMED = ("qkv", "cross_q", "gate_up", "heads")
 PROJECTIONS = ("qkv", "o", "cross_q", "cross_o", "gate_up", "down", "heads")
 ATTENTIONS = ("self_attention", "cross_attention")
-SELF_SPLIT, CROSS_SPLIT = 128, 64  # tokens that the two attentions ask for; `split` says what they get
+SELF_SPLIT, CROSS_SPLIT = 64, 128  # tokens that the two attentions ask for; `split` says what they get
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Programs beside those of a launch that leaves the memory idle: they bring weights of a later launch to the L2 cache.
 
-The decode attentions wait for little data most of the time, and the gate and up projection behind them for a lot. Some
+The decode attentions of few rows wait for little data, and the gate and up projection behind them for a lot. Some
 columns of programs are added to their grids that issue one bulk prefetch per thread and end. From Hopper on only.
 """
 
@@ -8,11 +8,17 @@ import triton
 import triton.language as tl
 
 PIECES = tl.constexpr(256)  # of the weights that one program brings
+MOST_ROWS = 8  # with more, keys and values keep the memory busy by themselves
 
 
 def shares(wanted: int, size: int, half: int, splits: int) -> dict[str, int]:
-    """How `wanted` bytes from the given half, of `size` bytes, are shared out among programs of PIECES pieces each."""
+    """How `wanted` bytes from the given half, of `size` bytes, are shared out among programs of PIECES pieces each.
+
+    The size is a multiple of 16: addresses have to be.
+    """
     total = min(wanted, size) // 16 * 16
+    if total == 0:
+        return {"EXTRA": 0, "PIECE": 0, "FROM": 0, "TO": 0}
     extra = triton.cdiv(total, splits * (256 << 10))
     piece = triton.cdiv(total, extra * splits * PIECES.value * 16) * 16
     return {"EXTRA": extra, "PIECE": piece, "FROM": half * size, "TO": half * size + total}

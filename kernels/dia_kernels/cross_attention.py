@@ -13,7 +13,7 @@ import triton.language as tl
 from dia_kernels import bring, launch, paged
 from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile
 
-SPLIT = 64  # tokens: texts are short, so it takes small splits to occupy the device
+SPLIT = 128  # tokens: most texts are then one or two splits, and hardly anything is to be merged
 
 
 @triton.jit
@@ -43,6 +43,7 @@ def _cross_attention(
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
     USE_PDL: tl.constexpr,
+    SETTLED: tl.constexpr,
 ):
     if EXTRA > 0:  # noqa: SIM102 (Triton would evaluate both)
         if bring.bring(upcoming_ptr, EXTRA, PIECE, FROM, TO):
@@ -54,6 +55,8 @@ def _cross_attention(
     begin = split * SPLIT
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        if not SETTLED:
+            tl.extra.cuda.gdc_wait()
     g = tl.arange(0, BLOCK_G)
     d, _paired, _angle, used = head_axis(HEAD_DIM, BLOCK_D)
     grouped = (g < GROUP)[:, None] & used[None, :]
@@ -63,8 +66,7 @@ def _cross_attention(
     length = tl.load(lengths_ptr + row)
     live = t < length
     k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
-    if USE_PDL:
-        # All that was read so far is older than the previous launch, which writes only q.
+    if USE_PDL and SETTLED:
         tl.debug_barrier()
         tl.extra.cuda.gdc_wait()
     if begin >= length:
@@ -91,6 +93,7 @@ def cross_attention(
     out: torch.Tensor,
     workspace: object = None,
     upcoming: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.cross_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
 
@@ -103,5 +106,5 @@ def cross_attention(
         raise ValueError(f"lengths: {lengths.dtype} {tuple(lengths.shape)}, needs int32 [{rows}]")
     launch.require_contiguous(q=q, lengths=lengths)
     cache = (k_pages, v_pages, block_table, lengths, out)
-    paged.run("cross_attention", _cross_attention, SPLIT, (q,), cache, workspace, upcoming, half=1)
+    paged.run("cross_attention", _cross_attention, SPLIT, (q,), cache, workspace, upcoming, 1, settled)
     return out

@@ -88,7 +88,8 @@ def _embed_codes(
 
 
 def _rule(dtype: torch.dtype, arch: str, *, hidden: int) -> dict[str, int]:
-    return {"BLOCK_H": min(triton.next_power_of_2(hidden), 2048), "num_warps": 8 if hidden >= 1024 else 4}
+    warps = 4 if hidden < 1024 else 16 if arch == "sm_90" else 8
+    return {"BLOCK_H": min(triton.next_power_of_2(hidden), 2048), "num_warps": warps}
 
 
 def embed_codes(

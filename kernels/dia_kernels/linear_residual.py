@@ -11,6 +11,21 @@ from torch import Tensor
 from dia_kernels import gemv, launch
 
 
+@triton.jit
+def _add_constant(
+    residual_ptr, constant_ptr, n, rows, all_rows,
+    N: tl.constexpr, BLOCK_C: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The rows without an input, from `rows` on, in columns n."""
+    c = rows + tl.arange(0, BLOCK_C)[:, None]
+    inside = (c < all_rows) & (n < N)
+    if ROW_BLOCKS > 1:
+        inside = inside & (rows <= BLOCK_R)  # the program of the last rows does it
+    old = tl.load(residual_ptr + c * N + n, mask=inside, other=0.0)
+    constant = tl.load(constant_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(residual_ptr + c * N + n, (old.to(tl.float32) + constant).to(old.dtype), mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows", "all_rows"])
 def _linear_residual(
     x_ptr,  # [rows, K]
@@ -47,20 +62,21 @@ def _linear_residual(
     )
     r, n = tl.arange(0, BLOCK_R)[:, None], first + tl.arange(0, BLOCK_N)[None, :]
     inside = (r < rows) & (n < N)
-    old = tl.load(residual_ptr + r * N + n, mask=inside, other=0.0)
-    if BLOCK_C > 0:
-        c = rows + tl.arange(0, BLOCK_C)[:, None]
-        fixed = (c < all_rows) & (n < N)
-        if ROW_BLOCKS > 1:
-            fixed = fixed & (rows <= BLOCK_R)  # the program of the last rows does it
-        before = tl.load(residual_ptr + c * N + n, mask=fixed, other=0.0)
-        constant = tl.load(constant_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        tl.store(residual_ptr + c * N + n, (before.to(tl.float32) + constant).to(before.dtype), mask=fixed)
+    # Early, where there are registers to keep it in: all that is left behind the product is to store.
+    EARLY: tl.constexpr = not AMD and BLOCK_R <= 8
+    if EARLY:
+        old = tl.load(residual_ptr + r * N + n, mask=inside, other=0.0)
+    if BLOCK_C > 0 and not AMD:
+        _add_constant(residual_ptr, constant_ptr, n, rows, all_rows, N, BLOCK_C, ROW_BLOCKS, BLOCK_R)
     total = gemv.project(
         flying, x_ptr, x_ptr, weight_ptr, weight_rows, rows, 0.0, K, False, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
         ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, AMD,
     )  # fmt: skip
+    if not EARLY:
+        old = tl.load(residual_ptr + r * N + n, mask=inside, other=0.0)
     tl.store(residual_ptr + r * N + n, (old.to(tl.float32) + total).to(old.dtype), mask=inside)
+    if BLOCK_C > 0 and AMD:
+        _add_constant(residual_ptr, constant_ptr, n, rows, all_rows, N, BLOCK_C, ROW_BLOCKS, BLOCK_R)
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> Tensor:

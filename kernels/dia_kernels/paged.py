@@ -46,9 +46,8 @@ def smallest_split(head_dim: int) -> int:
 def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: int) -> dict[str, int]:
     """Tokens per split, splits merged at once, warps, and KiB of weights to bring.
 
-    K and V of a split are loaded at once, straight into registers, 64 of each thread's: that is the traffic in flight.
-    Pure; the number of rows must not enter, or a row's result would depend on it. BRING: the memory has little to do
-    meanwhile, and what is brought stays well below half of the cache, where weights that stream by do not displace it.
+    K and V of a split are loaded at once, straight into registers, 32 to 128 of each thread's: that is the traffic in
+    flight. Pure; the number of rows must not enter, or a row's result would depend on it.
     """
     width = triton.next_power_of_2(head_dim)
     token_bytes = 2 * width * dtype.itemsize
@@ -56,10 +55,13 @@ def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: in
     warps = min(8, max(4, split * token_bytes // (32 * 256)))
     if arch.startswith("gfx"):  # the operands of matrix products take several times their size in registers there
         split = min(split, 64)
-    if arch.startswith("gfx1"):  # four warps for a 16-bit split: see `attend`
+        # On RDNA that makes four for a 16-bit split: see `attend`.
         warps = min(8, max(4, split * token_bytes // (32 * 256)))
-    bring = 12288 if arch in ("sm_90", "sm_100") else 0
-    return {"SPLIT": split, "CHUNK": 8, "num_warps": warps, "BRING": bring}
+    if arch == "sm_90" and dtype.itemsize == 2:  # measured on an H200: more warps for queries that share K and V
+        warps = 8 if group > 1 else 4
+    bring = 16384 if arch == "sm_90" else 0  # measured there, too: the best of 0 to 24 MiB for two rows
+    chunk = max(1, warps * 1024 // (triton.next_power_of_2(group) * width))  # so many sums fit into registers
+    return {"SPLIT": split, "CHUNK": min(chunk, 8), "num_warps": warps, "BRING": bring}
 
 
 def check_pages(
@@ -94,13 +96,15 @@ def run(
     inputs: tuple[torch.Tensor, ...],
     cache: tuple[torch.Tensor, ...],
     workspace: object,
-    upcoming: torch.Tensor | None = None,
-    half: int = 0,
+    upcoming: torch.Tensor | None,
+    half: int,
+    settled: bool,
 ) -> None:
     """Launches a decode attention: one program per row, kv head and split of the longest row the block table can hold.
 
     inputs: the kernel's own tensors; cache: k_pages, v_pages, block_table, lengths or positions, out. upcoming:
     contiguous weights of a later launch, from whose half 0 or 1 some programs more bring a part to the L2 cache.
+    settled: whether the cache may be read while launches before this one still run.
     """
     k_pages, _, block_table, _, out = cache
     _, kv_heads, page_size, head_dim = k_pages.shape
@@ -124,9 +128,9 @@ def run(
         return
     brought = {"EXTRA": 0, "PIECE": 0, "FROM": 0, "TO": 0}
     wanted = chosen.pop("BRING") * 1024
-    if upcoming is not None and wanted:
-        launch.require_contiguous(upcoming=upcoming)
-        brought = bring.shares(wanted, upcoming.numel() * upcoming.itemsize // 2, half, splits)
+    arch = launch.architecture(out.device)
+    if upcoming is not None and wanted and rows <= bring.MOST_ROWS:
+        brought = bring.shares(wanted, _half(upcoming, out, arch), half, splits)
     launch.run(
         kernel,
         (rows * kv_heads + brought["EXTRA"], splits),
@@ -144,18 +148,31 @@ def run(
         enable_fp_fusion=True,
         **brought,
         **chosen,
-        **options(launch.architecture(out.device)),
+        **options(arch, settled),
     )
 
 
-def options(arch: str) -> dict[str, Any]:
+def _half(upcoming: torch.Tensor, out: torch.Tensor, arch: str) -> int:
+    """Bytes of half of the weights. Raises ValueError if they cannot be brought."""
+    if arch.startswith("gfx") or (arch.startswith("sm_") and int(arch[3:]) < 90):
+        raise ValueError(f"BRING: {arch} has no bulk prefetch; leave it 0 but for sm_90 and up")
+    launch.require_contiguous(upcoming=upcoming)
+    if upcoming.device != out.device:
+        raise ValueError(f"upcoming: is on {upcoming.device}, out on {out.device}")
+    size, address = upcoming.numel() * upcoming.itemsize, 0 if upcoming.is_meta else upcoming.data_ptr()
+    if size % 32 or address % 16:
+        raise ValueError(f"upcoming: {size} bytes at address {address}, needs two halves that begin at multiples of 16")
+    return size // 2
+
+
+def options(arch: str, settled: bool) -> dict[str, Any]:
     """Arguments that depend on the target: family, programmatic dependent launch, size of the matrix instruction."""
-    if arch.startswith("sm_"):
-        chained = int(arch[3:]) >= 90
-        return {"TARGET": "cuda", "USE_PDL": chained, **({"launch_pdl": True} if chained else {})}
-    if arch.startswith("gfx9"):
-        return {"TARGET": "gfx9", "USE_PDL": False, "matrix_instr_nonkdim": 16}
-    return {"TARGET": "gfx" if arch.startswith("gfx") else "interpreter", "USE_PDL": False}
+    if arch.startswith("sm_") and int(arch[3:]) >= 90:
+        return {"TARGET": "cuda", "USE_PDL": True, "SETTLED": settled, "launch_pdl": True}
+    families = {"sm_": "cuda", "gfx9": "gfx9", "gfx": "gfx"}
+    family = next((name for prefix, name in families.items() if arch.startswith(prefix)), "interpreter")
+    matrix = {"matrix_instr_nonkdim": 16} if family == "gfx9" else {}
+    return {"TARGET": family, "USE_PDL": False, "SETTLED": False, **matrix}
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 from dia_kernels import bring, launch, paged
 from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, let_next_begin, load_tile, settle
 
-SPLIT = 128  # tokens; the partial sums of a group of 4 heads are then 3 % of the K and V they stand for
+SPLIT = 64  # tokens; the partial sums of a group of 4 heads are then 6 % of the K and V they stand for
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def _rope_attention(
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
     USE_PDL: tl.constexpr,
+    SETTLED: tl.constexpr,
 ):
     if EXTRA > 0:  # noqa: SIM102 (Triton would evaluate both)
         if bring.bring(upcoming_ptr, EXTRA, PIECE, FROM, TO):
@@ -63,6 +64,8 @@ def _rope_attention(
     row = row_head // KV_HEADS
     kv_head = row_head % KV_HEADS
     begin = split * SPLIT
+    if USE_PDL and not SETTLED:
+        tl.extra.cuda.gdc_wait()
     g = tl.arange(0, BLOCK_G)
     d, paired, angle, used = head_axis(HEAD_DIM, BLOCK_D)
     grouped = (g < GROUP)[:, None] & used[None, :]
@@ -76,8 +79,7 @@ def _rope_attention(
     cos = tl.load(cos_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=turned, other=0.0)
     sin = tl.load(sin_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=turned, other=0.0)
     new_page = tl.load(table_ptr + position // PAGE, mask=begin <= position, other=0).to(tl.int64)
-    if USE_PDL:
-        # All that was read so far is older than the previous launch, which writes only qkv.
+    if USE_PDL and SETTLED:
         tl.debug_barrier()
         tl.extra.cuda.gdc_wait()
     if begin > position:
@@ -144,6 +146,7 @@ def rope_attention(
     out: torch.Tensor,
     workspace: object = None,
     upcoming: torch.Tensor | None = None,
+    settled: bool = False,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.rope_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
 
@@ -160,5 +163,5 @@ def rope_attention(
         raise ValueError(f"positions: {positions.dtype} {tuple(positions.shape)}, needs int32 [{rows}]")
     launch.require_contiguous(qkv=qkv, cos=cos, sin=sin, positions=positions)
     cache = (k_pages, v_pages, block_table, positions, out)
-    paged.run("rope_attention", _rope_attention, SPLIT, (qkv, cos, sin), cache, workspace, upcoming, half=0)
+    paged.run("rope_attention", _rope_attention, SPLIT, (qkv, cos, sin), cache, workspace, upcoming, 0, settled)
     return out

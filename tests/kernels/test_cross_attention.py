@@ -16,7 +16,7 @@ from tests.kernels import executor
 from tests.kernels.paged_cases import exact_attention, fresh_workspace, make_cache, same_bits, unluckiest
 from tests.kernels.support import DTYPES, assert_within_budget, poisoned, random
 
-LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65, 100, 200)  # page and split borders, up to four splits
+LENGTHS = (0, 1, 15, 16, 17, 63, 100, 127, 128, 129, 300)  # page and split borders, up to three splits
 
 
 class Case:

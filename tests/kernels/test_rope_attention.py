@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dia_kernels import reference
 from dia_kernels.paged import attention_workspace
-from dia_kernels.rope_attention import rope_attention
+from dia_kernels.rope_attention import SPLIT, rope_attention
 from tests.kernels import executor
 from tests.kernels.paged_cases import (
     Cache,
@@ -26,7 +26,7 @@ from tests.kernels.paged_cases import (
 )
 from tests.kernels.support import DTYPES, assert_untouched, assert_within_budget, poisoned, random
 
-POSITIONS = (-1, 0, 14, 15, 16, 62, 99, 127, 128, 300)  # 17 to 63 tokens, page and split borders, three splits
+POSITIONS = (-1, 0, 14, 15, 16, 62, 63, 64, 99, 127, 128, 300)  # page and split borders, up to five splits
 
 
 class Case:
@@ -203,7 +203,8 @@ def test_one_program_writes_each_new_token(device: torch.device) -> None:
 
     with listening(listen):
         Case((300, -1, 0), device, torch.bfloat16, 4, 2, 16, 32).run()
-    owners = [(0, 2, 0), (1, 2, 0), (4, 0, 0), (5, 0, 0)]  # (row and kv head, split)
+    last = 300 // SPLIT
+    owners = [(0, last, 0), (1, last, 0), (4, 0, 0), (5, 0, 0)]  # (row and kv head, split)
     assert sorted(writes) == sorted((name, 16, owner) for name in ("k_ptr", "v_ptr") for owner in owners)
 
 
