@@ -57,8 +57,8 @@ def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: in
         split = min(split, 64)
         # On RDNA that makes four for a 16-bit split: see `attend`.
         warps = min(8, max(4, split * token_bytes // (32 * 256)))
-    if arch == "sm_90" and dtype.itemsize == 2:  # measured on an H200: more warps for queries that share K and V
-        warps = 8 if group > 1 else 4
+    if (arch == "sm_90" or arch.startswith("gfx9")) and dtype.itemsize == 2:
+        warps = 8 if group > 1 else 4  # measured on an H200: more for queries that share K and V
     bring = 16384 if arch == "sm_90" else 0  # measured there, too: the best of 0 to 24 MiB for two rows
     chunk = max(1, warps * 1024 // (triton.next_power_of_2(group) * width))  # so many sums fit into registers
     return {"SPLIT": split, "CHUNK": min(chunk, 8), "num_warps": warps, "BRING": bring}
