@@ -6,9 +6,25 @@ columns of programs are added to their grids that issue one bulk prefetch per th
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from dia_kernels import launch
 
 PIECES = tl.constexpr(256)  # of the weights that one program brings
 MOST_ROWS = 8  # with more, keys and values keep the memory busy by themselves
+
+
+def half_of(upcoming: Tensor, out: Tensor, arch: str) -> int:
+    """Bytes of half of the weights. Raises ValueError if they cannot be brought."""
+    if arch.startswith("gfx") or (arch.startswith("sm_") and int(arch[3:]) < 90):
+        raise ValueError(f"BRING: {arch} has no bulk prefetch; leave it 0 but for sm_90 and up")
+    launch.require_contiguous(upcoming=upcoming)
+    if upcoming.device != out.device:
+        raise ValueError(f"upcoming: is on {upcoming.device}, out on {out.device}")
+    size, address = upcoming.numel() * upcoming.itemsize, 0 if upcoming.is_meta else upcoming.data_ptr()
+    if size % 32 or address % 16:
+        raise ValueError(f"upcoming: {size} bytes at address {address}, needs two halves that begin at multiples of 16")
+    return size // 2
 
 
 def shares(wanted: int, size: int, half: int, splits: int) -> dict[str, int]:

@@ -59,6 +59,8 @@ def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: in
         warps = min(8, max(4, split * token_bytes // (32 * 256)))
     if (arch == "sm_90" or arch.startswith("gfx9")) and dtype.itemsize == 2:
         warps = 8 if group > 1 else 4  # measured on an H200: more for queries that share K and V
+    if arch.startswith("sm_12") and dtype.itemsize == 4 and warps == 8:
+        warps = 16  # its compiler finds too few registers for half as many
     bring = 16384 if arch == "sm_90" else 0  # measured there, too: the best of 0 to 24 MiB for two rows
     chunk = max(1, warps * 1024 // (triton.next_power_of_2(group) * width))  # so many sums fit into registers
     return {"SPLIT": split, "CHUNK": min(chunk, 8), "num_warps": warps, "BRING": bring}
@@ -130,7 +132,7 @@ def run(
     wanted = chosen.pop("BRING") * 1024
     arch = launch.architecture(out.device)
     if upcoming is not None and wanted and rows <= bring.MOST_ROWS:
-        brought = bring.shares(wanted, _half(upcoming, out, arch), half, splits)
+        brought = bring.shares(wanted, bring.half_of(upcoming, out, arch), half, splits)
     launch.run(
         kernel,
         (rows * kv_heads + brought["EXTRA"], splits),
@@ -150,19 +152,6 @@ def run(
         **chosen,
         **options(arch, settled),
     )
-
-
-def _half(upcoming: torch.Tensor, out: torch.Tensor, arch: str) -> int:
-    """Bytes of half of the weights. Raises ValueError if they cannot be brought."""
-    if arch.startswith("gfx") or (arch.startswith("sm_") and int(arch[3:]) < 90):
-        raise ValueError(f"BRING: {arch} has no bulk prefetch; leave it 0 but for sm_90 and up")
-    launch.require_contiguous(upcoming=upcoming)
-    if upcoming.device != out.device:
-        raise ValueError(f"upcoming: is on {upcoming.device}, out on {out.device}")
-    size, address = upcoming.numel() * upcoming.itemsize, 0 if upcoming.is_meta else upcoming.data_ptr()
-    if size % 32 or address % 16:
-        raise ValueError(f"upcoming: {size} bytes at address {address}, needs two halves that begin at multiples of 16")
-    return size // 2
 
 
 def options(arch: str, settled: bool) -> dict[str, Any]:
