@@ -59,8 +59,8 @@ def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: in
         warps = min(8, max(4, split * token_bytes // (32 * 256)))
     if (arch == "sm_90" or arch.startswith("gfx9")) and dtype.itemsize == 2:
         warps = 8 if group > 1 else 4  # measured on an H200: more for queries that share K and V
-    if arch.startswith("sm_12") and dtype.itemsize == 4 and warps == 8:
-        warps = 16  # its compiler finds too few registers for half as many
+    if arch.startswith("sm_1") and dtype.itemsize == 4 and warps == 8:
+        warps = 16  # from sm_100 on the compiler finds too few registers for half as many
     bring = 16384 if arch == "sm_90" else 0  # measured there, too: the best of 0 to 24 MiB for two rows
     chunk = max(1, warps * 1024 // (triton.next_power_of_2(group) * width))  # so many sums fit into registers
     return {"SPLIT": split, "CHUNK": min(chunk, 8), "num_warps": warps, "BRING": bring}
