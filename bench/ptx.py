@@ -52,6 +52,7 @@ class Program:
         self.registers: dict[str, Bits] = {
             "%tid.x": np.arange(threads, dtype=np.uint32),
             "%ctaid.x": np.full(threads, program, np.uint32),
+            "%nctaid.z": np.ones(threads, np.uint32),
             "global_smem": np.zeros(threads, np.uint32),
         }
         self.shared = np.full(SHARED // 2, 0xFFFF, np.uint16)

@@ -58,6 +58,11 @@ class Launch:
     where: tuple[tuple[str, Any], ...]
 
     @property
+    def kind(self) -> str:
+        """What of it is tuned: "ahead", or everything else."""
+        return self.name.partition(" ")[2]
+
+    @property
     def family(self) -> Family:
         """The launches of its op and shape, with any number of rows."""
         return self.op, tuple(item for item in self.where if item[0] != "rows")
@@ -71,15 +76,16 @@ def launches(rows: int, dtype: str, only: Sequence[str] | None) -> list[Launch]:
     """Those of a step."""
     attention = ("rope_attention", "cross_attention")
     found = [Launch(op, op, (("dtype", dtype),)) for op in (*attention, "embed_codes")]
-    found += [Launch(f"{op} bring", op, (("dtype", dtype),)) for op in attention]
     found.append(Launch("sample", "sample", ()))
+    projections = []
     for name in ("gate_up", "down", "qkv", "o", "cross_q", "heads"):
         op, shape = PROJECTIONS[name]
         # The cross projections see conditional rows only.
         seen = [rows] if name not in ("cross_q", "o") else sorted({rows, max(rows // 2, 1)}, reverse=True)
         for count in seen if name != "cross_q" else [max(rows // 2, 1)]:
             label = name if count == rows or name == "cross_q" else f"cross_{name}"
-            found.append(Launch(label, op, tuple({"rows": count, "dtype": dtype, **shape}.items())))
+            projections.append(Launch(label, op, tuple({"rows": count, "dtype": dtype, **shape}.items())))
+    found += projections + [Launch(f"{launch.name} ahead", launch.op, launch.where) for launch in projections]
     return [launch for launch in found if not only or launch.name in only]
 
 
@@ -88,20 +94,22 @@ ORDERS = ((4, 2), (4, 4), (8, 1), (8, 2), (2, 4))  # SPLIT_K and CHUNKS, which d
 
 def candidates(launch: Launch, orders: Sequence[tuple[int, int]]) -> Iterator[Config]:
     """What is tried beside the default; what would hold too few bytes in flight, or too many for registers, is not."""
-    if launch.name.endswith(" bring"):
-        yield from ({"BRING": size << 10} for size in (0, 4, 8, 16, 24))
+    if launch.kind == "ahead":
+        yield from ({"X_AHEAD": steps} for steps in (1, 2, 4))
         return
     if launch.op in ("rope_attention", "cross_attention"):
-        yield from ({"SPLIT": split, "num_warps": warps} for split in (64, 128) for warps in (4, 8))
+        for split, warps, chunk in itertools.product((64, 128, 256), (4, 8, 16), (8, 16)):
+            if split <= 32 * warps and (launch.op == "rope_attention" or chunk == 8):
+                yield {"SPLIT": split, "num_warps": warps, "CHUNK": chunk}
         return
     if launch.op == "embed_codes":
         yield from ({"num_warps": warps} for warps in (4, 8, 16))
         return
     if launch.op == "sample":
-        yield from ({"DIGIT": digit, "num_warps": warps} for digit in (1, 2, 4) for warps in (4, 8, 16))
+        yield from ({"DIGIT": digit, "num_warps": warps} for digit in (1, 2, 4) for warps in (1, 2, 4, 8))
         return
     for (split, chunks), block_n, depth in itertools.product(orders, (8, 16, 32), (1, 2, 4, 8)):
-        if 64 <= block_n * chunks * depth <= 128:
+        if 32 <= block_n * chunks * depth <= 128:
             order = {"SPLIT_K": split, "num_warps": split, "CHUNKS": chunks}
             yield {"BLOCK_N": block_n, "DEPTH": depth, **order}
 
@@ -168,7 +176,7 @@ class Tuner:
 
     def decide(self, launch: Launch, found: Config | None) -> None:
         """Keeps the order of a projection's sums: that of the configuration found, or of the default."""
-        if launch.op in {op for op, _ in PROJECTIONS.values()}:
+        if launch.kind == "" and launch.op in {op for op, _ in PROJECTIONS.values()}:
             where = dict(launch.where)
             use = found or gemv.rule(
                 DTYPES[where["dtype"]], self.arch, rows=where["rows"], features=where["features"],
@@ -177,7 +185,7 @@ class Tuner:
             self.decided.setdefault(launch.family, (use["SPLIT_K"], use["CHUNKS"]))
 
     def compile(self, pool: ProcessPoolExecutor) -> None:
-        """Everything that will be tried."""
+        """What will be tried, or so it seems before anything is chosen; the rest is compiled when it is tried."""
         jobs = []
         for rows in self.options.rows:
             for launch in launches(rows, self.options.dtype, self.options.only):
@@ -193,7 +201,7 @@ class Tuner:
         """Raises DiaFastError, and whatever a step raises with the default configurations."""
         capture = QuickCapture() if self.device.gpu else None
         self.deadline = time.monotonic() + self.options.budget
-        done: set[tuple[bool, str, Any]] = set()
+        done: set[tuple[str, str, Any]] = set()
         for rows in self.options.rows:
             load = Load(rows, self.options.context, self.options.text)
             state = state_for(self.model, load)
@@ -205,9 +213,9 @@ class Tuner:
             best = first = seconds(self.table())
             print(f"{rows} rows: {first * 1e3:.4f} ms a step before they are tuned", flush=True)
             for launch in launches(rows, self.options.dtype, self.options.only):
-                if (launch.name.endswith(" bring"), launch.op, launch.where) in done:
+                if (launch.kind, launch.op, launch.where) in done:
                     continue  # alike for all numbers of rows, or met before by another name
-                done.add((launch.name.endswith(" bring"), launch.op, launch.where))
+                done.add((launch.kind, launch.op, launch.where))
                 found, best = self._best(launch, rows, best, seconds)
                 self.decide(launch, found)
                 if found:
@@ -227,8 +235,8 @@ class Tuner:
     ) -> tuple[Config | None, float]:
         """The fastest configuration of a launch, None if none is faster than what there is, and the step's seconds."""
         found = None
-        so_far: Config = next((use for other, use in self.chosen if other.entry({}) == launch.entry({})
-                               and other.op == launch.op), {})  # fmt: skip
+        so_far: Config = next((use for other, use in self.entries() if other.op == launch.op
+                               and set(other.where) <= set(launch.where)), {})  # fmt: skip
         for change in candidates(launch, self.orders(launch)):
             if time.monotonic() > self.deadline:
                 break
@@ -254,7 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file for the table")
     parser.add_argument("--json", type=Path, help="file for all that was tried")
     parser.add_argument("--rows", type=int, nargs="+", default=[2], help="of the step: 1, or twice the requests")
-    parser.add_argument("--only", nargs="+", help=f"launches: {', '.join(PROJECTIONS)}, rope_attention, sample, ...")
+    parser.add_argument(
+        "--only", nargs="+", help=f"launches: {', '.join(PROJECTIONS)}, 'qkv ahead', rope_attention, sample, ..."
+    )
     parser.add_argument("--context", type=int, default=860)
     parser.add_argument("--text", type=int, default=200, help="bytes")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")

@@ -173,15 +173,14 @@ class DiaModel(nn.Module):
             ops.rms_norm_linear(s.x, layer.self_norm, layer.qkv, eps, s.qkv)
             # All that attention reads but q and the new token is settled: `embed_codes` lets no launch begin early.
             ops.rope_attention(
-                s.qkv, stack.cos, stack.sin, keys, values, s.table, s.positions, s.attended, s.workspace,
-                layer.gate_up, settled=True,
+                s.qkv, stack.cos, stack.sin, keys, values, s.table, s.positions, s.attended, s.workspace, settled=True
             )  # fmt: skip
             ops.linear_residual(s.attended, layer.o, s.x)
             ops.rms_norm_linear(s.x_cond, layer.cross_norm, layer.cross_q, eps, s.cross_q)
             keys, values = s.cross_pool.keys[i], s.cross_pool.values[i]
             ops.cross_attention(
                 s.cross_q, keys, values, s.cross_table, s.text_lengths, s.cross_attended, s.cross_workspace,
-                layer.gate_up, settled=True,
+                settled=True,
             )  # fmt: skip
             ops.linear_residual(s.cross_attended, layer.cross_o, s.x, layer.uncond_cross if s.guided else None)
             ops.rms_norm_glu(s.x, layer.mlp_norm, layer.gate_up, eps, s.gated)

@@ -46,7 +46,7 @@ def test_every_launch_of_a_step_is_tuned_by_exactly_one_entry(
     before = configurations(rows)
     changed = [0] * len(before)
     for one in tune.launches(rows, "bfloat16", None):
-        if one.name.endswith(" bring"):  # the same launches once more
+        if one.kind:  # the same launches once more
             continue
         for use in tune.candidates(one, [(8, 2)]):
             monkeypatch.setenv(
@@ -67,6 +67,7 @@ def test_what_orders_a_sum_is_decided_once_for_all_numbers_of_rows(tuner: tune.T
     tuner.run()
     tuner.options.margin = 9.0
     tuner.decide(tune.launches(2, "bfloat16", ["qkv"])[0], None)
+    tuner.decide(tune.launches(2, "bfloat16", ["heads ahead"])[0], {"X_AHEAD": 4})  # orders nothing
     [down] = tune.launches(16, "bfloat16", ["down"])
     [order] = tuner.orders(down)
     assert {(use["SPLIT_K"], use["CHUNKS"]) for use in tune.candidates(down, [order])} == {order}
@@ -162,3 +163,21 @@ def test_a_step_of_every_kind_runs_in_the_middle_of_its_work() -> None:
         model.ops = captured.without(ops, "rms_norm_glu")  # type: ignore[assignment]
         CapturedStep(device, model, state, load).seconds()
         assert not state.gated.any()
+
+
+def test_what_is_read_at_once_keeps_the_order_found_for_other_rows(tuner: tune.Tuner) -> None:
+    [qkv] = tune.launches(2, "bfloat16", ["qkv"])
+    tuner.chosen, tuner.decided = [], {}
+    tuner.decide(qkv, {"SPLIT_K": 4, "num_warps": 4, "CHUNKS": 2})
+    [ahead] = tune.launches(16, "bfloat16", ["qkv ahead"])
+    tried = []
+
+    def seconds(table: str) -> float:
+        entries = json.loads(Path(table).read_text())["rms_norm_linear"]
+        tried.append(next(e["use"] for e in entries if set(e["where"].items()) <= set(ahead.where)))
+        return 1.0
+
+    tuner.deadline = float("inf")
+    tuner._best(ahead, 16, 1.0, seconds)
+    assert len(tried) == 3
+    assert {(use["SPLIT_K"], use["CHUNKS"]) for use in tried} == {(4, 2)}

@@ -99,6 +99,35 @@ def test_attention_with_heads_of_another_size(target: str, dtype: str, head_dim:
     assert run.stdout.split() == ["_rope_attention", "0", "_cross_attention", "0", "_ragged_attention", "0"]
 
 
+FIRST_PRODUCT = """
+import sys
+import torch
+from bench.codegen import read
+from dia_kernels import ahead, kernels
+
+x, norm, qkv, o, out, residual = (
+    torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    for shape in ((2, 2048), (2048,), (3072, 2048), (2048, 2048), (2, 3072), (2, 2048))
+)
+with ahead.compiling(sys.argv[1]) as compiled:
+    kernels.rms_norm_linear(x, norm, qkv, 1e-5, out)
+    kernels.linear_residual(x, o, residual)
+for item in compiled:
+    code = read(item, sys.argv[1]).instructions
+    first = next(n for n, i in enumerate(code) if i.opcode.startswith("HMMA"))
+    print(sum(i.bits == 128 for i in code[:first]))
+"""
+
+
+def test_x_is_requested_before_the_first_product(tmp_path: Path) -> None:
+    """All weights of a program, and two steps of x and the norm, two loads each, in o four of x: no load waits."""
+    run = in_a_process(tmp_path, "-c", FIRST_PRODUCT, "sm_90")
+    assert run.returncode == 0, run.stderr
+    qkv, o = map(int, run.stdout.split())
+    assert qkv >= 16 + 4 + 4
+    assert o >= 16 + 8
+
+
 def sound():
     from bench.codegen import Line
 

@@ -58,7 +58,7 @@ def test_bytes_at_full_size_are_those_of_the_published_table() -> None:
     assert steps, "the table has moved"
     names = {1: ["self_attention"], 11: list(work.LAUNCHES)}
     # The meter takes the rule of no particular GPU.
-    tiles = work.Tiles(lambda name, count: 16, work.SELF_SPLIT, work.CROSS_SPLIT, False)
+    tiles = work.Tiles(lambda name, count: 16, work.SELF_SPLIT, work.split(128, 2, "none", work.CROSS_SPLIT), False)
     for (rows, context), lines in steps.items():
         batch = max(rows // 2, 1)
         step = work.Step(batch, context, 256, 2, rows > 1, batch, 3073, 256, mixes=False)
@@ -137,7 +137,7 @@ def test_littles_law_program_by_program() -> None:
     device = DEVICES["h100"]
     found = figures.load("sm_90", "bfloat16")
     lines = {line.work.name: line for line in predict(device, usual()).lines}
-    assert found.find("o", 2).in_flight == 16 * 2048 * 2
+    assert found.find("o", 2).in_flight == 8 * 2048 * 2
     assert lines["o"].parts["flight"].low == pytest.approx(device.latency)
     down = found.find("down", 2)
     assert lines["down"].parts["flight"].low == pytest.approx(down.block * 8192 * 2 / down.in_flight * device.latency)

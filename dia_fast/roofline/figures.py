@@ -45,17 +45,18 @@ class Figures:
     def find(self, name: str, rows: int) -> Figure:
         """The launch `name` with so many rows of x: compiled code depends on them only by the power of two above.
 
-        Where that was not compiled, another launch of the same kind and row count stands in, and failing that the next
-        larger one of its own.
+        Where that was not compiled, another launch of the same kind and row count stands in, if its programs are like
+        this one's for the fewest rows, and failing that the next larger one of its own.
         """
         if name not in work.PROJECTIONS:
             return next(iter(self.lines[name].values()))
         wanted = self.bucket(rows)
         kin = [other for other in work.PROJECTIONS if (other in work.NORMED) == (name in work.NORMED)]
-        for candidate in (name, *kin):
-            if wanted in self.lines[candidate]:
-                return self.lines[candidate][wanted]
         own = self.lines[name]
+        for candidate in (name, *kin):
+            found = self.lines[candidate]
+            if wanted in found and found[min(found)].warps == own[min(own)].warps:
+                return found[wanted]
         return own[min((count for count in own if count > wanted), default=max(own))]
 
     def bucket(self, rows: int) -> int:

@@ -22,7 +22,7 @@ KERNELS = {
 NORMED = ("qkv", "cross_q", "gate_up", "heads")
 PROJECTIONS = ("qkv", "o", "cross_q", "cross_o", "gate_up", "down", "heads")
 ATTENTIONS = ("self_attention", "cross_attention")
-SELF_SPLIT, CROSS_SPLIT = 64, 128  # tokens that the two attentions ask for; `split` says what they get
+SELF_SPLIT, CROSS_SPLIT = 64, 256  # tokens that the two attentions ask for; `split` says what they get
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Work:
 def split(head_dim: int, itemsize: int, target: str, wanted: int) -> int:
     """Tokens per program of a decode attention: the rule of `dia_kernels.paged`, for machines without Triton."""
     width = _power_of_two(head_dim)
-    tokens = max(min(wanted, 65536 // (2 * width * itemsize)), min(64, 8192 // width))
+    most = 131072 if target == "sm_90" and itemsize == 2 else 65536  # bytes of keys and values
+    tokens = max(min(wanted, most // (2 * width * itemsize)), min(64, 8192 // width))
     return min(tokens, 64) if target.startswith("gfx") else tokens
 
 

@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dia_kernels import bring, launch, paged
+from dia_kernels import launch, paged
 from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile
 
-SPLIT = 128  # tokens: most texts are then one or two splits, and hardly anything is to be merged
+SPLIT = 256  # tokens, or what fits into registers: most texts are then one split, with nothing to merge
 
 
 @triton.jit
@@ -27,7 +27,6 @@ def _cross_attention(
     partials_ptr,  # [rows, KV_HEADS, grid splits, GROUP, HEAD_DIM] float32
     stats_ptr,  # [rows, KV_HEADS, grid splits, GROUP, 2] float32
     arrivals_ptr,  # [rows, KV_HEADS] int32
-    upcoming_ptr,  # weights of a later launch, unless EXTRA is 0
     max_pages,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -35,19 +34,12 @@ def _cross_attention(
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    EXTRA: tl.constexpr,
-    PIECE: tl.constexpr,
-    FROM: tl.constexpr,
-    TO: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
     USE_PDL: tl.constexpr,
     SETTLED: tl.constexpr,
 ):
-    if EXTRA > 0:  # noqa: SIM102 (Triton would evaluate both)
-        if bring.bring(upcoming_ptr, EXTRA, PIECE, FROM, TO):
-            return
     row_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = row_head // KV_HEADS
@@ -92,7 +84,6 @@ def cross_attention(
     lengths: torch.Tensor,
     out: torch.Tensor,
     workspace: object = None,
-    upcoming: torch.Tensor | None = None,
     settled: bool = False,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.cross_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
@@ -106,5 +97,5 @@ def cross_attention(
         raise ValueError(f"lengths: {lengths.dtype} {tuple(lengths.shape)}, needs int32 [{rows}]")
     launch.require_contiguous(q=q, lengths=lengths)
     cache = (k_pages, v_pages, block_table, lengths, out)
-    paged.run("cross_attention", _cross_attention, SPLIT, (q,), cache, workspace, upcoming, 1, settled)
+    paged.run("cross_attention", _cross_attention, SPLIT, (q,), cache, workspace, settled)
     return out

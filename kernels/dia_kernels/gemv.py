@@ -12,8 +12,8 @@ moving them down to their use, which it otherwise does to save registers.
 *One result for any number of rows.* Rows are padded to `BLOCK_R` by repeating the last one; what is more than `BLOCK_R`
 goes to other programs (`ROW_BLOCKS`), which find the weights in the cache. The instruction, the order
 of its accumulation and the tree that adds up the warps depend on the other constants only, never on `BLOCK_R`,
-`BLOCK_N` or `DEPTH`: a row comes out the same to the bit whatever the others are. Hence matrix instructions from one
-row on.
+`BLOCK_N`, `DEPTH` or `X_AHEAD`: a row comes out the same to the bit whatever the others are. Hence matrix instructions
+from one row on.
 
 *Norm.* The operand is `x * norm`, rounded once, and the row's `1 / rms(x)` multiplies the sum: one pass over x, and the
 rounding is as large, relative to the operand, as that of the reference. Not so in fp16, where `x * norm` may overflow
@@ -197,7 +197,9 @@ def project(
     INSTR_VECTOR: tl.constexpr,
     K_INNER: tl.constexpr,
     FENCE: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     AMD: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """`(rms_norm(x) if HAS_NORM else x) @ weight[weight_rows].T`, `[BLOCK_R, BLOCK_N]` float32; the last row pads."""
     STEP: tl.constexpr = SPLIT_K * CHUNKS * K_LANES * VECTOR
@@ -206,8 +208,6 @@ def project(
     SCALE_FIRST: tl.constexpr = AMD or x_ptr.dtype.element_ty == tl.float16
     # AMD's compiler drops eviction policies; there, this modifier is what marks a load as streaming.
     STREAM: tl.constexpr = ".cg" if AMD else ""
-    # x of the next step is on its way while this one is multiplied, where there are registers for it.
-    X_AHEAD: tl.constexpr = FENCE and not AMD and BLOCK_R <= 8
     columns = _columns(CHUNKS, SPLIT_K, K_LANES, VECTOR, K_INNER)
     weights = weight_ptr + (weight_rows.to(tl.int64) * K + columns)
     x_rows = tl.minimum(tile_rows(BLOCK_R, ROW_LANES, K_INNER), rows - 1)
@@ -227,15 +227,38 @@ def project(
             # x is read again below rather than kept: it is in the nearest cache, and registers are what limits DEPTH.
             tl.debug_barrier()
 
-    acc = tl.zeros((SPLIT_K, BLOCK_R, BLOCK_N), tl.float32)
-    coming = _load(inputs, columns, K, EVEN_K, "evict_last", "")
+    coming = (_load(inputs, columns, K, EVEN_K, "evict_last", ""),)
+    if HAS_NORM and X_AHEAD > 1:
+        scales = (_load(norms, columns, K, EVEN_K, "evict_last", ""),)
+    for step in tl.static_range(1, X_AHEAD):
+        if step < STEPS:
+            first = step * STEP
+            coming = coming + (_load(inputs + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
+            if HAS_NORM:
+                scales = scales + (_load(norms + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
+    zero = 0.0
+    if X_AHEAD > 1:
+        # The compiler would move each of these loads down to its use, and wait for one after another. No load can pass
+        # the fence, and no product can begin before the zero that is loaded behind it.
+        if USE_PDL:
+            tl.extra.cuda.gdc_wait()
+        else:
+            tl.debug_barrier()
+        anything = tl.load(x_ptr).to(tl.float32).to(tl.int32, bitcast=True)
+        zero = (anything & (tl.num_programs(2) - 1)).to(tl.float32, bitcast=True)
+    acc = tl.full((SPLIT_K, BLOCK_R, BLOCK_N), zero, tl.float32)
     for step in tl.static_range(STEPS):
-        first = step * STEP
-        x = coming
-        if X_AHEAD and step + 1 < STEPS:
-            coming = _load(inputs + (first + STEP), columns + (first + STEP), K, EVEN_K, "evict_last", "")
+        x = coming[0]
+        coming = coming[1:]  # type: ignore[assignment]
+        if X_AHEAD == 1 and step + 1 < STEPS:
+            behind = (step + 1) * STEP
+            coming = (_load(inputs + behind, columns + behind, K, EVEN_K, "evict_last", ""),)
         if HAS_NORM:
-            norm = _load(norms + first, columns + first, K, EVEN_K, "evict_last", "").to(tl.float32)
+            if X_AHEAD > 1:
+                norm = scales[0].to(tl.float32)
+                scales = scales[1:]  # type: ignore[assignment]
+            else:
+                norm = _load(norms + step * STEP, columns + step * STEP, K, EVEN_K, "evict_last", "").to(tl.float32)
             wide = x.to(tl.float32)
             if SCALE_FIRST:
                 x = _round(wide * scale * norm, x.dtype, AMD)
@@ -245,15 +268,20 @@ def project(
         x = _operand(x, BLOCK_R, CHUNKS, SPLIT_K, ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER)
         w = _operand(flying[0], BLOCK_N, CHUNKS, SPLIT_K, ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER)
         acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
+        flying = flying[1:]
+        if X_AHEAD > 1 and step + X_AHEAD < STEPS:
+            behind = (step + X_AHEAD) * STEP
+            coming = coming + (_load(inputs + behind, columns + behind, K, EVEN_K, "evict_last", ""),)  # type: ignore
+            if HAS_NORM:
+                scales = scales + (_load(norms + behind, columns + behind, K, EVEN_K, "evict_last", ""),)  # type: ignore
         if step + DEPTH < STEPS:
             behind = (step + DEPTH) * STEP
-            flying = flying[1:] + (_load(weights + behind, columns + behind, K, EVEN_K, "evict_first", STREAM),)
-            if FENCE:
-                tl.debug_barrier()
-        else:
-            flying = flying[1:]
-        if not X_AHEAD and step + 1 < STEPS:
-            coming = _load(inputs + (first + STEP), columns + (first + STEP), K, EVEN_K, "evict_last", "")
+            flying = flying + (_load(weights + behind, columns + behind, K, EVEN_K, "evict_first", STREAM),)
+        if FENCE and (step + DEPTH < STEPS or (X_AHEAD > 1 and step + X_AHEAD < STEPS)):
+            tl.debug_barrier()
+        if X_AHEAD == 0 and step + 1 < STEPS:
+            behind = (step + 1) * STEP
+            coming = (_load(inputs + behind, columns + behind, K, EVEN_K, "evict_last", ""),)
     total = tl.sum(acc, 0)
     if HAS_NORM and not SCALE_FIRST:
         scale = tl.rsqrt(_sum_columns(squares, K_INNER) / K + EPS)
@@ -262,10 +290,11 @@ def project(
 
 
 def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int, normed: int) -> dict[str, int]:
-    """Default configuration. `BLOCK_R`, `BLOCK_N` and `DEPTH` alone may follow `rows`: the rest fixes a row's bits.
+    """Default configuration. `BLOCK_R`, `BLOCK_N`, `DEPTH`, `X_AHEAD` alone may follow `rows`: the rest fixes a row's
+    bits.
 
     Chosen from the machine code: no spills, and two programs an SM up to 16 rows, so that the next kernel's weights
-    are already on their way while this one ends. What is said to be measured was, on an H200, for one guided request.
+    are already on their way while this one ends. What is called measured was, on an H200, for one guided request.
     """
     config = {"SPLIT_K": 8, "CHUNKS": 2, "VECTOR": 16 // dtype.itemsize, "num_warps": 8, "num_stages": 1}
     if arch.startswith("gfx"):
@@ -273,21 +302,31 @@ def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int
         instr_vector = {"gfx942": 4, "gfx90a": 4, "gfx908": 4}.get(arch, 8) if dtype.itemsize == 2 else 1
         config |= {"ROW_LANES": 16, "K_LANES": wave // 16, "INSTR_VECTOR": instr_vector, "K_INNER": 0}
         # The fence of RDNA's compiler waits for the loads themselves, which is the opposite of what it is for.
-        config |= {"FENCE": int(wave == 64), "AMD": 1, "USE_PDL": 0, "matrix_instr_nonkdim": 16}
+        config |= {"FENCE": int(wave == 64), "X_AHEAD": 0, "AMD": 1, "USE_PDL": 0, "matrix_instr_nonkdim": 16}
         block_r = max(16, triton.next_power_of_2(rows))
     else:
         config |= {"ROW_LANES": 8, "K_LANES": 4, "INSTR_VECTOR": 2, "K_INNER": 1, "FENCE": 1, "AMD": 0}
         config |= {"USE_PDL": int(arch.startswith("sm_") and int(arch[3:]) >= 90)}
         block_r = max(8, triton.next_power_of_2(rows))
+        # x of the next step is on its way while this one is multiplied, where there are registers for it.
+        config |= {"X_AHEAD": int(block_r == 8)}
     if config["USE_PDL"]:
         config |= {"launch_pdl": 1}
     block_n, depth = 16, 4
-    if arch == "sm_90" and dtype == torch.bfloat16 and normed and features >= 8 * hidden > 0:
-        # Measured: where there are programs in plenty, small ones leave no gaps.
+    measured = arch == "sm_90" and dtype == torch.bfloat16
+    if measured:
+        config["X_AHEAD"] *= 2  # all that registers hold: see `project`
+    if measured and normed and features >= 8 * hidden > 0:
+        # Where there are programs in plenty, small ones leave no gaps.
         config |= {"SPLIT_K": 4, "num_warps": 4, "CHUNKS": 4}
         depth = 1 if block_r == 8 else 2
-    elif arch == "sm_90" and dtype == torch.bfloat16 and not normed and hidden >= 8192 and block_r == 8:
-        block_n, depth = 8, 8  # measured: long rows, and two programs an SM in place of one
+    elif measured and features == hidden == 2048:
+        # The cross-attention's and both O projections: few weights, which are all on their way before the wait, and
+        # then nothing but latency, which small programs cut.
+        config |= {"SPLIT_K": 4, "num_warps": 4, "X_AHEAD": 2 * config["X_AHEAD"]}
+        block_n, depth = (16, 128 // block_r) if normed and block_r >= 32 else (8, 8)
+    elif measured and not normed and hidden >= 8192 and block_r == 8:
+        block_n, depth = 8, 8  # long rows, and two programs an SM in place of one
     elif dtype == torch.float32 and config["AMD"]:
         depth = 1 if block_r >= 32 else 2
         if normed and config["K_LANES"] == 2:
@@ -296,8 +335,8 @@ def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int
         config["CHUNKS"] = 1
         if normed and arch.startswith("sm_12"):
             block_r = min(block_r, 32)  # its compiler finds too few registers for 64
-        # Compilers for most hold more of what is in flight in registers than the one for sm_90 does.
-        half = (8, 2) if arch.startswith("sm_1") else (16, 2 if arch.startswith("sm_8") else 4)
+        # Compilers for sm_100 and up hold more of what is in flight in registers.
+        half = (8, 2) if arch.startswith("sm_1") else (16, 2)
         block_n, depth = {32: half, 64: (8, 1 if arch.startswith("sm_12") else 2)}.get(block_r, (16, 8))
     elif normed and config["AMD"]:
         block_n = 16 if config["K_LANES"] == 2 else 64 if block_r == 32 else 32

@@ -49,6 +49,7 @@ def _linear_residual(
     INSTR_VECTOR: tl.constexpr,
     K_INNER: tl.constexpr,
     FENCE: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     AMD: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -70,7 +71,7 @@ def _linear_residual(
         _add_constant(residual_ptr, constant_ptr, n, rows, all_rows, N, BLOCK_C, ROW_BLOCKS, BLOCK_R)
     total = gemv.project(
         flying, x_ptr, x_ptr, weight_ptr, weight_rows, rows, 0.0, K, False, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
-        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, AMD,
+        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, X_AHEAD, AMD, USE_PDL,
     )  # fmt: skip
     if not EARLY:
         old = tl.load(residual_ptr + r * N + n, mask=inside, other=0.0)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dia_kernels import bring, launch
+from dia_kernels import launch
 
 
 class AttentionWorkspace(NamedTuple):
@@ -44,26 +44,26 @@ def smallest_split(head_dim: int) -> int:
 
 
 def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: int) -> dict[str, int]:
-    """Tokens per split, splits merged at once, warps, and KiB of weights to bring.
+    """Tokens per split, splits merged at once, and warps.
 
     K and V of a split are loaded at once, straight into registers, 32 to 128 of each thread's: that is the traffic in
     flight. Pure; the number of rows must not enter, or a row's result would depend on it.
     """
     width = triton.next_power_of_2(head_dim)
     token_bytes = 2 * width * dtype.itemsize
-    split = max(min(split, 65536 // token_bytes), smallest_split(head_dim))
+    most = 131072 if arch == "sm_90" and dtype.itemsize == 2 else 65536  # bytes of K and V
+    split = max(min(split, most // token_bytes), smallest_split(head_dim))
     warps = min(8, max(4, split * token_bytes // (32 * 256)))
     if arch.startswith("gfx"):  # the operands of matrix products take several times their size in registers there
         split = min(split, 64)
         # On RDNA that makes four for a 16-bit split: see `attend`.
         warps = min(8, max(4, split * token_bytes // (32 * 256)))
     if (arch == "sm_90" or arch.startswith("gfx9")) and dtype.itemsize == 2:
-        warps = 8 if group > 1 else 4  # measured on an H200: more for queries that share K and V
+        warps = 8 if group > 1 or split * token_bytes > 65536 else 4  # measured on an H200: more for shared K and V
     if arch.startswith("sm_1") and dtype.itemsize == 4 and warps == 8:
         warps = 16  # from sm_100 on the compiler finds too few registers for half as many
-    bring = 16384 if arch == "sm_90" else 0  # measured there, too: the best of 0 to 24 MiB for two rows
     chunk = max(1, warps * 1024 // (triton.next_power_of_2(group) * width))  # so many sums fit into registers
-    return {"SPLIT": split, "CHUNK": min(chunk, 8), "num_warps": warps, "BRING": bring}
+    return {"SPLIT": split, "CHUNK": min(chunk, 8), "num_warps": warps}
 
 
 def check_pages(
@@ -98,15 +98,12 @@ def run(
     inputs: tuple[torch.Tensor, ...],
     cache: tuple[torch.Tensor, ...],
     workspace: object,
-    upcoming: torch.Tensor | None,
-    half: int,
     settled: bool,
 ) -> None:
     """Launches a decode attention: one program per row, kv head and split of the longest row the block table can hold.
 
-    inputs: the kernel's own tensors; cache: k_pages, v_pages, block_table, lengths or positions, out. upcoming:
-    contiguous weights of a later launch, from whose half 0 or 1 some programs more bring a part to the L2 cache.
-    settled: whether the cache may be read while launches before this one still run.
+    inputs: the kernel's own tensors; cache: k_pages, v_pages, block_table, lengths or positions, out. settled: whether
+    the cache may be read while launches before this one still run.
     """
     k_pages, _, block_table, _, out = cache
     _, kv_heads, page_size, head_dim = k_pages.shape
@@ -128,18 +125,12 @@ def run(
         raise ValueError(f"workspace: too small for this call; make it with attention_workspace({needed}, ...)")
     if rows * splits == 0:
         return
-    brought = {"EXTRA": 0, "PIECE": 0, "FROM": 0, "TO": 0}
-    wanted = chosen.pop("BRING") * 1024
-    arch = launch.architecture(out.device)
-    if upcoming is not None and wanted and rows <= bring.MOST_ROWS:
-        brought = bring.shares(wanted, bring.half_of(upcoming, out, arch), half, splits)
     launch.run(
         kernel,
-        (rows * kv_heads + brought["EXTRA"], splits),
+        (rows * kv_heads, splits),
         *inputs,
         *cache,
         *workspace,
-        upcoming if brought["EXTRA"] else None,
         max_pages,
         GROUP=group,
         KV_HEADS=kv_heads,
@@ -148,9 +139,8 @@ def run(
         BLOCK_G=max(16 if out.dtype.itemsize == 2 else 1, triton.next_power_of_2(group)),
         BLOCK_D=triton.next_power_of_2(head_dim),
         enable_fp_fusion=True,
-        **brought,
         **chosen,
-        **options(arch, settled),
+        **options(launch.architecture(out.device), settled),
     )
 
 
@@ -212,16 +202,6 @@ def keep_both_in_flight(k, v, TARGET: tl.constexpr):
     elif TARGET != "interpreter":
         k, v = tl.inline_asm_elementwise("", "=v,=v,0,1", [k, v], dtype=(k.dtype, v.dtype), is_pure=False, pack=PACK)
     return k, v
-
-
-@triton.jit
-def let_next_begin(stored):
-    """Lets the next launch begin; if this program has stored something, then so that reads before its wait see that."""
-    if stored:
-        tl.debug_barrier()
-        tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], tl.int32, is_pure=False, pack=1)
-        tl.debug_barrier()
-    tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

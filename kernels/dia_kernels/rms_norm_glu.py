@@ -33,6 +33,7 @@ def _rms_norm_glu(
     INSTR_VECTOR: tl.constexpr,
     K_INNER: tl.constexpr,
     FENCE: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     AMD: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -48,7 +49,7 @@ def _rms_norm_glu(
     )
     total = gemv.project(
         flying, x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
-        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, AMD,
+        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, X_AHEAD, AMD, USE_PDL,
     )  # fmt: skip
     gate, up = tl.split(tl.permute(tl.reshape(total, (BLOCK_R, 2, HALF)), (0, 2, 1)))
     value = gate / (1.0 + tl.exp(-gate)) * up

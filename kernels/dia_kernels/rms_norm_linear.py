@@ -33,6 +33,7 @@ def _rms_norm_linear(
     INSTR_VECTOR: tl.constexpr,
     K_INNER: tl.constexpr,
     FENCE: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     AMD: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -46,7 +47,7 @@ def _rms_norm_linear(
     )
     total = gemv.project(
         flying, x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
-        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, AMD,
+        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, X_AHEAD, AMD, USE_PDL,
     )  # fmt: skip
     r, n = tl.arange(0, BLOCK_R)[:, None], first + tl.arange(0, BLOCK_N)[None, :]
     tl.store(out_ptr + r * N + n, total.to(out_ptr.dtype.element_ty), mask=(r < rows) & (n < N))

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dia_kernels import bring, launch, paged
-from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, let_next_begin, load_tile, settle
+from dia_kernels import launch, paged
+from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile, settle
 
 SPLIT = 64  # tokens; the partial sums of a group of 4 heads are then 6 % of the K and V they stand for
 
@@ -38,7 +38,6 @@ def _rope_attention(
     partials_ptr,  # [rows, KV_HEADS, grid splits, GROUP, HEAD_DIM] float32
     stats_ptr,  # [rows, KV_HEADS, grid splits, GROUP, 2] float32
     arrivals_ptr,  # [rows, KV_HEADS] int32
-    upcoming_ptr,  # weights of a later launch, unless EXTRA is 0
     max_pages,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -46,26 +45,21 @@ def _rope_attention(
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    EXTRA: tl.constexpr,
-    PIECE: tl.constexpr,
-    FROM: tl.constexpr,
-    TO: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
     USE_PDL: tl.constexpr,
     SETTLED: tl.constexpr,
 ):
-    if EXTRA > 0:  # noqa: SIM102 (Triton would evaluate both)
-        if bring.bring(upcoming_ptr, EXTRA, PIECE, FROM, TO):
-            return
     row_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row = row_head // KV_HEADS
     kv_head = row_head % KV_HEADS
     begin = split * SPLIT
-    if USE_PDL and not SETTLED:
-        tl.extra.cuda.gdc_wait()
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if not SETTLED:
+            tl.extra.cuda.gdc_wait()
     g = tl.arange(0, BLOCK_G)
     d, paired, angle, used = head_axis(HEAD_DIM, BLOCK_D)
     grouped = (g < GROUP)[:, None] & used[None, :]
@@ -105,8 +99,6 @@ def _rope_attention(
     slot = ((new_page * KV_HEADS + kv_head) * PAGE + position % PAGE) * HEAD_DIM + d
     tl.store(k_ptr + slot, new_k, mask=new)
     tl.store(v_ptr + slot, new_v, mask=new)
-    if USE_PDL:
-        let_next_begin(owner)
 
     new_score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
     new_score = tl.where(owner, new_score, float("-inf"))
@@ -145,7 +137,6 @@ def rope_attention(
     positions: torch.Tensor,
     out: torch.Tensor,
     workspace: object = None,
-    upcoming: torch.Tensor | None = None,
     settled: bool = False,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.rope_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
@@ -163,5 +154,5 @@ def rope_attention(
         raise ValueError(f"positions: {positions.dtype} {tuple(positions.shape)}, needs int32 [{rows}]")
     launch.require_contiguous(qkv=qkv, cos=cos, sin=sin, positions=positions)
     cache = (k_pages, v_pages, block_table, positions, out)
-    paged.run("rope_attention", _rope_attention, SPLIT, (qkv, cos, sin), cache, workspace, upcoming, 0, settled)
+    paged.run("rope_attention", _rope_attention, SPLIT, (qkv, cos, sin), cache, workspace, settled)
     return out

@@ -16,7 +16,7 @@ from tests.kernels import executor
 from tests.kernels.paged_cases import exact_attention, fresh_workspace, make_cache, same_bits, unluckiest
 from tests.kernels.support import DTYPES, assert_within_budget, poisoned, random
 
-LENGTHS = (0, 1, 15, 16, 17, 63, 100, 127, 128, 129, 300)  # page and split borders, up to three splits
+LENGTHS = (0, 1, 15, 16, 17, 63, 100, 127, 128, 129, 255, 256, 257, 600)  # borders of pages and splits, up to three
 
 
 class Case:
@@ -95,7 +95,7 @@ def test_production_width(dtype: torch.dtype, device: torch.device) -> None:
 
 @settings(max_examples=10)
 @given(
-    lengths=st.lists(st.integers(0, 150), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=4),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
     sixteenths=st.integers(1, 5),
@@ -111,7 +111,7 @@ def test_any_shape(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_do_not_depend_on_each_other(dtype: torch.dtype, device: torch.device) -> None:
-    case = Case([(7 * row) % 41 if row != 20 else 150 for row in range(64)], device, dtype, 1, 1, 16)
+    case = Case([(7 * row) % 41 if row != 20 else 300 for row in range(64)], device, dtype, 1, 1, 16)
     whole = case.run()
     for first, last in ((0, 1), (20, 21), (19, 36), (62, 64)):
         assert same_bits(case.run(slice(first, last)), whole[first:last])
@@ -121,7 +121,7 @@ def test_rows_do_not_depend_on_each_other(dtype: torch.dtype, device: torch.devi
 def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:
     from tests.kernels.interpreter import ORDERS, program_order
 
-    case = Case((200, 0, 90, 5), device, torch.bfloat16, 2, 1)
+    case = Case((600, 0, 90, 5), device, torch.bfloat16, 2, 1)
     expected = case.run()
     for order in ORDERS:
         for seed in range(3 if order == "interleaved" else 1):

@@ -325,14 +325,36 @@ def test_rows_may_be_shared_among_programs(
     assert torch.equal(run(inputs, Kernels), expected)
 
 
-@pytest.mark.parametrize("arch", ["interpreter", "sm_80", "sm_90", "sm_120", "gfx942", "gfx950", "gfx1100"])
+@each_op
 @each_dtype
-def test_order_of_accumulation_does_not_depend_on_the_rows(arch: str, dtype: torch.dtype) -> None:
+def test_how_much_of_x_is_read_at_once_changes_no_bit(
+    op: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether there are fewer steps than that, as many or more; the last step is not full."""
+    inputs = make(3, 5 * 256 + 64, 18, dtype, extra=1)
+    run = OPS[op][0]
+    expected = run(inputs, Kernels)
+    for ahead in (0, 1, 3, 16):
+        table = tmp_path / f"{ahead}.json"
+        table.write_text(json.dumps({op: [{"use": {"X_AHEAD": ahead}}]}))
+        monkeypatch.setenv("DIA_KERNELS_TABLE", str(table))
+        assert torch.equal(run(inputs, Kernels), expected)
+
+
+@pytest.mark.parametrize("arch", ["interpreter", "sm_80", "sm_90", "sm_120", "gfx942", "gfx950", "gfx1100"])
+@pytest.mark.parametrize(
+    ("features", "hidden", "normed"),
+    [(2048, 2048, 0), (2048, 2048, 1), (3072, 2048, 1), (2048, 8192, 0), (16384, 2048, 1)],
+)
+@each_dtype
+def test_order_of_accumulation_does_not_depend_on_the_rows(
+    arch: str, features: int, hidden: int, normed: int, dtype: torch.dtype
+) -> None:
     """What fixes a row's bits is the same for every number of rows; the rest of the configuration may follow it."""
-    free = {"BLOCK_R", "BLOCK_N", "DEPTH"}
+    free = {"BLOCK_R", "BLOCK_N", "DEPTH", "X_AHEAD"}
     fixed = set()
     for rows in range(1, 65):
-        config = gemv.rule(dtype, arch, rows=rows, features=2048, hidden=2048, normed=1)
+        config = gemv.rule(dtype, arch, rows=rows, features=features, hidden=hidden, normed=normed)
         assert config["BLOCK_R"] >= min(rows, 32)
         assert config["num_warps"] == config["SPLIT_K"]
         fixed.add(tuple(sorted((key, value) for key, value in config.items() if key not in free)))

@@ -1,5 +1,8 @@
 """sample against the torch reference: the same code for the same seed, support, frequencies and random numbers."""
 
+import json
+from pathlib import Path
+
 import pytest
 import scipy.stats
 import torch
@@ -30,6 +33,12 @@ def run(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int, op=sample)
 
 def weights(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int) -> torch.Tensor:
     return reference.sample_weights(logits, **{k: v for k, v in req.items() if k not in ("row", "seed")}, eos=eos)
+
+
+def table(folder: Path, digit: int) -> str:
+    path = folder / "table.json"
+    path.write_text(json.dumps({"sample": [{"use": {"DIGIT": digit}}]}))
+    return str(path)
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -69,6 +78,43 @@ def test_any_setting_equals_the_reference(
         2, device, guidance_scale=scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, row=row
     )
     assert torch.equal(run(logits, req, vocab - 4), run(logits, req, vocab - 4, reference.sample))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    top_k=st.integers(0, 9),
+    top_p=st.sampled_from([0.2, 0.3, 0.45, 0.6, 0.8, 1.0]),
+    grid=st.sampled_from([0.0, 0.125, 1.0]),
+)
+def test_borders_let_the_same_ids_through_as_the_reference(seed, top_k, top_p, grid) -> None:
+    """Few ids of almost the same weight and many draws: one id too many or too few would show. With ties, too."""
+    device, slots = executor.device(), 24
+    logits = random((1, 1, 40), torch.float32, device, seed, 2.0)
+    if grid:
+        logits = (logits / grid).round() * grid
+    logits = logits.expand(slots, 1, 40).contiguous()
+    req = request(slots, device, guidance_scale=1.0, temperature=50.0, top_k=top_k, top_p=top_p)
+    req["seed"] = torch.arange(slots, device=device)
+    assert torch.equal(run(logits, req, 36), run(logits, req, 36, reference.sample))
+
+
+@pytest.mark.parametrize("digit", [1, 4, 8])
+def test_bits_a_round_change_nothing(
+    digit: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = random((8, 2, 50), torch.float32, device, 2, 2.0)
+    req = request(4, device, top_k=9, temperature=20.0, top_p=0.6)
+    req["seed"] = torch.arange(4, device=device)
+    expected = run(logits, req, 46)
+    monkeypatch.setenv("DIA_KERNELS_TABLE", table(tmp_path, digit))
+    assert torch.equal(run(logits, req, 46), expected)
+
+
+def test_bits_a_round_divide_32(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIA_KERNELS_TABLE", table(tmp_path, 3))
+    with pytest.raises(ValueError, match="DIGIT: 3 bits a round, needs 1, 2, 4 or 8"):
+        run(torch.zeros(1, 1, 50, device=device), request(1, device), 46)
 
 
 def test_eos_rule(device: torch.device) -> None:

@@ -63,7 +63,6 @@ def rope_attention(
     positions: Tensor,
     out: Tensor,
     workspace: object = None,
-    upcoming: object = None,
     settled: bool = False,
 ) -> Tensor:
     """One decode step of causal self-attention: rotate q and k, write k and v to their page, attend `0..position`.
@@ -73,10 +72,8 @@ def rope_attention(
     block_table: `[rows, max_pages]` int32; positions: `[rows]` int32, the new token's index: the row attends to
     `positions[row] + 1` tokens. At -1 the row is inert: nothing is written and its `out` is 0.
     out: `[rows, heads * head_dim]`. q and k are rotated in fp32 and rounded once to their dtype; scores, softmax
-    and the weighted sum are accumulated in fp32. upcoming: weights in two halves, such as gate|up, that a later call
-    multiplies by: a kernel may bring some of the first half closer meanwhile. settled: the caller's word that nothing
-    but qkv comes from a launch that may still run when this one begins (see kernels/README.md): a kernel may then read
-    the rest early.
+    and the weighted sum are accumulated in fp32. settled: the caller's word that nothing but qkv comes from
+    a launch that may still run when this one begins (see kernels/README.md): a kernel may then read the rest early.
     """
     kv_heads, page_size, head_dim = k_pages.shape[1:]
     heads = out.shape[1] // head_dim
@@ -101,14 +98,13 @@ def cross_attention(
     lengths: Tensor,
     out: Tensor,
     workspace: object = None,
-    upcoming: object = None,
     settled: bool = False,
 ) -> Tensor:
     """One decode step of cross-attention over the text, conditional rows only. No RoPE.
 
     q, out: `[batch, heads * head_dim]`; k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`;
     block_table: `[batch, max_pages]` int32; lengths: `[batch]` int32, tokens of text; at 0 `out` is 0.
-    upcoming: as for `rope_attention`, and of the second half. settled: likewise, nothing but q.
+    settled: as for `rope_attention`, nothing but q.
     """
     return _attend_each(q, k_pages, v_pages, block_table, lengths.tolist(), out)
 
