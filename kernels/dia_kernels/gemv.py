@@ -140,6 +140,21 @@ def _load(pointers, columns, K: tl.constexpr, EVEN_K: tl.constexpr, POLICY: tl.c
 
 
 @triton.jit
+def _zero_behind_loads(x_ptr, USE_PDL: tl.constexpr):
+    """0.0, which is known only once every load so far has been requested: what begins with it comes behind them all.
+
+    The compiler would move each load down to its use, or the products up between the loads, and wait for one after
+    another. No load can pass the fence, and no sum can begin before the zero that is loaded behind it.
+    """
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+    else:
+        tl.debug_barrier()
+    anything = tl.load(x_ptr).to(tl.float32).to(tl.int32, bitcast=True)
+    return (anything & (tl.num_programs(2) - 1)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def begin(
     weight_ptr,  # [features, K]
     weight_rows,  # rows of the weights this program multiplies by, as `tile_rows(BLOCK_N, ...)` lays them out
@@ -238,14 +253,7 @@ def project(
                 scales = scales + (_load(norms + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
     zero = 0.0
     if X_AHEAD > 1:
-        # The compiler would move each of these loads down to its use, and wait for one after another. No load can pass
-        # the fence, and no product can begin before the zero that is loaded behind it.
-        if USE_PDL:
-            tl.extra.cuda.gdc_wait()
-        else:
-            tl.debug_barrier()
-        anything = tl.load(x_ptr).to(tl.float32).to(tl.int32, bitcast=True)
-        zero = (anything & (tl.num_programs(2) - 1)).to(tl.float32, bitcast=True)
+        zero = _zero_behind_loads(x_ptr, USE_PDL)
     acc = tl.full((SPLIT_K, BLOCK_R, BLOCK_N), zero, tl.float32)
     for step in tl.static_range(STEPS):
         x = coming[0]
