@@ -71,7 +71,11 @@ def test_opcheck(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kernels_agree_with_the_reference(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results and every argument written in place. The kernels' own tests measure errors; this finds a wrong wiring."""
+    """Results and every argument written in place. The kernels' own tests measure errors; this finds a wrong wiring.
+
+    That changes results by their own size. A ten-thousandth of it is left to sums and exponentials, which differ
+    between targets.
+    """
     assert library.implementation(device) == "triton"
     mine = cases(device)[name]
     results = getattr(library, name)(*mine)
@@ -79,7 +83,8 @@ def test_the_kernels_agree_with_the_reference(name: str, device: torch.device, m
     theirs = cases(device)[name]
     expected = getattr(library, name)(*theirs)
     for got, want in zip(_tensors((results, *mine)), _tensors((expected, *theirs)), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        size = want.abs().max().item() if want.is_floating_point() and want.numel() else 0.0
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * size)
 
 
 def _tensors(values: tuple) -> list[Tensor]:
