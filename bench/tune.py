@@ -150,10 +150,9 @@ class Tuner:
 
         self.options, self.folder, self.numbers = options, folder, itertools.count()
         self.device = open_device(options.device)
+        ops = get_ops("triton", self.device.torch)
         self.arch = architecture(self.device.torch)
-        self.model = random_model(
-            DTYPES[options.dtype], self.device.torch, get_ops("triton", self.device.torch), options.layers
-        )
+        self.model = random_model(DTYPES[options.dtype], self.device.torch, ops, options.layers)
         self.chosen: list[tuple[Launch, Config]] = []
         self.decided: dict[Family, tuple[int, int]] = {}  # SPLIT_K and CHUNKS
         self.trials: list[dict[str, Any]] = []

@@ -181,3 +181,14 @@ def test_what_is_read_at_once_keeps_the_order_found_for_other_rows(tuner: tune.T
     tuner._best(ahead, 16, 1.0, seconds)
     assert len(tried) == 3
     assert {(use["SPLIT_K"], use["CHUNKS"]) for use in tried} == {(4, 2)}
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    def none(backend: str, device: torch.device) -> None:
+        raise ValueError("backend 'triton': there is no GPU")
+
+    monkeypatch.setattr("dia_kernels.get_ops", none)
+    monkeypatch.setattr(tune, "architecture", lambda device: 1 / 0)
+    assert tune.main(["--out", str(tmp_path / "table.json"), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "tune: backend 'triton': there is no GPU\n"
+    assert not list(tmp_path.iterdir())

@@ -121,6 +121,13 @@ def test_mistakes_in_a_table_are_named(content: object, message: str, table: Any
     assert str(path) in str(caught.value)
 
 
+def test_a_table_that_is_not_there_is_named(table: Any) -> None:
+    path = table({})
+    path.unlink()
+    with pytest.raises(ValueError, match=f"DIA_KERNELS_TABLE: cannot read {path}: No such file"):
+        configured()
+
+
 def test_listeners_nest_and_end() -> None:
     seen: list[tuple[str, Any]] = []
 

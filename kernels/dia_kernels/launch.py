@@ -96,11 +96,13 @@ def read_table(path: str) -> dict[str, list[dict[str, Any]]]:
     `where` names facts of the launch (`dtype`, `arch` and the op's shape); a fact left out fits anything. Raises
     ValueError naming the file if it is not such a table.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
+    try:
+        with open(path, encoding="utf-8") as file:
             table = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"DIA_KERNELS_TABLE: cannot read {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
     groups = list(table.values()) if isinstance(table, dict) else [None]
     if not all(isinstance(group, list) and all(map(_is_entry, group)) for group in groups):
         raise ValueError(f'{path}: expected {{op: [{{"where": {{...}}, "use": {{...}}}}, ...]}}')
