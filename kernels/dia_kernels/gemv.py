@@ -347,6 +347,8 @@ def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int
         half = (8, 2) if arch.startswith("sm_1") else (16, 2)
         block_n, depth = {32: half, 64: (8, 1 if arch.startswith("sm_12") else 2)}.get(block_r, (16, 8))
     elif normed and config["AMD"]:
+        if config["K_LANES"] == 2:
+            block_r = min(block_r, 32)  # some of its compilers find too few registers for 64
         block_n = 16 if config["K_LANES"] == 2 else 64 if block_r == 32 else 32
         depth = 4 if block_r == 16 and config["K_LANES"] == 4 else 2
     elif normed and (block_r == 32 or (block_r == 64 and dtype == torch.float16)):
