@@ -129,7 +129,8 @@ def _rule(dtype: torch.dtype, arch: str, *, head_dim: int, paged: int) -> dict[s
         config["num_warps"] = 8
     if arch.startswith("gfx1"):
         return {**config, "BLOCK_M": 32, "BLOCK_N": 32}
-    queries = 32 if arch.startswith("sm_12") else 64  # some of its compilers find too few registers for 64
+    # Some compilers for these find too few registers for 64 queries.
+    queries = 32 if arch.startswith(("sm_86", "sm_89", "sm_12")) else 64
     return {**config, "BLOCK_M": queries, "BLOCK_N": 64 if width <= 128 else 32}
 
 

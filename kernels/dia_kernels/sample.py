@@ -28,17 +28,13 @@ def _ordered(x):
 @triton.jit
 def _keep_top_k(key, real, top_k, DIGIT: tl.constexpr):
     """Mask of the top_k largest keys, ties to the lower id. Real keys are never 0 (that would be a NaN's image)."""
-    digits = tl.arange(0, 1 << DIGIT).to(tl.uint32)
+    digits = tl.arange(0, 1 << DIGIT).to(tl.uint32)[:, None]
     border = tl.zeros([], tl.uint32)
-    reached = tl.sum(real.to(tl.int32), 0)  # keys from the border on; as soon as they are top_k, they are the ones
-    shift = tl.full([], 32, tl.int32)
-    while (shift > 0) & (reached != top_k):
-        shift -= DIGIT
-        trials = border | (digits << shift.to(tl.uint32))  # ascending: the counts fall
-        counts = tl.sum((real[None, :] & (key[None, :] >= trials[:, None])).to(tl.int32), 1)
-        digit = tl.sum((counts >= top_k).to(tl.int32), 0) - 1
-        border |= digit.to(tl.uint32) << shift.to(tl.uint32)
-        reached = tl.sum(tl.where(digits == digit.to(tl.uint32), counts, 0), 0)
+    for step in range(32 // DIGIT):  # a loop in the machine code too: unrolled, it would not fit an instruction cache
+        shift = 32 - DIGIT * (step + 1)
+        trials = border | (digits << shift.to(tl.uint32))  # [2^DIGIT, 1], ascending: the counts fall
+        counts = tl.sum((real[None, :] & (key[None, :] >= trials)).to(tl.int32), 1)
+        border |= (tl.sum((counts >= top_k).to(tl.int32), 0) - 1).to(tl.uint32) << shift.to(tl.uint32)
     above = real & (key > border)
     level = real & (key == border)
     room = top_k - tl.sum(above.to(tl.int32), 0)
@@ -47,23 +43,16 @@ def _keep_top_k(key, real, top_k, DIGIT: tl.constexpr):
 
 @triton.jit
 def _keep_top_p(key, weight, budget, DIGIT: tl.constexpr):
-    """Mask of the ids whose predecessors' weights, best first, sum to at most budget; ids of weight 0 do not matter."""
+    """Mask of the ids whose predecessors' weights, best first, sum to at most budget."""
     digits = tl.arange(0, 1 << DIGIT).to(tl.uint32)[:, None]
-    # The last one that can stay has the largest key with which, all better ones included, the budget is exceeded. It
-    # lies among the 2^shift from the border on; as soon as only one of the keys does, that is the one.
     border = tl.zeros([], tl.uint32)
-    one = tl.full([], 1, tl.uint32)
-    ceiling = tl.full([], 0xFFFFFFFF, tl.uint32)
-    shift = tl.full([], 32, tl.int32)
-    left = tl.sum((weight > 0).to(tl.int32), 0)
-    while (shift > 0) & (left > 1):
-        shift -= DIGIT
+    for step in range(32 // DIGIT):  # a loop in the machine code too: unrolled, it would not fit an instruction cache
+        shift = 32 - DIGIT * (step + 1)
         trials = border | (digits << shift.to(tl.uint32))
-        sums = tl.sum(tl.where(key[None, :] >= trials, weight[None, :], 0), 1)
-        border |= (tl.sum((sums > budget).to(tl.int32), 0) - 1).to(tl.uint32) << shift.to(tl.uint32)
-        ceiling = border | ((one << shift.to(tl.uint32)) - 1)
-        left = tl.sum(((weight > 0) & (key >= border) & (key <= ceiling)).to(tl.int32), 0)
-    last = tl.max(tl.where((weight > 0) & (key >= border) & (key <= ceiling), key, 0), 0)
+        better = tl.sum(tl.where(key[None, :] > trials, weight[None, :], 0), 1)
+        border |= tl.maximum(tl.sum((better > budget).to(tl.int32), 0) - 1, 0).to(tl.uint32) << shift.to(tl.uint32)
+    # border is the largest key whose betters exceed the budget: the next key is the last one that can stay.
+    last = border + 1
     level = tl.where(key == last, weight, 0)
     before = tl.sum(tl.where(key > last, weight, 0), 0) + tl.cumsum(level, 0) - level
     return (key > last) | ((key == last) & (before <= budget))
