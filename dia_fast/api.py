@@ -24,12 +24,12 @@ from dia_fast.arguments import (
     check_codec,
     checked_rows,
     engine_limits,
+    expected_of,
     ids_of,
     is_list,
     one_text,
     progress_of,
     request_of,
-    row_limit,
     seeds_of,
     settings_for,
     texts_of,
@@ -46,7 +46,7 @@ from dia_fast.packing import packed_shapes
 from dia_fast.placement import choose_device, choose_dtype
 from dia_fast.prompts import AudioPrompt, encode_prompts, prompt_for_each
 from dia_fast.reading import readings_of, speak_scripts
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import CHECKPOINT, Default, SamplingSettings
 from dia_fast.streaming import checked_seconds
 from dia_kernels import get_ops
 
@@ -69,6 +69,7 @@ class Dia:
         self.model = model
         self._codec = codec
         self._load_codec: dict[str, Any] = {"device": model.device, "ops": model.ops}
+        self.defaults = SamplingSettings()
         self._engine: Engine | None = None
         self._limits = engine_limits(max_batch, memory)
         self._making = threading.RLock()
@@ -89,7 +90,8 @@ class Dia:
     ) -> "Dia":
         """Loads a checkpoint in the transformers or the original layout.
 
-        name_or_path: Hub repository (`nari-labs/Dia-1.6B-0626`), folder, or file of weights. device: by default the
+        name_or_path: Hub repository (`nari-labs/Dia-1.6B-0626`), folder, file of weights, folder of a LoRA adapter, or
+        `"demo"` for the voice of the package. device: by default the
         GPU if torch sees one, else the CPU. dtype: by default bfloat16 on a GPU (float16 where it lacks that), float32
         on a CPU. backend: the ops, `"torch"`, `"triton"` or `"auto"` (triton on a GPU). codec: Hub repository, folder
         or file of a DAC, loaded when first used; `"auto"` is the folder `codec` in the model's folder if there is one,
@@ -117,6 +119,7 @@ class Dia:
 
             codec = codec_for(name_or_path, codec)
         dia = cls(model, codec, **limits)
+        dia.defaults = checkpoint.defaults
         dia._load_codec["local_files_only"] = local_files_only
         return dia
 
@@ -188,12 +191,12 @@ class Dia:
         audio_prompt: Prompts = None,
         prompt_text: str | None = None,
         split: str | None = None,
-        max_new_tokens: int = 3072,
-        guidance_scale: float | None = 3.0,
-        temperature: float = 1.2,
-        top_p: float = 0.95,
-        top_k: int | None = 45,
-        do_sample: bool = True,
+        max_new_tokens: int | Default = CHECKPOINT,
+        guidance_scale: float | Default | None = CHECKPOINT,
+        temperature: float | Default = CHECKPOINT,
+        top_p: float | Default = CHECKPOINT,
+        top_k: int | Default | None = CHECKPOINT,
+        do_sample: bool | Default = CHECKPOINT,
         seed: Seeds = None,
         progress: Progress = False,
     ) -> Audio | list[Audio]:
@@ -206,7 +209,8 @@ class Dia:
         `"auto"` cuts a text that is too long for the model (some 20 s) into pieces of about 9 s, speaks each in the
         voice of the prompt, or of what was spoken before, and joins them with a fade of 10 ms on either side;
         `max_new_tokens` holds for each piece, and the seed for the first (see `reading.piece_seed`). The other
-        settings: see `SamplingSettings`; `max_new_tokens` is cut to the positions that the prompt leaves. seed: an int
+        settings: see `SamplingSettings`; one that is not given is the checkpoint's (`Dia.defaults`, from its
+        generation_config.json); `max_new_tokens` is cut to the positions that the prompt leaves. seed: an int
         for all texts, or one for each; a text sounds the same alone and in a list. None draws one for each text; it is
         in `Audio.seed`. progress: True for a bar on standard error, or a function that is called with the number of
         steps so far.
@@ -214,6 +218,7 @@ class Dia:
         """
         settings = settings_for(
             self.config,
+            self.defaults,
             max_new_tokens=max_new_tokens,
             guidance_scale=guidance_scale,
             temperature=temperature,
@@ -241,12 +246,12 @@ class Dia:
         text: Texts,
         *,
         audio_prompt: Prompts = None,
-        max_new_tokens: int = 3072,
-        guidance_scale: float | None = 3.0,
-        temperature: float = 1.2,
-        top_p: float = 0.95,
-        top_k: int | None = 45,
-        do_sample: bool = True,
+        max_new_tokens: int | Default = CHECKPOINT,
+        guidance_scale: float | Default | None = CHECKPOINT,
+        temperature: float | Default = CHECKPOINT,
+        top_p: float | Default = CHECKPOINT,
+        top_k: int | Default | None = CHECKPOINT,
+        do_sample: bool | Default = CHECKPOINT,
         seed: Seeds = None,
         progress: Progress = False,
     ) -> list[Tensor]:
@@ -256,6 +261,7 @@ class Dia:
         """
         settings = settings_for(
             self.config,
+            self.defaults,
             max_new_tokens=max_new_tokens,
             guidance_scale=guidance_scale,
             temperature=temperature,
@@ -271,12 +277,12 @@ class Dia:
         *,
         chunk_seconds: float = 0.5,
         audio_prompt: AudioPrompt = None,
-        max_new_tokens: int = 3072,
-        guidance_scale: float | None = 3.0,
-        temperature: float = 1.2,
-        top_p: float = 0.95,
-        top_k: int | None = 45,
-        do_sample: bool = True,
+        max_new_tokens: int | Default = CHECKPOINT,
+        guidance_scale: float | Default | None = CHECKPOINT,
+        temperature: float | Default = CHECKPOINT,
+        top_p: float | Default = CHECKPOINT,
+        top_k: int | Default | None = CHECKPOINT,
+        do_sample: bool | Default = CHECKPOINT,
         seed: int | None = None,
         progress: Progress = False,
     ) -> Generator[Audio, None, None]:
@@ -291,6 +297,7 @@ class Dia:
         """
         settings = settings_for(
             self.config,
+            self.defaults,
             max_new_tokens=max_new_tokens,
             guidance_scale=guidance_scale,
             temperature=temperature,
@@ -312,12 +319,12 @@ class Dia:
         *,
         chunk_seconds: float = 0.5,
         audio_prompt: AudioPrompt = None,
-        max_new_tokens: int = 3072,
-        guidance_scale: float | None = 3.0,
-        temperature: float = 1.2,
-        top_p: float = 0.95,
-        top_k: int | None = 45,
-        do_sample: bool = True,
+        max_new_tokens: int | Default = CHECKPOINT,
+        guidance_scale: float | Default | None = CHECKPOINT,
+        temperature: float | Default = CHECKPOINT,
+        top_p: float | Default = CHECKPOINT,
+        top_k: int | Default | None = CHECKPOINT,
+        do_sample: bool | Default = CHECKPOINT,
         seed: int | None = None,
     ) -> AsyncGenerator[Audio, None]:
         """`stream` for asyncio: `async for chunk in dia.astream(text)`. Never blocks the event loop.
@@ -328,6 +335,7 @@ class Dia:
         """
         settings = settings_for(
             self.config,
+            self.defaults,
             max_new_tokens=max_new_tokens,
             guidance_scale=guidance_scale,
             temperature=temperature,
@@ -366,7 +374,7 @@ class Dia:
 
         Raises CheckpointError if the folder exists and is not empty, or cannot be written; nothing is left behind then.
         """
-        return save_pretrained(os.fspath(folder), self.config, self.model.state_dict())
+        return save_pretrained(os.fspath(folder), self.config, self.model.state_dict(), defaults=self.defaults)
 
     def __repr__(self) -> str:
         size = sum(math.prod(shape) for shape in packed_shapes(self.config).values())
@@ -384,8 +392,7 @@ class Dia:
         requests = []
         for parts in zip(texts, ids, seeds, codes, strict=True):
             requests.append(request_of(self.config, *parts, settings, stacklevel=3))
-        # One step more than rows: the last one only puts the last row in its place.
-        with progress_of(progress, max(row_limit(self.config, item) for item in requests) + 1) as report:
+        with progress_of(progress, expected_of(self.config, requests)) as report:
             spoken = engine.generate(self.model, requests, progress=report, engine=self.engine)
         for index, (request, result) in enumerate(zip(requests, spoken, strict=True)):
             which = f"text {index}: " if len(spoken) > 1 else ""

@@ -1,5 +1,6 @@
 """What callers of `Dia` may pass, checked and brought into one form."""
 
+import math
 import os
 import re
 import warnings
@@ -17,7 +18,7 @@ from dia_fast.errors import InputError
 from dia_fast.progress import StepBar
 from dia_fast.prompts import AudioPrompt
 from dia_fast.settings import SamplingSettings, random_seed
-from dia_fast.text import TextWarning, encode_text, warn_about
+from dia_fast.text import CHARACTERS_PER_SECOND, TextWarning, encode_text, warn_about
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -76,7 +77,7 @@ def seeds_of(seed: Seeds, count: int, settings: SamplingSettings) -> list[int]:
 
 
 def progress_of(progress: Progress, total: int) -> Any:
-    """A context whose value is what to call with the number of steps so far, or None. total: steps at the limit."""
+    """A context whose value is what to call with the number of steps so far, or None. total: steps expected."""
     if callable(progress):
         return nullcontext(progress)
     if not isinstance(progress, bool):
@@ -84,9 +85,29 @@ def progress_of(progress: Progress, total: int) -> Any:
     return StepBar(total, FRAMES_PER_SECOND) if progress else nullcontext(None)
 
 
-def settings_for(config: DiaConfig, **values: Any) -> SamplingSettings:
-    """Checked settings that leave room for a frame of sound."""
-    settings = SamplingSettings(**values)
+def expected_steps(config: DiaConfig, seconds: float, limit: int, frames_per_second: float = FRAMES_PER_SECOND) -> int:
+    """Steps that some seconds of speech take; no more than `limit` allows."""
+    most = min(limit, config.decoder.max_position_embeddings)
+    # The delay pattern adds rows; one step more than rows, since the last one only puts the last row in its place.
+    return max(1, min(math.ceil(seconds * frames_per_second) + max(config.delay_pattern), most)) + 1
+
+
+def expected_of(config: DiaConfig, requests: Sequence[Request]) -> int:
+    """Steps that the longest of some requests takes, as far as the length of its text tells."""
+    return max(
+        expected_steps(
+            config,
+            len(item.text_ids) / CHARACTERS_PER_SECOND
+            - (0 if item.prompt is None else len(item.prompt)) / FRAMES_PER_SECOND,
+            item.max_new_tokens,
+        )
+        for item in requests
+    )
+
+
+def settings_for(config: DiaConfig, defaults: SamplingSettings, **values: Any) -> SamplingSettings:
+    """Checked settings that leave room for a frame of sound; those not given are the defaults."""
+    settings = defaults.given(**values)
     least = max(config.delay_pattern) + 2
     if settings.max_new_tokens < least:
         raise InputError(

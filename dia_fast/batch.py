@@ -144,7 +144,7 @@ class Batch:
         prompts: dict[str, Tensor] = {}
         for item in self.pending:
             try:
-                settings_for(dia.config, **asdict(item.settings))
+                settings_for(dia.config, dia.defaults, **asdict(item.settings))
                 voice = None if item.prompt is None else Voice(_encoded(dia, item, prompts), item.prompt_text or "")
                 pieces = cut(item.text, dia.config, voice) if item.split else [item.text]
                 reading = Reading(dia.config, pieces, item.settings, voice, item.id)

@@ -8,18 +8,23 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dia_fast import hub, tensor_files
+from dia_fast.adapters import Adapter, base_of, is_adapter, open_adapter
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.layouts import Placement, detect_layout, is_derived, placements
 from dia_fast.packing import packed_shapes, parameter_count
+from dia_fast.settings import SamplingSettings, from_generation_config
 from dia_fast.tensor_files import MappedTensor, StoredTensor, open_tensors
+from dia_fast.voice import located
+
+GENERATION_CONFIG = "generation_config.json"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,6 +34,8 @@ class Checkpoint:
     """An opened and checked checkpoint; its weights are still in the files.
 
     source: as the caller named it. layout: "transformers" or "original". tensors: by their name in the files.
+    defaults: the settings of a generation that its generation_config.json names. adapter: what is added when it is
+    loaded, or None.
     """
 
     source: str
@@ -36,6 +43,8 @@ class Checkpoint:
     layout: str
     files: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
+    defaults: SamplingSettings = field(default_factory=SamplingSettings)
+    adapter: Adapter | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,6 +84,8 @@ class Checkpoint:
         for name in sorted(places, key=lambda name: (self.tensors[name].path, self.tensors[name].offset)):
             place = places[name]
             _copy(self.tensors[name], place, packed[place.packed][place.first : place.last])
+        for name in self.adapter.parts if self.adapter else ():
+            packed[name].copy_(self.load_packed(name))
         return packed
 
     def load_packed(self, packed: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -84,7 +95,7 @@ class Checkpoint:
         weight = torch.empty(packed_shapes(self.config)[packed], dtype=dtype)
         for name, place in places.items():
             _copy(self.tensors[name], place, weight[place.first : place.last])
-        return weight
+        return weight if self.adapter is None else self.adapter.merged(packed, weight)
 
     def stored_dtype(self, packed: str) -> torch.dtype:
         """The dtype that holds the stored parts of a packed weight exactly."""
@@ -105,12 +116,18 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Find a checkpoint and check it completely, short of reading the weights.
 
-    name_or_path: a folder, a file of weights (its config.json beside it, or given as `config`), or the id of a
-    repository on the Hugging Face Hub, of which `revision` is loaded. local_files_only: do not go online.
+    name_or_path: a folder, a file of weights (its config.json beside it, or given as `config`), `"demo"` for the demo
+    voice, a folder with an adapter (see `adapters`), or the id of a repository on the Hugging Face Hub, of which
+    `revision` is loaded. local_files_only: do not go online.
     Raises CheckpointError for whatever is missing, damaged, unsupported or does not fit together.
     """
     source = str(name_or_path)
-    path = Path(name_or_path).expanduser()
+    path = Path(located(source)).expanduser()
+    if is_adapter(path):
+        base = open_checkpoint(base_of(path), config=config, revision=revision, local_files_only=local_files_only)
+        if base.adapter is not None:
+            raise CheckpointError(f"{path}: its base {base.source} is an adapter itself; merge that one first")
+        return replace(base, source=source, adapter=open_adapter(path, base.config))
     if path.exists():
         if revision is not None:
             raise InputError(f"revision {revision!r} is for repositories of the Hub, but {source} is on this machine")
@@ -138,7 +155,19 @@ def open_checkpoint(
         raise CheckpointError(f"{folder / entry}: {error}") from error
     _check(tensors, placements(config, layout), folder / entry)
     kept = {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
-    return Checkpoint(source, config, layout, files, kept)
+    return Checkpoint(source, config, layout, files, kept, _defaults(folder / GENERATION_CONFIG))
+
+
+def _defaults(path: Path) -> SamplingSettings:
+    if not path.is_file():
+        return SamplingSettings()
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path} must be an object of named fields, not {type(data).__name__}")
+        return from_generation_config(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def find_weights(names: Collection[str], where: str) -> str:

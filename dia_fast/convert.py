@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from dia_fast.checkpoint import DTYPES, open_checkpoint
+from dia_fast.codec import codec_beside
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.files import umask
 from dia_fast.layouts import Placement, placements
 from dia_fast.packing import packed_shapes, parameter_count
+from dia_fast.settings import SamplingSettings
 from dia_fast.tensor_files import SAFETENSORS_DTYPES
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -46,11 +48,13 @@ def save_pretrained(
     weights: Mapping[str, Tensor],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    defaults: SamplingSettings | None = None,
 ) -> Path:
     """Write packed weights as a checkpoint that transformers loads; returns the folder.
 
     weights: by packed name, on any device, floating point; they are written in their own dtype, in shards of at most
-    `max_shard_bytes` (a larger tensor gets its own), beside config.json and generation_config.json.
+    `max_shard_bytes` (a larger tensor gets its own), beside config.json and generation_config.json,
+    which holds `defaults`.
     Raises CheckpointError if a weight is missing or misshapen, if the folder exists and is not empty, or if writing
     fails; then nothing is left behind.
     """
@@ -64,7 +68,7 @@ def save_pretrained(
     def fetch(name: str) -> Tensor:
         return weights[name].detach().cpu()
 
-    return write_checkpoint(folder, config, dtypes, fetch, max_shard_bytes=max_shard_bytes)
+    return write_checkpoint(folder, config, dtypes, fetch, max_shard_bytes=max_shard_bytes, defaults=defaults)
 
 
 def convert(
@@ -81,7 +85,8 @@ def convert(
     """Rewrite a checkpoint in the "transformers" or the "original" layout, from whichever it has; returns the folder.
 
     dtype: of the written weights; None keeps what is stored. The original layout is one `model.safetensors`, or, if
-    `pickled`, one `pytorch_model.bin` (which is built in memory). Values are exact unless `dtype` is narrower.
+    `pickled`, one `pytorch_model.bin` (which is built in memory). A folder `codec` beside the source comes
+    along. Values are exact unless `dtype` is narrower.
     Raises CheckpointError as `open_checkpoint` and `save_pretrained` do.
     """
     if layout not in ("transformers", "original"):
@@ -98,7 +103,15 @@ def convert(
 
     limit = max_shard_bytes if layout == "transformers" else None
     return write_checkpoint(
-        destination, checkpoint.config, dtypes, fetch, layout=layout, max_shard_bytes=limit, pickled=pickled
+        destination,
+        checkpoint.config,
+        dtypes,
+        fetch,
+        layout=layout,
+        max_shard_bytes=limit,
+        pickled=pickled,
+        defaults=checkpoint.defaults,
+        codec=codec_beside(source),
     )
 
 
@@ -111,11 +124,13 @@ def write_checkpoint(
     layout: str = "transformers",
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
     pickled: bool = False,
+    defaults: SamplingSettings | None = None,
+    codec: Path | None = None,
 ) -> Path:
     """Write a checkpoint whose weights are made or read one by one; returns the folder.
 
     dtypes: of every packed weight by name. fetch: called with such a name, maybe twice; returns the packed weight, on
-    the CPU, in that dtype. Otherwise as `save_pretrained` and `convert`.
+    the CPU, in that dtype. codec: a folder that is copied along. Otherwise as `save_pretrained` and `convert`.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -133,12 +148,14 @@ def write_checkpoint(
             _save_pickle({entry.name: piece for entry, piece in _cut(entries, fetch)}, partial / "pytorch_model.bin")
         else:
             _write_shards(partial, config, entries, fetch, max_shard_bytes)
-        for name, content in _metadata(config, layout, entries).items():
+        for name, content in _metadata(config, layout, entries, defaults or SamplingSettings()).items():
             _write_json(partial / name, content)
+        if codec is not None:
+            shutil.copytree(codec, partial / "codec")
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
-    except OSError as error:
+    except OSError as error:  # shutil.Error is one, with a list for a message
         raise CheckpointError(f"cannot write the checkpoint {folder}: {error.strerror or error}") from error
     finally:
         if partial is not None and partial.exists():
@@ -214,23 +231,24 @@ def _cut(entries: list[_Entry], fetch: Callable[[str], Tensor]) -> Iterator[tupl
             yield entry, (rows.T if entry.place.transposed else rows).contiguous().view(entry.place.shape)
 
 
-def _metadata(config: DiaConfig, layout: str, entries: list[_Entry]) -> dict[str, dict[str, Any]]:
+def _metadata(
+    config: DiaConfig, layout: str, entries: list[_Entry], defaults: SamplingSettings
+) -> dict[str, dict[str, Any]]:
     dtype = str(max((entry.dtype for entry in entries), key=lambda d: sum(e.size for e in entries if e.dtype is d)))
     dtype = dtype.removeprefix("torch.")
     if layout == "original":
         return {"config.json": config.to_original() | {"torch_dtype": dtype}}
     decoder = config.decoder
-    # The defaults of the published checkpoint.
     generation = {
         "bos_token_id": decoder.bos_token_id,
         "eos_token_id": decoder.eos_token_id,
         "pad_token_id": decoder.pad_token_id,
-        "do_sample": True,
-        "guidance_scale": 3.0,
+        "do_sample": defaults.do_sample,
+        "guidance_scale": defaults.guidance_scale,
         "max_length": decoder.max_position_embeddings,
-        "temperature": 1.2,
-        "top_k": 45,
-        "top_p": 0.95,
+        "temperature": defaults.temperature,
+        "top_k": defaults.top_k or 0,  # transformers' "all"
+        "top_p": defaults.top_p,
     }
     return {"config.json": config.to_transformers() | {"dtype": dtype}, "generation_config.json": generation}
 

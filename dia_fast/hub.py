@@ -6,6 +6,8 @@ from pathlib import Path
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError
 
+SECONDS_TO_ANSWER = 10.0  # that the Hub has
+
 
 def download(
     repository: str,
@@ -27,33 +29,20 @@ def download(
     def cached(reason: str) -> Path:
         try:
             return Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
-        except (errors.LocalEntryNotFoundError, OSError, ValueError) as error:
+        except (errors.LocalEntryNotFoundError, OSError, ValueError):
             raise CheckpointError(
                 f"{repository} is neither a local folder nor in the cache of the Hub{_at(revision)}, and {reason}"
-            ) from error
+            ) from None
 
     if local_files_only:
-        return cached("local_files_only forbids to download it")
+        return cached("it may not be downloaded (local_files_only)")
     try:
-        info = huggingface_hub.HfApi().model_info(repository, revision=revision)
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"the Hub repository {repository} has no revision {revision!r}") from error
-    except errors.GatedRepoError as error:
-        raise CheckpointError(f"the Hub repository {repository} asks you to accept its terms and to log in") from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{repository} is neither a local folder nor a repository of the Hub that you may read"
-        ) from error
-    except Exception as error:  # whatever the HTTP library in use raises for a connection that fails
-        return cached(f"the Hub cannot be reached: {error}")
-    names = [item.rfilename for item in info.siblings or ()]
+        names = file_names(repository, revision)
+    except Unreachable as error:
+        return cached(str(error))
 
     def fetch(name: str) -> Path:
-        # By the name of the revision, not by its commit: so the cache knows later, offline, what the name stands for.
-        try:
-            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
-        except Exception as error:
-            raise CheckpointError(f"cannot download {name} of the Hub repository {repository}: {error}") from error
+        return fetch_file(repository, name, revision)
 
     if "config.json" not in names:
         raise CheckpointError(f"the Hub repository {repository} has no config.json: not a Dia checkpoint")
@@ -61,11 +50,56 @@ def download(
     DiaConfig.from_file(config)
     entry = fetch(find_weights(names, f"the Hub repository {repository}"))
     fetched = [entry]
+    if "generation_config.json" in names:
+        fetched.append(fetch("generation_config.json"))
     if entry.name.endswith(".index.json"):
         fetched += [fetch(shard) for shard in read_index(entry)]
     if any(path.parent != config.parent for path in fetched):
         raise CheckpointError(f"the Hub repository {repository} changed during the download; try again")
     return config.parent
+
+
+class Unreachable(CheckpointError):
+    """No connection to the Hub."""
+
+
+def file_names(repository: str, revision: str | None = None) -> list[str]:
+    """The files of a repository, asked for once. Raises Unreachable, and CheckpointError for what the Hub refuses."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=SECONDS_TO_ANSWER)
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"the Hub repository {repository} has no revision {revision!r}") from None
+    except errors.GatedRepoError:
+        raise CheckpointError(f"the Hub repository {repository} asks you to accept its terms and to log in") from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{repository} is neither a local folder nor a repository of the Hub that you may read"
+        ) from None
+    except Exception as error:  # whatever the HTTP library in use raises for a connection that fails
+        raise Unreachable(f"the Hub cannot be reached: {reason_of(error)}") from None
+    return [item.rfilename for item in info.siblings or ()]
+
+
+def fetch_file(repository: str, name: str, revision: str | None = None) -> Path:
+    """One file of a repository, in the cache. Raises CheckpointError."""
+    import huggingface_hub
+
+    # By the name of the revision, not by its commit: so the cache knows later, offline, what the name stands for.
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+    except Exception as error:  # the Hub client raises its own, its HTTP library's and the system's errors
+        raise CheckpointError(
+            f"cannot download {name} of the Hub repository {repository}: {reason_of(error)}"
+        ) from None
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error's message, or its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _at(revision: str | None) -> str:

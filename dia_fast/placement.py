@@ -36,7 +36,10 @@ def choose_device(device: torch.device | str | int | None) -> torch.device:
     try:
         torch.empty(1, device=chosen)
     except Exception as error:  # each device type has its own way to say no
-        raise InputError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        told = f"torch {torch.__version__} cannot compute on {chosen.type} here ({type(error).__name__})"
+        raise InputError(
+            f"device {str(device)!r} cannot be used: {told}; use 'cpu' or, with an NVIDIA or AMD GPU, 'cuda'"
+        ) from None
     return chosen
 
 

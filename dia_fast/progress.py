@@ -9,9 +9,9 @@ from typing import Any
 class StepBar:
     """Counts decode steps: call it with the number of steps so far. Use it in a `with` block.
 
-    total: steps at the length limit; most runs end earlier. steps_per_second: steps that make one second of sound.
-    hidden: count, but draw nothing. `steps` and `seconds` say how far it is, from the beginning of the block to the
-    last step: reading the text and the audio prompt counts, decoding the sound does not.
+    total: steps expected; a longer run moves it. steps_per_second: steps that make one second of sound. hidden: count,
+    but draw nothing. `steps` and `seconds` say how far it is, from the beginning of the block to the last step:
+    reading the text and the audio prompt counts, decoding the sound does not.
     """
 
     def __init__(self, total: int, steps_per_second: float, *, hidden: bool = False) -> None:
@@ -23,7 +23,7 @@ class StepBar:
     def __enter__(self) -> "StepBar":
         from tqdm import tqdm
 
-        self._bar = tqdm(total=self.total, unit="step", disable=self.hidden, dynamic_ncols=True, leave=False)
+        self._bar = tqdm(total=self.total, unit="step", disable=self.hidden, dynamic_ncols=True)
         self._start = time.perf_counter()
         return self
 
@@ -31,6 +31,7 @@ class StepBar:
         first = not self.steps
         self.steps, self.seconds = steps, time.perf_counter() - self._start
         self._bar.set_postfix_str(f"{steps / self.seconds / self.realtime:.2f}x realtime", refresh=False)
+        self._bar.total = max(self._bar.total, steps)
         self._bar.update(steps - self._bar.n)
         if first:  # the rest is drawn now and then; a short run would end before
             self._bar.refresh()
@@ -43,6 +44,8 @@ class StepBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None and self.steps:
+            self._bar.total = self.steps  # what was expected no longer matters
         self._bar.close()
 
 

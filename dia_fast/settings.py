@@ -3,13 +3,27 @@
 import math
 import operator
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
 from numbers import Real
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from dia_fast.errors import InputError
 
 MAX_SEED = 2**63 - 1
+
+
+class Default(Enum):
+    """Stands in a signature for "as the checkpoint says"."""
+
+    CHECKPOINT = "the checkpoint's"
+
+    def __repr__(self) -> str:
+        return self.value
+
+
+CHECKPOINT = Default.CHECKPOINT
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,10 @@ class SamplingSettings:
         if self.seed is not None:
             put(self, "seed", _integer("seed", self.seed, 0, MAX_SEED, "None draws one"))
 
+    def given(self, **values: Any) -> "SamplingSettings":
+        """These settings with other values; `CHECKPOINT` leaves one as it is. Raises InputError."""
+        return replace(self, **{name: value for name, value in values.items() if value is not CHECKPOINT})
+
     @property
     def guided(self) -> bool:
         """Whether a second, unconditional row is computed."""
@@ -58,6 +76,21 @@ class SamplingSettings:
     @property
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0.0
+
+
+# What `generation_config.json` may say. Its `max_length` counts other rows and is not taken.
+FROM_FILE = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k", "do_sample")
+
+
+def from_generation_config(data: Mapping[str, Any]) -> SamplingSettings:
+    """The defaults of a checkpoint, as transformers' `generate` takes them; what the file lacks is as in the class.
+
+    data: the contents of `generation_config.json`. Raises InputError for a value that cannot be used.
+    """
+    named = {name: data[name] for name in FROM_FILE if data.get(name) is not None}
+    if named.get("top_k") == 0:
+        named["top_k"] = None  # transformers' "all"
+    return SamplingSettings(**named)
 
 
 def random_seed() -> int:

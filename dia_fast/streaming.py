@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from dia_fast.arguments import Progress, progress_of, row_limit, warn_if_cut
+from dia_fast.arguments import Progress, expected_of, progress_of, warn_if_cut
 from dia_fast.audio import Audio
 from dia_fast.engine import Engine, Handle, Request
 from dia_fast.errors import InputError
@@ -40,7 +40,7 @@ def stream(
     chunks = _Chunks(codec, chunk_seconds)
     handle = engine.submit(request, stream=True)
     try:
-        with progress_of(progress, row_limit(engine.model.config, request) + 1) as report:
+        with progress_of(progress, expected_of(engine.model.config, [request])) as report:
             start = engine.steps
             while not handle.done:
                 while span := chunks.cut(handle):

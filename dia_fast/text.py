@@ -19,7 +19,7 @@ GOOD_SECONDS = 20
 """The authors' advice; longer texts are spoken hastily and stray from the script."""
 TAG = re.compile(r"\[S[12]\]")
 
-_CHARACTERS_PER_SECOND = 15  # unhurried English
+CHARACTERS_PER_SECOND = 15  # unhurried English
 _LOOKS_LIKE_TAG = re.compile(r"\[\s*[sS](?:peaker)?\s*\d+\s*\]")
 _RESERVED = {0: "padding", 1: "[S1]", 2: "[S2]"}
 
@@ -119,7 +119,7 @@ def warn_about(
 
 def spoken_seconds(text: str) -> float:
     """About how long the text takes to say; its tags take no time."""
-    return len(TAG.sub("", text)) / _CHARACTERS_PER_SECOND
+    return len(TAG.sub("", text)) / CHARACTERS_PER_SECOND
 
 
 def join_prompt(prompt_text: str, text: str) -> str:

@@ -3,10 +3,14 @@
 How it was made, and how well it is understood, is in the model card beside its weights; `examples/demo_voice` makes it.
 """
 
+import os
 from pathlib import Path
 
-from dia_fast.errors import CheckpointError
+from dia_fast.errors import CheckpointError, InputError
 from dia_fast.text import TAG
+
+DEMO = "demo"
+"""The name of the demo voice where a model is asked for; a folder of that name is `./demo`."""
 
 TEMPERATURE = 0.5
 """At which the demo voice is understood best."""
@@ -24,6 +28,13 @@ def demo_voice() -> Path:
     if not (_FOLDER / "model.safetensors").is_file():
         raise CheckpointError(f"the demo voice is missing from this installation: there is no {_FOLDER}")
     return _FOLDER
+
+
+def located(model: str | os.PathLike[str]) -> str:
+    """The name of a model, or for `"demo"` the folder of the demo voice. Raises CheckpointError if that is missing."""
+    if not os.fspath(model):
+        raise InputError("name_or_path must be a Hub repository or a path, not ''")
+    return str(demo_voice()) if os.fspath(model) == DEMO else os.fspath(model)
 
 
 def vocabulary() -> list[str]:

@@ -335,10 +335,10 @@ def test_two_runs_do_not_share_a_folder(batch: Run, tmp_path: Path, capfd: pytes
         (["none.jsonl", "out"], "cannot read none.jsonl: No such file"),
         (["empty.jsonl", "out"], "empty.jsonl is empty: write one item a line"),
         (["in.jsonl", "in.jsonl"], "cannot"),
-        (["in.jsonl", "out", "--batch-size", "33"], "max_batch must be from 1 to 32"),
+        (["in.jsonl", "out", "--batch-size", "33"], "--batch-size must be from 1 to 32"),
         (["in.jsonl", "out", "--memory", "much"], "memory must be a number of bytes"),
         (["in.jsonl", "out", "--seed", "-1"], "seed must be"),
-        (["in.jsonl", "out", "--model", ""], "name_or_path"),
+        (["in.jsonl", "out", "--model", ""], "--model must be a Hub repository"),
     ],
 )
 def test_bad_commands(

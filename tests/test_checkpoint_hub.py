@@ -155,5 +155,5 @@ def test_only_what_is_needed_is_downloaded_and_kept(hub: Hub, tmp_path: Path) ->
         {"name": "nari/nothing"},
     )
     assert cached == first
-    assert "nor in the cache of the Hub, and local_files_only forbids to download it" in refused[1]
+    assert "nor in the cache of the Hub, and it may not be downloaded (local_files_only)" in refused[1]
     assert "nor in the cache of the Hub, and the Hub cannot be reached" in absent[1]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_speak_writes_a_file_and_says_what_it_did(
     samples, rate = soundfile.read(path)
     assert rate == 44_100 and samples.ndim == 1 and len(samples) % 512 == 0 and len(samples) > 0
     output = capfd.readouterr()
-    assert output.out.startswith(f"{path}: {len(samples) / rate:.2f} s of sound, 31 steps in ")
+    assert output.out.startswith(f"{path}: {len(samples) / rate:.2f} s of sound at 44100 Hz, 31 steps in ")
     assert "steps/s" in output.out and "x realtime" in output.out and output.out.endswith("seed 12\n")
     assert "warning: speech was cut after 30 steps" in output.err
     assert "step/s" not in output.err, "a progress bar has no place in a log"
@@ -173,6 +174,10 @@ def test_info_of_a_hub_model_downloads_only_its_configuration(
         assert (repository, name, revision) == ("someone/dia", "config.json", "v2")
         return str(tmp_path / name)
 
+    def listed(self: object, repository: str, revision: str | None = None, timeout: float | None = None) -> object:
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename="config.json")])
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", listed)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert main(["info", "someone/dia", "--revision", "v2"]) == 0
     assert "on the Hub, not downloaded" in capfd.readouterr().out

@@ -50,7 +50,7 @@ def test_a_streamed_file_holds_what_the_file_of_one_call_holds(
     assert "first sound" not in capfd.readouterr().out
     assert main([*speak, "-o", str(streamed), "--stream", "--chunk-seconds", "0.1"]) == 0
     output = capfd.readouterr()
-    assert output.out.startswith(f"{streamed}: 0.51 s of sound, 61 steps in ")
+    assert output.out.startswith(f"{streamed}: 0.51 s of sound at 44100 Hz, 61 steps in ")
     assert re.search(r"x realtime\), first sound after \d+\.\d\d s, seed 3\n$", output.out)
     assert "warning: speech was cut after 60 steps" in output.err and "step/s" not in output.err
     expected, found = (soundfile.read(path, dtype="int16")[0] for path in (one, streamed))
@@ -162,8 +162,8 @@ def test_a_speech_without_sound_writes_no_file(
     [
         (["-o", "-"], "it needs --stream"),
         (["-o", "out.wav", "--chunk-seconds", "1"], "--chunk-seconds needs --stream"),
-        (["-o", "out.wav", "--stream", "--chunk-seconds", "0"], "chunk_seconds must be a number above 0"),
-        (["-o", "out.wav", "--stream", "--chunk-seconds", "nan"], "chunk_seconds must be a number above 0"),
+        (["-o", "out.wav", "--stream", "--chunk-seconds", "0"], "--chunk-seconds must be a number above 0"),
+        (["-o", "out.wav", "--stream", "--chunk-seconds", "nan"], "--chunk-seconds must be a number above 0"),
         (["-o", "out.pcm", "--stream"], "its extension must be one of"),
     ],
 )

@@ -6,6 +6,7 @@ Exit status: 0 done; 2 the input was wrong, said in one line; 1 something else w
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -70,9 +71,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except DiaFastError as error:
-            return _fail(args, f"error: {error}", 2)
+            return _fail(args, f"error: {in_options(str(error), args)}", 2)
         except Exception as error:
             return _fail(args, f"error: {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+# Arguments of the Python interface whose options have other names.
+_OPTIONS = {"local_files_only": "offline", "max_batch": "batch_size", "name_or_path": "model", "do_sample": "greedy"}
+
+
+def in_options(message: str, args: argparse.Namespace) -> str:
+    """An error message with the names of options in the place of those of Python's arguments."""
+    options = {name: name for name in vars(args)} | {
+        name: other for name, other in _OPTIONS.items() if hasattr(args, other) and not hasattr(args, name)
+    }
+    # Names with an underscore are no words of English; others are options where they begin the message.
+    names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+
+    def spelled(found: re.Match[str]) -> str:
+        name = found[0]
+        plain = "_" not in name and not (found.start() == 0 and _BEGINS.match(message, found.end()))
+        return name if plain else "--" + options[name].replace("_", "-")
+
+    return re.sub(rf"(?<![\w./-])(?:{names})(?![\w/-])", spelled, message)
+
+
+_BEGINS = re.compile(r" must|:| '| is unknown")
 
 
 def _fail(args: argparse.Namespace, message: str, status: int) -> int:

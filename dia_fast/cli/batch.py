@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, add_sampling
-from dia_fast.errors import InputError
+from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, add_sampling, set_threads, settings_from
+from dia_fast.errors import CheckpointError, InputError
 from dia_fast.settings import SamplingSettings
+from dia_fast.voice import located
 
 if TYPE_CHECKING:
     from dia_fast.api import Dia
@@ -82,25 +84,35 @@ def run(args: argparse.Namespace) -> int:
     from dia_fast.batch import Batch
     from dia_fast.batch_items import Defaults, identity_of, read_items
 
-    settings = SamplingSettings(
-        max_new_tokens=args.max_new_tokens,
-        guidance_scale=args.guidance_scale,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        do_sample=not args.greedy,
-        seed=args.seed or 0,
-    )
+    args.seed = args.seed or 0
+    settings_from(args, SamplingSettings())
     engine_limits(args.batch_size, args.memory)
     if args.model is None and not args.dry_run:
-        raise InputError(f"no model: name one with --model, as in --model {OFFICIAL_MODEL}")
+        raise InputError(f"no model: name one with --model, as in --model {OFFICIAL_MODEL}, or --model demo")
     made_with = {"model": args.model, "codec": args.codec, "revision": args.revision, "dtype": args.dtype}
-    identity = "" if args.model is None else identity_of(args.model) + identity_of(args.codec)
-    items = read_items(Path(args.input), Defaults(settings, args.split == "auto", args.format, made_with, identity))
-    batch = Batch(items, Path(args.folder))
+    usual, identity = settings_from(args, SamplingSettings()), ""
+    if args.model:
+        identity = identity_of(located(args.model)) + identity_of(args.codec)
+    defaults = Defaults(usual, args.split == "auto", args.format, made_with, identity)
+    batch = Batch(read_items(Path(args.input), defaults), Path(args.folder))
+    if args.model is not None and (settings := settings_from(args, _defaults(args))) != usual:
+        batch = Batch(read_items(Path(args.input), replace(defaults, settings=settings)), Path(args.folder))
     if args.dry_run:
         return _dry_run(batch, told_model=args.model is not None)
     return _run(batch, args)
+
+
+def _defaults(args: argparse.Namespace) -> SamplingSettings:
+    """The settings that the checkpoint names; a dry run downloads nothing, and takes the usual ones for a new model."""
+    from dia_fast.checkpoint import open_checkpoint
+
+    try:
+        local = args.offline or args.dry_run
+        return open_checkpoint(args.model, revision=args.revision, local_files_only=local).defaults
+    except CheckpointError:
+        if args.dry_run:
+            return SamplingSettings()
+        raise
 
 
 def _dry_run(batch: "Batch", *, told_model: bool) -> int:
@@ -116,10 +128,11 @@ def _run(batch: "Batch", args: argparse.Namespace) -> int:
     from dia_fast.api import Dia
     from dia_fast.arguments import FRAMES_PER_SECOND
     from dia_fast.batch import Totals
+    from dia_fast.packing import parameter_count
     from dia_fast.progress import ItemBar
 
     def load() -> "Dia":
-        return Dia.from_pretrained(
+        dia = Dia.from_pretrained(
             args.model,
             device=args.device,
             dtype=args.dtype,
@@ -130,6 +143,8 @@ def _run(batch: "Batch", args: argparse.Namespace) -> int:
             max_batch=args.batch_size,
             memory=args.memory,
         )
+        set_threads(args.threads, parameter_count(dia.config))
+        return dia
 
     hidden = args.quiet or not sys.stderr.isatty()
     with ItemBar(len(batch.items), batch.before, FRAMES_PER_SECOND, hidden=hidden) as bar:

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dia_fast import hub
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.packing import parameter_count
+from dia_fast.voice import located
 
 DESCRIPTION = """\
 Shows the configuration of a checkpoint, its parameters and files, and the memory that a run needs. Weights are not
@@ -118,13 +120,15 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     """
     from dia_fast.checkpoint import open_checkpoint
 
-    local = Path(args.model).expanduser().exists()
+    local = Path(located(args.model)).expanduser().exists()
     try:
         checkpoint = open_checkpoint(args.model, revision=args.revision, local_files_only=not local)
     except CheckpointError:
         if local or args.offline or args.model.count("/") != 1:
             raise
-        return {"config": _hub_config(args.model, args.revision)}
+        if "config.json" not in hub.file_names(args.model, args.revision):
+            raise CheckpointError(f"the Hub repository {args.model} has no config.json: not a Dia checkpoint") from None
+        return {"config": DiaConfig.from_file(hub.fetch_file(args.model, "config.json", args.revision))}
     return {
         "config": checkpoint.config,
         "layout": checkpoint.layout,
@@ -132,19 +136,6 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
         "bytes": checkpoint.stored_bytes,
         "files": [str(file) for file in checkpoint.files],
     }
-
-
-def _hub_config(repository: str, revision: str | None) -> DiaConfig:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = hf_hub_download(repository, "config.json", revision=revision)
-    except Exception as error:  # the Hub client raises its own, its HTTP library's and the system's errors
-        raise CheckpointError(
-            f"{repository} is neither a local folder nor in the cache of the Hub, and its config.json cannot be "
-            f"downloaded: {str(error).strip().splitlines()[0]}"
-        ) from error
-    return DiaConfig.from_file(path)
 
 
 def _lines(name: str, config: DiaConfig, found: dict[str, Any]) -> list[str]:

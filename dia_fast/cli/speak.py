@@ -3,6 +3,8 @@
 import argparse
 import codecs
 import contextlib
+import os
+import struct
 import sys
 import tempfile
 import time
@@ -13,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dia_fast.errors import InputError
-from dia_fast.settings import SamplingSettings, random_seed
-from dia_fast.text import ABSURD_BYTES, TextWarning, checked_text, join_prompt
+from dia_fast.settings import CHECKPOINT, SamplingSettings, random_seed
+from dia_fast.text import ABSURD_BYTES, TextWarning, checked_text, join_prompt, spoken_seconds
 
 if TYPE_CHECKING:
     from dia_fast.api import Dia
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 OFFICIAL_MODEL = "nari-labs/Dia-1.6B-0626"
 
 STANDARD_OUTPUT = Path("-")
+PIECE_CHARACTERS, MOST_AT_ONCE = 100, 32  # a piece of a long text has no fewer characters, mostly
+SMALL_MODEL = 50_000_000  # weights; chosen between the demo voice and Dia-1.6B, not measured in between
+SAMPLING = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k")
 SILENCE = "the model ended the speech before it began: try another seed or text"
 
 DESCRIPTION = """\
@@ -43,9 +48,10 @@ examples:
     fortune | sed 's/^/[S1] /' | dia-fast speak --model {OFFICIAL_MODEL} -o out.flac
   in the voice of a recording (5 to 10 seconds) and its transcript
     dia-fast speak "And this is new." --prompt me.wav --prompt-text "[S1] These are my words." --model ...
-  hear it while it is spoken: 16-bit mono samples at 44.1 kHz on standard output
-    dia-fast speak --file dialogue.txt --model ... --stream -o - | aplay -f S16_LE -r 44100 -c 1
-    ... --stream -o - | ffplay -nodisp -autoexit -f s16le -sample_rate 44100 -
+  hear it while it is spoken: as WAV, which tells the player its rate, or bare 16-bit mono samples
+    dia-fast speak --file dialogue.txt --model ... --stream -o - --format wav | aplay
+    ... --stream -o - --format wav | ffplay -nodisp -autoexit -
+    ... --stream -o - | aplay -f S16_LE -c 1 -r 44100      the rate of the official model; the last line tells it
   the same again: the seed of a run is in its last line
     dia-fast speak --file dialogue.txt --model ... --seed 1234
 """
@@ -85,6 +91,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="auto: cut a transcript of more than 20 s into pieces; not with --stream (%(default)s)",
     )
     parser.add_argument("--stream", action="store_true", help="write the sound while it is generated")
+    parser.add_argument(
+        "--format", choices=("raw", "wav"), help="of -o -: bare 16-bit samples, or with a WAV header first (raw)"
+    )
     parser.add_argument("--chunk-seconds", type=float, metavar="S", help="how much sound at a time with --stream (0.5)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
 
@@ -93,14 +102,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     voice.add_argument("--prompt-text", metavar="TEXT", help="what is said in it, with speaker tags")
 
     add_model(parser)
+    memory = parser.add_argument_group("memory")
+    memory.add_argument(
+        "--max-batch",
+        type=int,
+        metavar="N",
+        help="texts at a time, 1 to 32 (1, or the pieces in the voice of --prompt)",
+    )
+    memory.add_argument("--memory", metavar="BYTES", help="most for keys and values, as in 4GB (what is needed)")
     add_sampling(parser)
-    parser.set_defaults(temperature=None)  # it depends on the model
     return parser
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
-    model.add_argument("-m", "--model", metavar="MODEL", help=f"Hub repository or local folder: {OFFICIAL_MODEL}")
+    model.add_argument(
+        "-m", "--model", metavar="MODEL", help=f"Hub repository, folder, adapter, or demo: {OFFICIAL_MODEL}"
+    )
     model.add_argument(
         "--codec",
         metavar="CODEC",
@@ -112,38 +130,58 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
     model.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 on a GPU, fp32 on a CPU)")
     model.add_argument("--backend", default="auto", help="auto, torch or triton (default: triton on a GPU)")
+    add_threads(model)
+
+
+def add_threads(group: Any) -> None:
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help=f"of torch on a CPU (default: 1 for a model of less than {SMALL_MODEL // 10**6} million weights, as "
+        "threads that wait for each other lose much on a busy machine; else what torch or OMP_NUM_THREADS says)",
+    )
+
+
+def set_threads(threads: int | None, parameters: int) -> None:
+    """Sets torch's threads for this process, as `--threads` says or the size of the model."""
+    import torch
+
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads must be at least 1, not {threads}")
+    if threads is None and parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     usual = SamplingSettings()
-    group = parser.add_argument_group("sampling")
+    parser.set_defaults(**dict.fromkeys(SAMPLING, CHECKPOINT))
+    group = parser.add_argument_group(
+        "sampling",
+        "Defaults are those of the model's generation_config.json; in brackets, those of the official model.",
+    )
     group.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        default=usual.max_new_tokens,
-        help="longest result, in steps of 1/86 s (%(default)s)",
+        help=f"longest result, in steps of 1/86 s ({usual.max_new_tokens})",
     )
     group.add_argument(
         "--guidance-scale",
         type=_none_or(float),
         metavar="S",
-        default=usual.guidance_scale,
-        help="how closely to follow the text, 1 or more; 1 or none turns guidance off (%(default)s)",
+        help=f"how closely to follow the text, 1 or more; 1 or none turns guidance off ({usual.guidance_scale})",
     )
     group.add_argument(
         "--temperature",
         type=float,
         metavar="T",
-        default=usual.temperature,
-        help=f"higher is more varied ({usual.temperature}; speak without --model: 0.5)",
+        help=f"higher is more varied ({usual.temperature}; demo: 0.5)",
     )
-    group.add_argument(
-        "--top-p", type=float, metavar="P", default=usual.top_p, help="share of probability to draw from (%(default)s)"
-    )
-    group.add_argument(
-        "--top-k", type=_none_or(int), metavar="K", default=usual.top_k, help="candidates, none for all (%(default)s)"
-    )
+    group.add_argument("--top-p", type=float, metavar="P", help=f"share of probability to draw from ({usual.top_p})")
+    group.add_argument("--top-k", type=_none_or(int), metavar="K", help=f"candidates, none for all ({usual.top_k})")
     group.add_argument("--greedy", action="store_true", help="always take the likeliest code")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed speaks the same way (default: random)")
 
@@ -156,20 +194,12 @@ def _none_or(kind: type) -> Any:
     return convert
 
 
-def settings_from(args: argparse.Namespace) -> SamplingSettings:
-    """What was asked for; a temperature that was not is that of the model."""
-    if args.temperature is None:
-        from dia_fast.voice import TEMPERATURE
-
-        args.temperature = TEMPERATURE if args.model is None else SamplingSettings().temperature
-    return SamplingSettings(
-        max_new_tokens=args.max_new_tokens,
-        guidance_scale=args.guidance_scale,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        do_sample=not args.greedy,
-        seed=random_seed() if args.seed is None else args.seed,
+def settings_from(args: argparse.Namespace, defaults: SamplingSettings) -> SamplingSettings:
+    """The defaults, with what was asked for in their place. Raises InputError."""
+    return defaults.given(
+        **{name: getattr(args, name) for name in SAMPLING},
+        do_sample=False if args.greedy else CHECKPOINT,
+        seed=CHECKPOINT if args.seed is None else args.seed,
     )
 
 
@@ -219,7 +249,8 @@ def check_output(path: Path) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks whatever can be checked without the model first, then loads, speaks and writes."""
-    settings = settings_from(args)
+    args.seed = random_seed() if args.seed is None else args.seed
+    settings_from(args, SamplingSettings())
     text = transcript(args)
     if args.prompt_text is not None and args.prompt is None:
         raise InputError("--prompt-text needs --prompt: the recording in which it is said")
@@ -241,13 +272,16 @@ def run(args: argparse.Namespace) -> int:
         check_output(output)
     elif sys.stdout.isatty():
         raise InputError("-o - writes bare samples, and standard output is a terminal: send them to a player or a file")
-    if args.model is None:
-        args.model = _demo_voice(text, quiet=args.quiet)
-    return _speak(args, settings, text, output)
+    if args.format is not None and output != STANDARD_OUTPUT:
+        raise InputError("--format is for -o -; elsewhere the extension of the file picks the format")
+    if args.model in (None, "demo"):
+        _tell_demo_voice(text, quiet=args.quiet or args.model is not None)
+        args.model = "demo"
+    return _speak(args, text, output)
 
 
-def _demo_voice(text: str, *, quiet: bool) -> Path:
-    """The voice that speaks where no model is named; says so, and warns of words that it cannot say."""
+def _tell_demo_voice(text: str, *, quiet: bool) -> None:
+    """Says that the demo voice speaks, unless quiet, and warns of words that it cannot say."""
     from dia_fast.voice import demo_voice, unknown_words, vocabulary
 
     folder = demo_voice()
@@ -261,12 +295,21 @@ def _demo_voice(text: str, *, quiet: bool) -> Path:
         few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         told = f"the demo voice never learnt: {few}; its words: {folder / 'vocabulary.txt'}"
         warnings.warn(told, TextWarning, stacklevel=1)
-    return folder
 
 
-def _speak(args: argparse.Namespace, settings: SamplingSettings, text: str, output: Path) -> int:
+def at_once(args: argparse.Namespace, text: str) -> int:
+    """How many sequences run at a time: one, unless a text is cut into pieces that do not wait for each other."""
+    if args.max_batch is not None:
+        return int(args.max_batch)
+    if args.stream or args.split == "none" or args.prompt_text is None:
+        return 1
+    return min(MOST_AT_ONCE, 1 + len(text) // PIECE_CHARACTERS)
+
+
+def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
     from dia_fast.api import Dia
-    from dia_fast.arguments import FRAMES_PER_SECOND
+    from dia_fast.arguments import FRAMES_PER_SECOND, expected_steps
+    from dia_fast.packing import parameter_count
     from dia_fast.progress import StepBar
 
     dia = Dia.from_pretrained(
@@ -277,14 +320,22 @@ def _speak(args: argparse.Namespace, settings: SamplingSettings, text: str, outp
         codec=args.codec,
         revision=args.revision,
         local_files_only=args.offline,
+        max_batch=at_once(args, text),
+        memory=args.memory,
     )
+    settings = settings_from(args, dia.defaults)
+    set_threads(args.threads, parameter_count(dia.config))
     dia.codec, dia.engine  # noqa: B018 (made now, so that the clock below does not count it)
-    # One step more than rows: the last one only puts the last row in its place.
-    total = min(settings.max_new_tokens, dia.config.decoder.max_position_embeddings) + 1
+    total = expected_steps(
+        dia.config, spoken_seconds(text), settings.max_new_tokens, dia.codec.sample_rate / dia.codec.hop_length
+    )
     with StepBar(total, FRAMES_PER_SECOND, hidden=args.quiet or not sys.stderr.isatty()) as bar:
         made = (_speak_piecewise if args.stream else _speak_at_once)(dia, args, settings, text, output, bar)
     if not args.quiet:
-        print(summary(made, bar, output), file=sys.stderr if output == STANDARD_OUTPUT else sys.stdout)
+        print(
+            summary(made, bar, output, dia.codec.sample_rate),
+            file=sys.stderr if output == STANDARD_OUTPUT else sys.stdout,
+        )
     return 0
 
 
@@ -307,9 +358,16 @@ def _speak_piecewise(
     from dia_fast.audio import growing_file
 
     start, seconds, first = time.perf_counter(), 0.0, None
+    rate = dia.codec.sample_rate
+    if output == STANDARD_OUTPUT and not args.quiet:
+        print(f"dia-fast: {rate} Hz, 16 bits, mono, {args.format or 'raw'}", file=sys.stderr)
     options = {} if args.chunk_seconds is None else {"chunk_seconds": args.chunk_seconds}
     chunks = dia.stream(text, audio_prompt=args.prompt, progress=bar, **options, **asdict(settings))
-    sink = samples_to_stdout() if output == STANDARD_OUTPUT else growing_file(output, dia.codec.sample_rate)
+    sink = (
+        samples_to_stdout(wav_header(rate) if args.format == "wav" else b"")
+        if output == STANDARD_OUTPUT
+        else growing_file(output, rate)
+    )
     with sink as write, contextlib.closing(chunks):
         for chunk in chunks:
             write(chunk.samples)
@@ -321,14 +379,18 @@ def _speak_piecewise(
 
 
 @contextlib.contextmanager
-def samples_to_stdout() -> Iterator[Callable[["Samples"], None]]:
-    """Yields what writes samples to standard output as 16-bit little-endian integers, at once."""
+def samples_to_stdout(header: bytes = b"") -> Iterator[Callable[["Samples"], None]]:
+    """Yields what writes samples to standard output as 16-bit little-endian integers, at once.
+
+    header: goes before the first.
+    """
     from dia_fast.audio import pcm16
 
     with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as raw:
 
         def write(samples: "Samples") -> None:
-            left = memoryview(pcm16(samples))
+            nonlocal header
+            left, header = memoryview(header + bytes(pcm16(samples))), b""
             try:
                 while left:
                     left = left[raw.write(left) :]
@@ -340,12 +402,22 @@ def samples_to_stdout() -> Iterator[Callable[["Samples"], None]]:
         yield write
 
 
-def summary(made: Made, bar: "StepBar", output: Path) -> str:
+def wav_header(sample_rate: int) -> bytes:
+    """The head of a 16-bit mono WAV whose length is not known, which players read to the end of the stream."""
+    unknown = 0xFFFFFFFF
+    body = struct.pack("<HHIIHH", 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+    return b"".join(
+        [b"RIFF", struct.pack("<I", unknown), b"WAVEfmt ", struct.pack("<I", len(body)), body, b"data"]
+        + [struct.pack("<I", unknown)]
+    )
+
+
+def summary(made: Made, bar: "StepBar", output: Path, sample_rate: int) -> str:
     """One line: what was made, how fast, and how to make it again."""
     rate = bar.steps / bar.seconds
     first = "" if made.first is None else f"first sound after {made.first:.2f} s, "
     name = "standard output" if output == STANDARD_OUTPUT else output
     return (
-        f"{name}: {made.seconds:.2f} s of sound, {bar.steps} steps in {bar.seconds:.1f} s ({rate:.1f} steps/s, "
-        f"{made.seconds / bar.seconds:.2f}x realtime), {first}seed {made.seed}"
+        f"{name}: {made.seconds:.2f} s of sound at {sample_rate} Hz, {bar.steps} steps in {bar.seconds:.1f} s "
+        f"({rate:.1f} steps/s, {made.seconds / bar.seconds:.2f}x realtime), {first}seed {made.seed}"
     )

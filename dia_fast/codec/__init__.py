@@ -2,6 +2,6 @@
 
 from dia_fast.codec.codec import Codec, random_codec
 from dia_fast.codec.config import CodecConfig
-from dia_fast.codec.load import codec_for, load_codec
+from dia_fast.codec.load import codec_beside, codec_for, load_codec
 
-__all__ = ["Codec", "CodecConfig", "codec_for", "load_codec", "random_codec"]
+__all__ = ["Codec", "CodecConfig", "codec_beside", "codec_for", "load_codec", "random_codec"]

@@ -7,9 +7,12 @@ from types import ModuleType
 
 import torch
 
+from dia_fast import hub
+from dia_fast.adapters import base_of, is_adapter
 from dia_fast.codec.codec import Codec, build_codec
 from dia_fast.codec.weights import CONFIG, PREPROCESSOR, WEIGHTS, read_codec_files
 from dia_fast.errors import CheckpointError
+from dia_fast.voice import located
 
 DESCRIPT = "descript"
 AUTO = "auto"
@@ -17,11 +20,23 @@ OFFICIAL_CODEC = "descript/dac_44khz"
 
 
 def codec_for(model: str | os.PathLike[str], codec: str | os.PathLike[str] = AUTO) -> str:
-    """The name of a codec; for `"auto"` the folder `codec` of the model's folder, else that of the official models."""
+    """The name of a codec; for `"auto"` the folder `codec` beside the model's weights, else the official models'.
+
+    The codec of an adapter is that of its base.
+    """
     if codec != AUTO:
         return os.fspath(codec)
-    beside = Path(os.path.expanduser(model)) / "codec"
-    return str(beside) if beside.is_dir() else OFFICIAL_CODEC
+    folder = codec_beside(model)
+    return OFFICIAL_CODEC if folder is None else str(folder)
+
+
+def codec_beside(model: str | os.PathLike[str]) -> Path | None:
+    """The folder `codec` beside a model's weights, or None. model: a folder, a file of weights, an adapter, a name."""
+    path = Path(os.path.expanduser(located(model)))
+    folder = path.parent if path.is_file() else path
+    if (folder / "codec").is_dir():
+        return folder / "codec"
+    return codec_beside(base_of(folder)) if is_adapter(folder) else None
 
 
 def load_codec(
@@ -66,6 +81,5 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
     try:
         folder = snapshot_download(name, revision=revision, local_files_only=local_files_only, allow_patterns=files)
     except Exception as error:  # the Hub client raises its own, its HTTP library's and the system's errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name}: cannot be had from the Hugging Face Hub: {reason}") from error
+        raise CheckpointError(f"{name}: cannot be had from the Hugging Face Hub: {hub.reason_of(error)}") from None
     return Path(folder)

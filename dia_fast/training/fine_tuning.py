@@ -107,7 +107,7 @@ def _write(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> Path:
         adapter = trainer.adapters.get(name)
         return weight if adapter is None else adapter.merged(weight)
 
-    return write_checkpoint(run.model, checkpoint.config, dtypes, fetch)
+    return write_checkpoint(run.model, checkpoint.config, dtypes, fetch, defaults=checkpoint.defaults)
 
 
 def _with_codec(model: Path, settings: TrainSettings) -> Path:
