@@ -67,7 +67,8 @@ class Checkpoint:
     def load(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The packed weights by name (see `packing.packed_shapes`), in `dtype` (default: the stored one) on `device`.
 
-        Raises CheckpointError if a file breaks off, and if the device has no memory left.
+        Raises CheckpointError if a file breaks off, for values that are NaN, infinity, or too large for `dtype`, and if
+        the device has no memory left.
         """
         dtype = self.dtype if dtype is None else dtype
         if dtype not in DTYPES:
@@ -86,6 +87,10 @@ class Checkpoint:
             _copy(self.tensors[name], place, packed[place.packed][place.first : place.last])
         for name in self.adapter.parts if self.adapter else ():
             packed[name].copy_(self.load_packed(name))
+            if wrong := not_finite(packed[name]):
+                raise CheckpointError(
+                    f"{self.source}: with the adapter {wrong} values of {name} are NaN or infinity in {_name(dtype)}"
+                )
         return packed
 
     def load_packed(self, packed: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -228,8 +233,43 @@ def _check(tensors: dict[str, StoredTensor], places: dict[str, Placement], where
             )
 
 
+def not_finite(weight: Tensor) -> int:
+    """How many values are NaN or infinity. Where none is, which is told in one pass, nothing is allocated."""
+    if not weight.numel() or all(bool(end.isfinite()) for end in weight.aminmax()):
+        return 0
+    return sum(int((~part.isfinite()).sum()) for part in weight.view(-1).split(tensor_files.CHUNK))
+
+
 def _copy(tensor: StoredTensor, place: Placement, out: Tensor) -> None:
-    """Fill `out`, rows of a packed weight, with a stored tensor, whatever its layout, dtype and device."""
+    """Fill `out`, rows of a packed weight, with a stored tensor, whatever its layout, dtype and device.
+
+    Raises CheckpointError where values are NaN or infinity, or become infinity in the dtype of `out`.
+    """
+    _fill(tensor, place, out)
+    if wrong := not_finite(out):
+        raise CheckpointError(f"{tensor.path}: {_not_finite(tensor, wrong, out.dtype)}")
+
+
+def _not_finite(tensor: StoredTensor, wrong: int, dtype: torch.dtype) -> str:
+    """The reason why values of a tensor are not finite after reading it as `dtype`."""
+    size, largest, stored = torch.Size(tensor.shape).numel(), 0.0, 0
+    for first in range(0, size, tensor_files.CHUNK):
+        part = tensor.read(first, min(first + tensor_files.CHUNK, size))
+        good = part[part.isfinite()]
+        stored += part.numel() - good.numel()
+        largest = max(largest, float(good.abs().max()) if good.numel() else 0.0)
+    if stored:
+        return (
+            f"tensor {tensor.name} is damaged: {stored} of its {size} values are NaN or infinity; get the checkpoint "
+            "again"
+        )
+    return (
+        f"{wrong} of the {size} values of tensor {tensor.name} are too large for {_name(dtype)}, which ends at "
+        f"{torch.finfo(dtype).max:.5g} (the largest is {largest:.5g}); use bfloat16 or float32 instead (bf16, fp32)"
+    )
+
+
+def _fill(tensor: StoredTensor, place: Placement, out: Tensor) -> None:
     if not place.transposed and tensor.dtype is out.dtype and out.device.type == "cpu":
         tensor.read_into(out)
         return

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dia_fast.checkpoint import DTYPES, open_checkpoint
+from dia_fast.checkpoint import DTYPES, not_finite, open_checkpoint
 from dia_fast.codec import codec_beside
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError, InputError
@@ -226,6 +226,10 @@ def _cut(entries: list[_Entry], fetch: Callable[[str], Tensor]) -> Iterator[tupl
     """Each entry's tensor, contiguous, cut from the packed weight that holds it (entries come grouped by it)."""
     for packed, group in itertools.groupby(entries, key=lambda entry: entry.place.packed):
         weight = fetch(packed)
+        if wrong := not_finite(weight):
+            raise CheckpointError(
+                f"weight {packed} cannot be written: {wrong} of its {weight.numel()} values are NaN or infinity"
+            )
         for entry in group:
             rows = weight[entry.place.first : entry.place.last]
             yield entry, (rows.T if entry.place.transposed else rows).contiguous().view(entry.place.shape)

@@ -1,7 +1,8 @@
 """Every exception that dia_fast raises on purpose.
 
 Each message says what was wrong, with which value, and what would work. The command line prints it as one line and
-exits with status 2; whatever else escapes is a bug in dia_fast.
+exits with status 2, or with 1 for a NumericError, which no other argument would mend; whatever else escapes is a bug
+in dia_fast.
 """
 
 
@@ -15,6 +16,10 @@ class InputError(DiaFastError, ValueError):
 
 class CheckpointError(DiaFastError, RuntimeError):
     """A configuration, a file or a tensor of a checkpoint that is missing, damaged or not supported."""
+
+
+class NumericError(DiaFastError, RuntimeError):
+    """A computation whose result is no speech: values that are NaN or infinity, or no code left to choose from."""
 
 
 class OutOfPages(DiaFastError, RuntimeError):

@@ -187,7 +187,7 @@ class DiaModel(nn.Module):
             ops.linear_residual(s.gated, layer.down, s.x)
         ops.codebook_logits(s.x, stack.norm, stack.head, eps, s.logits)
         ops.sample(
-            s.logits, s.row, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, eos=eos
+            s.logits, s.row, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, s.status, eos=eos
         )  # fmt: skip
 
     @torch.inference_mode()

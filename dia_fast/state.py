@@ -46,7 +46,7 @@ def cross_pages(config: DiaConfig) -> PageShape:
 
 
 _OF_A_SLOT = (
-    "forced", "sampled", "codes", "row", "eos_row", "first_row", "end_row", "finished", "text_lengths",
+    "forced", "sampled", "codes", "row", "eos_row", "first_row", "end_row", "finished", "status", "text_lengths",
     "seed", "guidance_scale", "temperature", "top_p", "top_k",
 )  # fmt: skip
 _SCRATCH_PER_SLOT = ("cross_q", "cross_attended")
@@ -79,6 +79,7 @@ class DecodeState:
 
         self.delay = torch.tensor(config.delay_pattern, dtype=torch.int32).to(device)
         self.forced = integers(batch, max_delay + 1, channels, fill=FREE)
+        self.status = integers(batch, channels)
         self.sampled, self.codes = integers(batch, channels), integers(batch, sizes.rows, channels)
         self.row, self.eos_row = integers(batch, fill=-1), integers(batch, fill=-1)
         self.first_row, self.end_row, self.finished = integers(batch), integers(batch), integers(batch)

@@ -164,9 +164,8 @@ def test_sample_draws_by_exact_integers(choice: Choice, seed: int, row: int, spr
     logits = torch.randn(2, channels, vocab, generator=torch.Generator().manual_seed(seed % 1000)) * spread
     out = torch.full((1, channels), -7, dtype=torch.int32)
     arguments = settings_of([choice])
-    reference.sample(
-        logits, torch.tensor([row], dtype=torch.int32), torch.tensor([seed]), **arguments, out=out, eos=eos
-    )
+    rows, seeds, status = torch.tensor([row], dtype=torch.int32), torch.tensor([seed]), torch.zeros_like(out)
+    reference.sample(logits, rows, seeds, **arguments, out=out, status=status, eos=eos)
     if row < 0:
         assert out.tolist() == [[-7] * channels]
         return
@@ -185,7 +184,7 @@ def test_a_draw_on_the_border_belongs_to_the_next_id(word: int, drawn: int, monk
     monkeypatch.setattr("dia_kernels.reference.sampling.philox", lambda seed, c0, c1: torch.full_like(c1, word))
     out, one = torch.empty(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     arguments = settings_of([Choice(1.0, 1.0, 0, 1.0)])
-    reference.sample(torch.zeros(1, 1, 4), one, one.long(), **arguments, out=out, eos=4)
+    reference.sample(torch.zeros(1, 1, 4), one, one.long(), **arguments, out=out, status=torch.zeros_like(out), eos=4)
     assert out.item() == drawn
 
 
@@ -196,7 +195,7 @@ def test_sampled_frequencies() -> None:
     arguments = settings_of([Choice(1.0, 1.0, 0, 1.0)] * slots)
     out = torch.empty(slots, channels, dtype=torch.int32)
     seeds, rows = torch.full((slots,), 5), torch.arange(slots, dtype=torch.int32)
-    reference.sample(logits.contiguous(), rows, seeds, **arguments, out=out, eos=vocab)
+    reference.sample(logits.contiguous(), rows, seeds, **arguments, out=out, status=torch.zeros_like(out), eos=vocab)
     expected = logits[0, 0].double().softmax(-1) * slots
     for channel in range(channels):
         counts = out[:, channel].long().bincount(minlength=vocab)

@@ -13,8 +13,13 @@ from torch.nn import functional
 from dia_fast.codec.config import CodecConfig
 from dia_fast.codec.network import DacNetwork
 from dia_fast.codec.weights import check_tensors, write_transformers
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, NumericError
 from dia_kernels import reference
+
+_HELP = (
+    "its weights may be damaged; get them again",
+    "values have grown too large for float16, or its weights are damaged; use bfloat16 or float32",
+)
 
 
 class Codec:
@@ -64,7 +69,8 @@ class Codec:
         """Mono samples `[n]`, floating point at `sample_rate` -> codes `[frames, num_codebooks]` int64, on the device.
 
         The end is padded with silence to a whole number of frames: `frames = ceil(n / hop_length)`.
-        Raises InputError for no samples, another shape or dtype, and for NaN or infinity.
+        Raises InputError for no samples, another shape or dtype, and for NaN or infinity; NumericError where what the
+        network makes of the samples is not finite.
         """
         if not isinstance(samples, Tensor | np.ndarray):
             raise InputError(f"samples: expected a torch tensor or numpy array, got {type(samples).__name__}")
@@ -76,18 +82,24 @@ class Codec:
         if not wave.isfinite().all():
             raise InputError(f"samples: sample {int((~wave.isfinite()).nonzero()[0, 0])} is not a finite number")
         wave = functional.pad(wave.to(self.device, self.dtype), (0, -len(wave) % self.hop_length))
+        if not wave.isfinite().all():
+            raise InputError(f"samples: some are too large for {self.dtype}; full scale is from -1 to 1")
         return self.network.encode(wave[None, None])[0].T.contiguous()
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `[frames, num_codebooks]`, integers from 0 to `codebook_size - 1` -> samples `[n]` float32.
 
         `n = frames * hop_length` (a few less if an upsampling ratio is odd, as none is in Dia's codec); on the device.
-        Raises InputError for another shape or dtype and for a code outside the codebook.
+        Raises InputError for another shape or dtype and for a code outside the codebook, NumericError where the sound
+        comes out as NaN or infinity.
         """
         self._check_codes(codes)
         if not len(codes):
             return torch.zeros(0, device=self.device)
-        return self.network.decode(codes.to(self.device, torch.int64).T[None])[0, 0].float()
+        wave = self.network.decode(codes.to(self.device, torch.int64).T[None])[0, 0].float()
+        if not wave.isfinite().all():
+            raise NumericError(f"the codec's sound is NaN or infinity: {_HELP[self.dtype == torch.float16]}")
+        return wave
 
     def decode_span(self, codes: Tensor, start: int, stop: int) -> Tensor:
         """The samples of frames start..stop-1 as in `decode(codes)`, at the price of those frames and their context.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dia_fast.codec.config import DILATIONS, KERNEL, CodecConfig
+from dia_fast.errors import NumericError
 
 FEW_FRAMES = 32  # the first convolution of the decoder sees no fewer
 
@@ -195,7 +196,10 @@ class DacNetwork(nn.Module):
         self.decoder = Decoder(config, ops)
 
     def encode(self, samples: Tensor) -> Tensor:
-        return self.quantizer.encode(self.encoder(samples))
+        latent = self.encoder(samples)
+        if not latent.isfinite().all():
+            raise NumericError("the codec's encoder gives NaN or infinity; is the recording louder than -1 to 1?")
+        return self.quantizer.encode(latent)
 
     def decode(self, codes: Tensor) -> Tensor:
         return self.decoder(self.quantizer.decode(codes))

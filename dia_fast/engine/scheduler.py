@@ -312,12 +312,18 @@ class Engine:
         except Exception as error:
             self.state.reset_scratch()
             self._watch.forget()
-            failure = StepFailed(f"a decode step failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._fail(list(self._running), failure)
+            broken = StepFailed(f"a decode step failed: {type(error).__name__}: {error}")
+            broken.__cause__ = error
+            self._fail(list(self._running), broken)
             return
         self._peak = max(self._peak, self._bytes(self.state.pool.free, self.state.cross_pool.free))
         for item in seen:
+            if item.status is not None and item.run in self._running:
+                slot = self._running.index(item.run)
+                failure = slots.failure(self.model.config, self.state, slot, item.status, item.run.plan)
+                if failure is not None:
+                    self._fail([item.run], failure)
+                    continue
             if item.rows is not None:
                 item.run.handle._receive(item.rows)
             if item.finished and item.run in self._running:

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from dia_fast.config import DiaConfig
 from dia_fast.delay import undo_delay
 from dia_fast.engine.request import Generation, Plan
 from dia_fast.engine.run import Parked
+from dia_fast.errors import NumericError
 from dia_fast.model import DiaModel
 from dia_fast.state import DecodeState
+from dia_kernels.reference.sampling import NOT_FINITE
 
 CHUNK = 128
 """Rows of an audio prompt that are computed at once. Fixed, and counted from row 0: where a prompt is cut decides the
@@ -42,7 +46,7 @@ def place(state: DecodeState, slot: int, item: Plan) -> None:
     state.codes[slot, : item.first] = known[: item.first]
     state.forced[slot] = known[item.first :]
     state.first_row[slot], state.end_row[slot] = item.first, item.end
-    state.eos_row[slot], state.finished[slot] = -1, 0
+    state.eos_row[slot], state.finished[slot], state.status[slot] = -1, 0, 0
     state.row[slot] = item.first
 
 
@@ -53,6 +57,34 @@ def collect(config: DiaConfig, state: DecodeState, slot: int, item: Plan) -> Gen
     ended = int(state.eos_row[slot])
     truncated = ended < 0 or ended + max(delay) >= item.end
     return Generation(undo_delay(rows, delay, eos)[item.first :], rows, item.seed, truncated)
+
+
+def failure(config: DiaConfig, state: DecodeState, slot: int, status: Tensor, item: Plan) -> NumericError | None:
+    """The error that a slot's status, `[channels]`, amounts to, or None if no code was chosen by it. Waits.
+
+    Once its channel's speech has ended, or all rows are there, a sampled code is not used. Several channels mostly fail
+    at once; the earliest row is told, there the lowest channel.
+    """
+    eos_row, delay = int(state.eos_row[slot]), config.delay_pattern
+    words = [(word >> 2, channel, word & 3) for channel, word in enumerate(status.tolist()) if word]
+    used = [
+        (row, channel, kind)
+        for row, channel, kind in words
+        if row <= item.end and (eos_row < 0 or row < eos_row + delay[channel])
+    ]
+    if not used:
+        return None
+    row, channel, kind = min(used)
+    where = f"step {row - item.first} (row {row}, channel {channel})"
+    if kind == NOT_FINITE:
+        return NumericError(
+            f"the logits of {where} are NaN or infinity. The weights may be damaged: get the checkpoint again. In "
+            "float16 values may have grown too large: use bfloat16 or float32"
+        )
+    return NumericError(
+        f"no code is left to draw at {where}: the {item.request.top_k} best guided codes are all ones that cannot be "
+        "spoken. Give a larger top_k, or none"
+    )
 
 
 def park(state: DecodeState, slot: int, lane: int, guided: bool) -> Parked:

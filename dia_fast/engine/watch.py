@@ -14,20 +14,24 @@ POLL_EVERY = 8  # steps between two looks at a GPU; at a CPU every step is looke
 
 @dataclass(frozen=True)
 class Seen:
-    """One request as it was after some step: whether it had finished, and if not, the rows new to its stream."""
+    """One request as it was after some step: whether it had finished, and if not, the rows new to its stream.
+
+    status: `[channels]` int32 on the host if some channel reports what `sample` found wrong, otherwise None.
+    """
 
     run: Run
     finished: bool
     rows: Tensor | None
+    status: Tensor | None
 
 
 class Watch:
-    """Sends copies of the finished flags, and of rows that somebody streams, on their way and picks them up later."""
+    """Sends copies of finished flags, status words and streamed rows on their way and picks them up later."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.steps = 0
-        self._sent: tuple[list[Run], Tensor, list[Tensor | None]] | None = None
+        self._sent: tuple[list[Run], Tensor, Tensor, list[Tensor | None]] | None = None
         self._arrived: torch.cuda.Event | None = None
 
     def after_step(self, state: DecodeState, runs: Sequence[Run]) -> list[Seen]:
@@ -37,10 +41,13 @@ class Watch:
             self._send(state, runs)
         if self._sent is None or (self._arrived is not None and not self._arrived.query()):
             return []
-        runs, finished, rows = self._sent
+        runs, finished, status, rows = self._sent
         self._sent = self._arrived = None
-        seen = zip(runs, finished.tolist(), rows, strict=True)
-        return [Seen(run, bool(flag), None if flag else new) for run, flag, new in seen]
+        seen = zip(runs, finished.tolist(), status, status.any(1).tolist(), rows, strict=True)
+        return [
+            Seen(run, bool(flag), None if flag else new, word if wrong else None)
+            for run, flag, word, wrong, new in seen
+        ]
 
     def forget(self) -> None:
         """Drops what is under way."""
@@ -48,6 +55,7 @@ class Watch:
 
     def _send(self, state: DecodeState, runs: Sequence[Run]) -> None:
         finished = self._copy(state.finished[: len(runs)])
+        status = self._copy(state.status[: len(runs)])
         rows: list[Tensor | None] = []
         for slot, run in enumerate(runs):
             new = None
@@ -55,7 +63,7 @@ class Watch:
                 new = self._copy(state.codes[slot, run.received : run.row])
                 run.received = run.row
             rows.append(new)
-        self._sent = list(runs), finished, rows
+        self._sent = list(runs), finished, status, rows
         if self.on_gpu:
             self._arrived = torch.cuda.Event()
             self._arrived.record()

@@ -55,7 +55,7 @@ def _embed_codes(
     depth = r - first_row
     inside = real & (depth >= 0) & (depth < DEPTH) & active
     forced = tl.load(forced_ptr + (slot * DEPTH + depth) * CHANNELS + channel, mask=inside, other=-1)
-    code = tl.where(forced >= 0, forced, sampled)
+    code = tl.minimum(tl.maximum(tl.where(forced >= 0, forced, sampled), 0), VOCAB - 1)
 
     open_ended = active & (eos_row < 0) & (r > first_row)
     code = tl.where((channel == 0) & open_ended & (r == end_row - max_delay), EOS, code)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dia_kernels.dispatch import get_ops, triton_obstacle
+from dia_kernels.reference.sampling import NOT_FINITE
 
 
 def implementation(device: torch.device | str) -> str:
@@ -182,9 +183,19 @@ def sample(
     top_p: Tensor,
     eos: int,
 ) -> Tensor:
-    """One code per slot and channel: int32 `[batch, channels]`; a slot with `row < 0` gives `eos`."""
+    """One code per slot and channel: int32 `[batch, channels]`; a slot with `row < 0` gives `eos`.
+
+    Waits for the device. Raises ValueError where logits are NaN or infinity, or leave a draw no candidate.
+    """
     out = torch.full((row.shape[0], logits.shape[1]), eos, dtype=torch.int32, device=logits.device)
-    return _ops(logits).sample(logits, row, seed, guidance_scale, temperature, top_k, top_p, out, eos=eos)
+    status = torch.zeros_like(out)
+    _ops(logits).sample(logits, row, seed, guidance_scale, temperature, top_k, top_p, out, status, eos=eos)
+    if wrong := status.nonzero().tolist():
+        slot, channel = wrong[0]
+        kind = int(status[slot, channel]) & 3
+        what = "are NaN or infinity" if kind == NOT_FINITE else "leave no candidate to draw from"
+        raise ValueError(f"logits: those of slot {slot}, channel {channel} {what}")
+    return out
 
 
 @sample.register_fake

@@ -2,7 +2,7 @@
 
     guided = cond + scale * (cond - uncond);  candidates = conditional logits of the top_k best guided ids
     EOS rule on channel 0;  weights = floor(exp((score - max) * (1 / temperature)) * 2^30 + 0.5)
-    top_p;  one Philox draw
+    top_p;  one Philox draw;  a status where scores are not numbers or no candidate is left
 
 One program per (slot, channel); a row of logits is read once and stays in registers. The top_k and top_p borders are
 found by bisection over the bits of the float's ordered integer image: exact, no sort. Weights are integers, so sums do
@@ -14,8 +14,11 @@ import triton
 import triton.language as tl
 
 from dia_kernels import launch
+from dia_kernels.reference.sampling import EMPTY as _EMPTY
+from dia_kernels.reference.sampling import NOT_FINITE as _NOT_FINITE
 
 WEIGHT_ONE = tl.constexpr(1 << 30)
+NOT_FINITE, EMPTY = tl.constexpr(_NOT_FINITE), tl.constexpr(_EMPTY)
 
 
 @triton.jit
@@ -59,6 +62,12 @@ def _keep_top_p(key, weight, budget, DIGIT: tl.constexpr):
 
 
 @triton.jit
+def _numbers(x):
+    """NaN and infinity become minus infinity: no later maximum, comparison or conversion meets a NaN."""
+    return tl.where(x < float("inf"), x, float("-inf"))
+
+
+@triton.jit
 def _eos_rule(score, ids, channel, EOS: tl.constexpr):
     """Channel 0: EOS alone if it is the argmax, otherwise not at all. Other channels: unchanged."""
     wins = tl.argmax(score, 0, tie_break_left=True) == EOS
@@ -75,6 +84,7 @@ def _sample(
     top_k_ptr,  # [batch] int32
     top_p_ptr,  # [batch] float32
     out_ptr,  # [batch, CHANNELS] int32
+    status_ptr,  # [batch, CHANNELS] int32, set once
     batch,
     CHANNELS: tl.constexpr,
     VOCAB: tl.constexpr,
@@ -95,13 +105,17 @@ def _sample(
     scale = tl.load(scale_ptr + slot)
     cond = tl.load(logits_ptr + (slot * CHANNELS + channel) * VOCAB + ids, mask=real, other=float("-inf"))
 
+    wrong = real & ~(cond < float("inf"))
+    cond = _numbers(cond)
     guided = False
     if PAIRED:
         guided = scale != 1.0
     ranked = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS)
     if guided:
         other = tl.load(logits_ptr + ((batch + slot) * CHANNELS + channel) * VOCAB + ids, mask=real, other=0.0)
-        ranked = tl.where(real, cond + scale * (cond - other), float("-inf"))
+        mixed = cond + scale * (cond - other)
+        wrong = wrong | (real & ~((other < float("inf")) & (mixed < float("inf"))))
+        ranked = tl.where(real, _numbers(mixed), float("-inf"))
     kept = real
     if top_k > 0:
         kept = _keep_top_k(_ordered(ranked), real, top_k, DIGIT)
@@ -114,11 +128,14 @@ def _sample(
     best = tl.argmax(score, 0, tie_break_left=True)
     temperature = tl.load(temperature_ptr + slot)
     drawn = best
+    kind = tl.where(tl.sum(wrong.to(tl.int32), 0) > 0, NOT_FINITE, 0)
     if temperature != 0.0:
         top_p = tl.load(top_p_ptr + slot)
         peak = tl.max(score, 0)
+        kind = tl.where((kind == 0) & (peak == float("-inf")), EMPTY, kind)
         gap = tl.where(score == float("-inf"), float("-inf"), score - peak)
-        weight = tl.floor(tl.exp(gap * tl.div_rn(1.0, temperature)) * WEIGHT_ONE + 0.5).to(tl.int64)
+        heat = tl.minimum(tl.div_rn(1.0, temperature), 3.4028234663852886e38)  # 0 times infinity would be NaN
+        weight = tl.floor(tl.exp(gap * heat) * WEIGHT_ONE + 0.5).to(tl.int64)
         weight = tl.where(ids == best, WEIGHT_ONE, weight)
         if top_p < 1.0:
             budget = (top_p * tl.sum(weight, 0).to(tl.float32)).to(tl.int64)
@@ -133,6 +150,9 @@ def _sample(
         target = wide * (total >> 32) + (((wide >> 16) * low + (((wide & 0xFFFF) * low) >> 16)) >> 16)
         drawn = tl.sum((real & (edges <= target)).to(tl.int32), 0)
     tl.store(out_ptr + slot * CHANNELS + channel, drawn)
+    place = status_ptr + slot * CHANNELS + channel
+    first = tl.load(place, mask=kind != 0, other=1) == 0
+    tl.store(place, row * 4 + kind, mask=first)
 
 
 def _rule(dtype: torch.dtype, arch: str, *, vocab: int) -> dict[str, int]:
@@ -148,6 +168,7 @@ def sample(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     out: torch.Tensor,
+    status: torch.Tensor,
     *,
     eos: int,
 ) -> torch.Tensor:
@@ -164,8 +185,9 @@ def sample(
         "row": row, "seed": seed, "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k,
         "top_p": top_p,
     }  # fmt: skip
-    shapes = {name: (tensor, (batch,)) for name, tensor in settings.items()}
-    launch.require({"logits": (logits, logits.shape), "out": (out, (batch, channels)), **shapes})
+    per_code = {"out": (out, (batch, channels)), "status": (status, (batch, channels))}
+    per_slot = {name: (tensor, (batch,)) for name, tensor in settings.items()}
+    launch.require({"logits": (logits, logits.shape), **per_code, **per_slot})
     config = launch.configuration("sample", _rule, logits.dtype, logits.device, vocab=vocab)
     if config["DIGIT"] not in (1, 2, 4, 8):
         raise ValueError(f"DIGIT: {config['DIGIT']} bits a round, needs 1, 2, 4 or 8, which divide 32")
@@ -180,6 +202,7 @@ def sample(
         top_k,
         top_p,
         out,
+        status,
         batch,
         CHANNELS=channels,
         VOCAB=vocab,

@@ -112,3 +112,16 @@ def test_wrong_row_count_is_named(device: torch.device) -> None:
     state["x"] = state["x"][:4]
     with pytest.raises(ValueError, match="x: has 4 rows, needs 3"):
         embed_codes(**state, eos=EOS, pad=PAD)
+
+
+@pytest.mark.parametrize("op", [embed_codes, reference.embed_codes], ids=["triton", "torch"])
+@pytest.mark.parametrize("code", [VOCAB, 2**31 - 1, -5, -(2**31)])
+def test_a_code_outside_the_table_reads_its_nearest_end(op, code: int, device: torch.device) -> None:
+    state = make_state(1, [0, 1], 16, False, torch.float32, 2, device)
+    state["forced"].fill_(-1)
+    state["row"].copy_(state["first_row"])
+    state["sampled"].fill_(code)
+    op(**state, eos=EOS, pad=PAD)
+    end = min(max(code, 0), VOCAB - 1)
+    assert torch.equal(state["x"][0], state["table"][end] + state["table"][VOCAB + end])
+    assert (state["codes"][0, int(state["first_row"])] == end).all()

@@ -28,7 +28,7 @@ def request(batch: int, device: torch.device, **changes: float) -> dict[str, tor
 
 def run(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int, op=sample) -> torch.Tensor:
     out = poisoned((req["row"].shape[0], logits.shape[1]), torch.int32, logits.device)
-    return op(logits=logits, **req, out=out, eos=eos)
+    return op(logits=logits, **req, out=out, status=torch.zeros_like(out), eos=eos)
 
 
 def weights(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int) -> torch.Tensor:
@@ -140,11 +140,86 @@ def test_special_ids_take_their_places_among_the_guided_best(device: torch.devic
     assert drawn == {4}
 
 
-def test_nothing_left_gives_id_zero(device: torch.device) -> None:
+OPS = pytest.mark.parametrize("op", [sample, reference.sample], ids=["triton", "torch"])
+NOT_FINITE, EMPTY = 1, 2
+
+
+def run_both(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int, op) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and status."""
+    out = poisoned((req["row"].shape[0], logits.shape[1]), torch.int32, logits.device)
+    status = torch.zeros_like(out)
+    op(logits=logits, **req, out=out, status=status, eos=eos)
+    return out, status
+
+
+@OPS
+def test_nothing_left_gives_id_zero_and_is_told_where_it_is_drawn(op, device: torch.device) -> None:
+    """Greedily, transformers takes id 0 as well; where it would draw it raises."""
     logits = torch.zeros(2, 1, 12, device=device)
     logits[0, 0, 10] = 9.0
-    for temperature in (0.0, 1.0):
-        assert run(logits, request(1, device, top_k=1, temperature=temperature), 8).item() == 0
+    for temperature, expected in ((0.0, 0), (1.0, 5 * 4 + EMPTY)):
+        out, status = run_both(logits, request(1, device, top_k=1, temperature=temperature), 8, op)
+        assert out.item() == 0 and status.item() == expected
+
+
+@OPS
+def test_the_first_status_stays(op, device: torch.device) -> None:
+    logits = torch.full((1, 1, 12), torch.nan, device=device)
+    req = request(1, device, guidance_scale=1.0)
+    out, status = run_both(logits, req, 8, op)
+    assert status.item() == 5 * 4 + NOT_FINITE
+    op(logits=logits, **req | {"row": req["row"] + 1}, out=out, status=status, eos=8)
+    assert status.item() == 5 * 4 + NOT_FINITE
+    req["row"][0], status[0] = -1, 0
+    op(logits=logits, **req, out=out, status=status, eos=8)
+    assert status.item() == 0, "of an inert slot"
+
+
+def bit_patterns() -> st.SearchStrategy[int]:
+    """Of float32: any, and often infinities, NaN of either sign, zeros, the smallest and the largest numbers."""
+    named = [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF, 0, 0x80000000, 1, 0x7F7FFFFF,
+             0xFF7FFFFF, 0x3F800000]  # fmt: skip
+    return st.one_of(st.sampled_from(named), st.integers(0, 2**32 - 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    paired=st.booleans(),
+    temperature=st.sampled_from([0.0, 1e-44, 1e-6, 1.0, 50.0]),
+    top_k=st.sampled_from([0, 1, 3, 45]),
+    top_p=st.sampled_from([1e-6, 0.5, 1.0]),
+    scale=st.sampled_from([1.0, 3.0]),
+)
+def test_any_bits_of_logits_give_a_code_in_range(data, paired, temperature, top_k, top_p, scale) -> None:
+    """On both backends the same code and status; and a status exactly where a score is NaN or plus infinity."""
+    device, vocab, eos = executor.device(), 11, 7
+    branches = 2 if paired else 1
+    kinds = st.one_of(st.lists(bit_patterns(), min_size=2 * vocab, max_size=2 * vocab),
+                      bit_patterns().map(lambda bits: [bits] * (2 * vocab)))  # fmt: skip
+    bits = [data.draw(kinds) for _ in range(branches)]
+    logits = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32).view(branches, 2, vocab)
+    logits = logits.to(device)
+    req = request(1, device, temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=scale)
+    out, status = run_both(logits, req, eos, sample)
+    other, other_status = run_both(logits, req, eos, reference.sample)
+    assert torch.equal(out, other) and torch.equal(status, other_status)
+    assert (out >= 0).all() and (out[:, 0] <= eos).all() and (out[:, 1:] < eos).all()
+    wrong = ~(logits[0] < torch.inf)
+    if paired and scale != 1:
+        wrong |= ~((logits[1] < torch.inf) & (logits[0] + scale * (logits[0] - logits[1]) < torch.inf))
+    assert torch.equal(status[0] & 3 == NOT_FINITE, wrong.any(-1))
+    assert not ((status & 3 == EMPTY) & (temperature == 0)).any()
+
+
+def test_a_damaged_slot_changes_no_other(device: torch.device) -> None:
+    logits = random((8, 2, 40), torch.float32, device, 5, 2.0)
+    req = request(4, device)
+    expected, _ = run_both(logits, req, 36, sample)
+    logits[1, 0, 3], logits[6] = torch.nan, torch.inf
+    out, status = run_both(logits, req, 36, sample)
+    assert (status != 0).tolist() == [[False, False], [True, False], [True, True], [False, False]]
+    assert torch.equal(out[[0, 3]], expected[[0, 3]])
 
 
 def test_inert_slots_are_left_alone(device: torch.device) -> None:

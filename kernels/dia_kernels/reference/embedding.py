@@ -26,6 +26,7 @@ def embed_codes(
     - `r = row[b]`. A slot with `r < 0` or `finished[b] != 0` is inert: its positions become -1, its rows of `x`
       become 0, and nothing else of it changes.
     - the code of channel `c` is `forced[b, r - first_row[b], c]` where that exists and is `>= 0`, else `sampled[b, c]`;
+      one outside the table is brought to its nearest end, 0 or `vocab - 1`;
     - if `eos_row[b] < 0` and `r > first_row[b]`: when `r == end_row[b] - max(delay)` channel 0 becomes `eos`;
       when channel 0 is `eos`, `eos_row[b] = r`;
     - if `eos_row[b] >= 0`: channel `c` becomes `eos` at `r == eos_row[b] + delay[c]`, `pad` after it;
@@ -48,7 +49,7 @@ def embed_codes(
     depth = (r - first_row).long()
     in_forced = (depth >= 0) & (depth < forced.shape[1])
     lookup = forced[torch.arange(batch, device=row.device), depth.clamp(0, forced.shape[1] - 1)]
-    code = torch.where(in_forced[:, None] & (lookup >= 0), lookup, sampled)
+    code = torch.where(in_forced[:, None] & (lookup >= 0), lookup, sampled).clamp(0, vocab - 1)
 
     open_ended = active & (eos_row < 0) & (r > first_row)
     code[:, 0] = torch.where(open_ended & (r == end_row - max_delay), eos, code[:, 0])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 WEIGHT_ONE = 1 << 30  # fixed-point weight of the likeliest candidate
+NOT_FINITE, EMPTY = 1, 2  # in the lowest two bits of a status; the row is above them
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
@@ -62,6 +63,43 @@ def _keep_top_k(scores: Tensor, top_k: Tensor) -> Tensor:
     return kept | (top_k[:, None, None] <= 0)
 
 
+def _numbers(scores: Tensor) -> Tensor:
+    """NaN and infinity become minus infinity."""
+    return torch.where(scores < torch.inf, scores, -torch.inf)
+
+
+def _candidates(logits: Tensor, guidance_scale: Tensor, top_k: Tensor, eos: int) -> tuple[Tensor, Tensor]:
+    """Steps 1 to 4 of `sample_weights`: scores, minus infinity for ids that are out, and where one was no number.
+
+    `[batch, channels, vocab]` float32 and `[batch, channels]` bool.
+    """
+    batch = guidance_scale.shape[0]
+    channels, vocab = logits.shape[1:]
+    wrong = ~(logits[:batch] < torch.inf)
+    cond = _numbers(logits[:batch])
+    minus_inf = torch.tensor(-torch.inf, device=logits.device)
+    scores = cond.clone()
+    guided = torch.zeros(batch, dtype=torch.bool, device=logits.device)
+    if logits.shape[0] == 2 * batch:
+        guided = guidance_scale != 1
+        mixed = cond + guidance_scale[:, None, None] * (cond - logits[batch:])
+        wrong |= guided[:, None, None] & ~((logits[batch:] < torch.inf) & (mixed < torch.inf))
+        mixed = _numbers(mixed)
+        kept = torch.where(_keep_top_k(mixed, top_k), torch.where(top_k[:, None, None] > 0, cond, mixed), minus_inf)
+        scores = torch.where(guided[:, None, None], kept, scores)
+
+    ids = torch.arange(vocab, device=logits.device)
+    limit = torch.full((channels, 1), eos, device=logits.device)
+    limit[0] += 1
+    scores = torch.where(ids < limit, scores, minus_inf)
+    first = scores[:, 0]
+    eos_wins = first.argmax(-1, keepdim=True) == eos
+    scores[:, 0] = torch.where((ids == eos) == eos_wins, first, minus_inf)
+    if not bool(guided.all()):
+        scores = torch.where(guided[:, None, None] | _keep_top_k(scores, top_k), scores, minus_inf)
+    return scores, wrong.any(-1)
+
+
 def sample_weights(
     logits: Tensor,
     guidance_scale: Tensor,
@@ -84,35 +122,21 @@ def sample_weights(
        `floor(exp((score - max) * (1 / temperature)) * 2^30 + 0.5)` and an id stays when the weights of all ids before
        it, best first, sum to at most `top_p` of the total.
 
-    Ties are broken by the lower id throughout. If no candidate is left, id 0 gets the weight (argmax of nothing).
+    Ties are broken by the lower id throughout. NaN and infinity count as minus infinity, among the logits and among
+    the guided ones. If no candidate is left, id 0 gets the weight (argmax of nothing).
     """
-    batch = guidance_scale.shape[0]
-    channels, vocab = logits.shape[1:]
-    cond = logits[:batch]
-    minus_inf = torch.tensor(-torch.inf, device=logits.device)
-    scores = cond.clone()
-    guided = torch.zeros(batch, dtype=torch.bool, device=logits.device)
-    if logits.shape[0] == 2 * batch:
-        guided = guidance_scale != 1
-        mixed = cond + guidance_scale[:, None, None] * (cond - logits[batch:])
-        kept = torch.where(_keep_top_k(mixed, top_k), torch.where(top_k[:, None, None] > 0, cond, mixed), minus_inf)
-        scores = torch.where(guided[:, None, None], kept, scores)
+    return _weights(_candidates(logits, guidance_scale, top_k, eos)[0], temperature, top_k, top_p)
 
-    ids = torch.arange(vocab, device=logits.device)
-    limit = torch.full((channels, 1), eos, device=logits.device)
-    limit[0] += 1
-    scores = torch.where(ids < limit, scores, minus_inf)
-    first = scores[:, 0]
-    eos_wins = first.argmax(-1, keepdim=True) == eos
-    scores[:, 0] = torch.where((ids == eos) == eos_wins, first, minus_inf)
-    if not bool(guided.all()):
-        scores = torch.where(guided[:, None, None] | _keep_top_k(scores, top_k), scores, minus_inf)
 
+def _weights(scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Step 5 of `sample_weights`."""
+    vocab = scores.shape[-1]
+    ids = torch.arange(vocab, device=scores.device)
     best = scores.argmax(-1, keepdim=True)
     greedy = (temperature == 0)[:, None, None]
-    heat = torch.where(greedy, 1.0, temperature[:, None, None])
+    heat = torch.where(greedy, 1.0, temperature[:, None, None]).reciprocal().clamp(max=torch.finfo(torch.float32).max)
     gap = scores - scores.gather(-1, best)
-    weights = (torch.exp(gap * heat.reciprocal()) * WEIGHT_ONE + 0.5).floor().nan_to_num(nan=0.0).to(torch.int64)
+    weights = (torch.exp(gap * heat) * WEIGHT_ONE + 0.5).floor().nan_to_num(nan=0.0).to(torch.int64)
     weights = torch.where((ids == best), WEIGHT_ONE, weights * ~greedy)
 
     order = _best(scores, _most_kept(top_k, vocab))  # no more ids than that are left
@@ -132,6 +156,7 @@ def sample(
     top_k: Tensor,
     top_p: Tensor,
     out: Tensor,
+    status: Tensor,
     *,
     eos: int,
 ) -> Tensor:
@@ -143,8 +168,15 @@ def sample(
     top_k: `[batch]` int32, 0 for all; top_p: `[batch]` float32 in (0, 1]; out: `[batch, channels]` int32.
     The draw is `floor(u * total)` on the cumulative integer weights in id order, `u` the 32-bit Philox word of
     (seed, row, channel): the same seed gives the same code whatever else is in the batch.
+
+    status: `[batch, channels]` int32, where 0 means that all has been well; then it becomes `4 * row + kind` once
+    something is not, and stays that. The kinds are `NOT_FINITE`: a logit of the slot, or what guidance makes of it, is
+    NaN or infinity, and `EMPTY`: not that, no candidate is left, and the draw is not greedy (a greedy one takes id 0,
+    as transformers does, which raises in the other case). Minus infinity is no fault by itself: such an id is out.
+    Whatever the bits of the logits are, a code is from 0 to `vocab - 1`.
     """
-    weights = sample_weights(logits, guidance_scale, temperature, top_k, top_p, eos=eos)
+    scores, wrong = _candidates(logits, guidance_scale, top_k, eos)
+    weights = _weights(scores, temperature, top_k, top_p)
     batch, channels, _ = weights.shape
     channel = torch.arange(channels, device=logits.device).expand(batch, channels)
     bits = philox(seed[:, None].expand(batch, channels), row[:, None].expand(batch, channels), channel)
@@ -152,6 +184,10 @@ def sample(
     total = edges[..., -1]
     target = bits * (total >> 32) + _high32(bits, total & _MASK)
     drawn = (edges <= target[..., None]).sum(-1).to(torch.int32)
+    empty = (scores == -torch.inf).all(-1) & (temperature != 0)[:, None]
+    kind = torch.where(wrong, NOT_FINITE, torch.where(empty, EMPTY, 0))
+    first = (kind != 0) & (status == 0) & (row >= 0)[:, None]
+    status.copy_(torch.where(first, row[:, None] * 4 + kind, status))
     return out.copy_(torch.where((row >= 0)[:, None], drawn, out))
 
 
