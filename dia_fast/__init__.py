@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from dia_fast.api import Dia
     from dia_fast.audio import Audio
     from dia_fast.config import DiaConfig
-    from dia_fast.errors import CheckpointError, DiaFastError, InputError, OutOfPages
+    from dia_fast.errors import CheckpointError, DiaFastError, InputError, OutOfPages, SilentSpeech
+    from dia_fast.outcome import Outcome
     from dia_fast.settings import SamplingSettings
     from dia_fast.text import TextWarning
     from dia_fast.voice import demo_voice
@@ -30,7 +31,9 @@ _HOMES = {
     "DiaFastError": "errors",
     "InputError": "errors",
     "OutOfPages": "errors",
+    "Outcome": "outcome",
     "SamplingSettings": "settings",
+    "SilentSpeech": "errors",
     "TextWarning": "text",
     "demo_voice": "voice",
 }
@@ -43,7 +46,9 @@ __all__ = [
     "DiaFastError",
     "InputError",
     "OutOfPages",
+    "Outcome",
     "SamplingSettings",
+    "SilentSpeech",
     "TextWarning",
     "demo_voice",
 ]

@@ -4,7 +4,7 @@ import asyncio
 import math
 import os
 import threading
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dia_fast import engine, streaming
+from dia_fast import streaming
 from dia_fast.arguments import (
     AnyCodec,
     Memory,
@@ -24,7 +24,6 @@ from dia_fast.arguments import (
     check_codec,
     checked_rows,
     engine_limits,
-    expected_of,
     ids_of,
     is_list,
     one_text,
@@ -33,19 +32,18 @@ from dia_fast.arguments import (
     seeds_of,
     settings_for,
     texts_of,
-    warn_if_cut,
 )
 from dia_fast.audio import Audio
 from dia_fast.checkpoint import open_checkpoint
 from dia_fast.config import DiaConfig
 from dia_fast.convert import save_pretrained
-from dia_fast.engine import MAX_BATCH, Engine, Generation
+from dia_fast.engine import MAX_BATCH, Engine
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model import DiaModel
 from dia_fast.packing import packed_shapes
 from dia_fast.placement import choose_device, choose_dtype
 from dia_fast.prompts import AudioPrompt, encode_prompts, prompt_for_each
-from dia_fast.reading import readings_of, speak_scripts
+from dia_fast.reading import Reading, readings_of, speak_scripts
 from dia_fast.settings import CHECKPOINT, Default, SamplingSettings
 from dia_fast.streaming import checked_seconds
 from dia_kernels import get_ops
@@ -198,6 +196,7 @@ class Dia:
         top_k: int | Default | None = CHECKPOINT,
         do_sample: bool | Default = CHECKPOINT,
         seed: Seeds = None,
+        retries: int | Default = CHECKPOINT,
         progress: Progress = False,
     ) -> Audio | list[Audio]:
         """Speaks a text, or each text of a list in one batch; returns an `Audio`, or a list of them.
@@ -212,8 +211,10 @@ class Dia:
         settings: see `SamplingSettings`; one that is not given is the checkpoint's (`Dia.defaults`, from its
         generation_config.json); `max_new_tokens` is cut to the positions that the prompt leaves. seed: an int
         for all texts, or one for each; a text sounds the same alone and in a list. None draws one for each text; it is
-        in `Audio.seed`. progress: True for a bar on standard error, or a function that is called with the number of
-        steps so far.
+        in `Audio.seed`. A text, or a segment, in which the model says nothing is tried again `retries` times (2) with
+        seeds derived from its own; of silence there is a warning, and `Audio.outcome` tells what became of each
+        segment. progress: True for a bar on standard error, or a function that is called with the number of steps so
+        far.
         Raises InputError, before anything is computed, for whatever cannot be used.
         """
         settings = settings_for(
@@ -225,20 +226,11 @@ class Dia:
             top_p=top_p,
             top_k=top_k,
             do_sample=do_sample,
+            retries=retries,
         )
         codec = self.codec
-        if split is not None or prompt_text is not None:
-            texts = texts_of(text)
-            seeds = seeds_of(seed, len(texts), settings)
-            codes = self._codes(prompt_for_each(audio_prompt, len(texts), is_list(text)))
-            readings = readings_of(self.config, texts, codes, prompt_text, split, settings, seeds)
-            if any(len(reading.pieces) > 1 for reading in readings):
-                joined = speak_scripts(self.engine, codec, readings, progress, stacklevel=2)
-                return joined if is_list(text) else joined[0]
-            spoken = self._speak([reading.text for reading in readings], [*codes], settings, seeds, progress)
-        else:
-            spoken = self._speak(text, audio_prompt, settings, seed, progress)
-        audios = [Audio(codec.decode(item.frames).cpu().numpy(), codec.sample_rate, item.seed) for item in spoken]
+        readings = self._speak(text, audio_prompt, prompt_text, split, settings, seed, progress)
+        audios = [reading.audio(codec) for reading in readings]
         return audios if is_list(text) else audios[0]
 
     def generate_codes(
@@ -253,6 +245,7 @@ class Dia:
         top_k: int | Default | None = CHECKPOINT,
         do_sample: bool | Default = CHECKPOINT,
         seed: Seeds = None,
+        retries: int | Default = CHECKPOINT,
         progress: Progress = False,
     ) -> list[Tensor]:
         """As `generate`, but returns the codes of each text, `[frames, channels]` int64 on the CPU, always as a list.
@@ -268,8 +261,9 @@ class Dia:
             top_p=top_p,
             top_k=top_k,
             do_sample=do_sample,
+            retries=retries,
         )
-        return [item.frames for item in self._speak(text, audio_prompt, settings, seed, progress)]
+        return [item.codes() for item in self._speak(text, audio_prompt, None, None, settings, seed, progress)]
 
     def stream(
         self,
@@ -284,8 +278,9 @@ class Dia:
         top_k: int | Default | None = CHECKPOINT,
         do_sample: bool | Default = CHECKPOINT,
         seed: int | None = None,
+        retries: int | Default = CHECKPOINT,
         progress: Progress = False,
-    ) -> Generator[Audio, None, None]:
+    ) -> streaming.Stream:
         """Speaks one text and yields the sound piece by piece, each as soon as it is certain.
 
         chunk_seconds: length of every chunk but the last, rounded to frames of 11.6 ms. The first one comes when its
@@ -304,6 +299,7 @@ class Dia:
             top_p=top_p,
             top_k=top_k,
             do_sample=do_sample,
+            retries=retries,
         )
         seconds, ids = checked_seconds(chunk_seconds), ids_of(self.config, one_text(text))
         [drawn] = seeds_of(seed, 1, settings)
@@ -311,7 +307,8 @@ class Dia:
         codec = self.codec
         [codes] = self._codes(prompt_for_each(audio_prompt, 1, False))
         request = request_of(self.config, text, ids, drawn, codes, settings, stacklevel=2)
-        return streaming.stream(self.engine, codec, request, seconds, progress)
+        attempts = streaming.Attempts(self.config, text, settings, request)
+        return streaming.Stream(attempts, streaming.stream(self.engine, codec, attempts, seconds, progress))
 
     def astream(
         self,
@@ -326,7 +323,8 @@ class Dia:
         top_k: int | Default | None = CHECKPOINT,
         do_sample: bool | Default = CHECKPOINT,
         seed: int | None = None,
-    ) -> AsyncGenerator[Audio, None]:
+        retries: int | Default = CHECKPOINT,
+    ) -> streaming.AsyncStream:
         """`stream` for asyncio: `async for chunk in dia.astream(text)`. Never blocks the event loop.
 
         Streams of one loop share a batch, and one thread that makes the steps. A task that is cancelled, or an iterator
@@ -342,19 +340,22 @@ class Dia:
             top_p=top_p,
             top_k=top_k,
             do_sample=do_sample,
+            retries=retries,
         )
         seconds, ids = checked_seconds(chunk_seconds), ids_of(self.config, one_text(text))
         [drawn] = seeds_of(seed, 1, settings)
         prompts = prompt_for_each(audio_prompt, 1, False)
+        attempts = streaming.Attempts(self.config, text, settings)
 
         async def chunks() -> AsyncGenerator[Audio, None]:
             running, codec, [codes] = await asyncio.to_thread(lambda: (self.engine, self.codec, self._codes(prompts)))
             request = request_of(self.config, text, ids, drawn, codes, settings, stacklevel=2)
-            async with aclosing(streaming.astream(running, codec, request, seconds)) as pieces:
+            attempts.request = request
+            async with aclosing(streaming.astream(running, codec, attempts, seconds)) as pieces:
                 async for piece in pieces:
                     yield piece
 
-        return chunks()
+        return streaming.AsyncStream(attempts, chunks())
 
     def forward_logits(self, text: Texts, rows: Any, *, guidance: bool = True) -> tuple[Tensor, Tensor | None]:
         """Teacher forcing: the logits that follow each of the given rows, for research and comparisons.
@@ -382,22 +383,24 @@ class Dia:
         return f"Dia({size:,} parameters, {kind} on {self.device}, {self.model.ops.name} ops)"
 
     def _speak(
-        self, text: Texts, prompts: Prompts, settings: SamplingSettings, seed: Seeds, progress: Progress
-    ) -> list[Generation]:
+        self,
+        text: Texts,
+        prompts: Prompts,
+        prompt_text: str | None,
+        split: str | None,
+        settings: SamplingSettings,
+        seed: Seeds,
+        progress: Progress,
+    ) -> list[Reading]:
         """Checks everything, warns, and generates. Called by the public methods only: warnings blame their caller."""
         texts = texts_of(text)
         seeds = seeds_of(seed, len(texts), settings)
-        ids = [ids_of(self.config, item) for item in texts]
+        for item in texts:
+            ids_of(self.config, item)
         codes = self._codes(prompt_for_each(prompts, len(texts), is_list(text)))
-        requests = []
-        for parts in zip(texts, ids, seeds, codes, strict=True):
-            requests.append(request_of(self.config, *parts, settings, stacklevel=3))
-        with progress_of(progress, expected_of(self.config, requests)) as report:
-            spoken = engine.generate(self.model, requests, progress=report, engine=self.engine)
-        for index, (request, result) in enumerate(zip(requests, spoken, strict=True)):
-            which = f"text {index}: " if len(spoken) > 1 else ""
-            warn_if_cut(self.config, request, result, which=which, stacklevel=3)
-        return spoken
+        readings = readings_of(self.config, texts, codes, prompt_text, split, settings, seeds)
+        speak_scripts(self.engine, readings, progress, stacklevel=3)
+        return readings
 
     def _codes(self, prompts: list[AudioPrompt]) -> list[Tensor | None]:
         return encode_prompts(self.config, prompts, lambda: self.codec)

@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor
 
 from dia_fast.config import DiaConfig
-from dia_fast.engine import MAX_BATCH, Generation, Request
+from dia_fast.engine import MAX_BATCH, Request
 from dia_fast.errors import InputError
 from dia_fast.progress import StepBar
 from dia_fast.prompts import AudioPrompt
 from dia_fast.settings import SamplingSettings, random_seed
-from dia_fast.text import CHARACTERS_PER_SECOND, TextWarning, encode_text, warn_about
+from dia_fast.text import CHARACTERS_PER_SECOND, encode_text, warn_about
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -174,20 +173,14 @@ def checked_rows(config: DiaConfig, rows: Any, count: int) -> Tensor:
     return grid
 
 
-def row_limit(config: DiaConfig, request: Request) -> int:
-    """Rows that a request may take at most: its own limit, or what its prompt leaves of the model's positions."""
-    given = 0 if request.prompt is None else len(request.prompt)
-    return min(request.max_new_tokens, config.decoder.max_position_embeddings - given)
+def cut_remark(config: DiaConfig, limit: int, given: int) -> str:
+    """The remark about speech that reached its limit: `max_new_tokens`, or the positions that the prompt leaves.
 
-
-def warn_if_cut(
-    config: DiaConfig, request: Request, result: Generation, *, which: str = "", stacklevel: int = 1
-) -> None:
-    """Warns of speech that reached its limit; `stacklevel` 1 blames the caller, 2 its caller. which: of several."""
-    if result.truncated:
-        limit = row_limit(config, request)
-        cause = "max_new_tokens" if limit == request.max_new_tokens else "the model's positions"
-        warnings.warn(f"{which}speech was cut after {limit} steps, by {cause}", TextWarning, stacklevel=stacklevel + 1)
+    given: frames of the prompt.
+    """
+    left = config.decoder.max_position_embeddings - given
+    cause = "max_new_tokens" if limit <= left else "the model's positions"
+    return f"speech was cut after {min(limit, left)} steps, by {cause}"
 
 
 def engine_limits(max_batch: int, memory: Memory) -> dict[str, Any]:

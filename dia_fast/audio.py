@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dia_fast.errors import InputError
 from dia_fast.files import replacing
+from dia_fast.outcome import Outcome
 
 Samples = NDArray[np.float32]
 
@@ -37,7 +38,8 @@ FORMATS = {
 @dataclass(frozen=True, eq=False, repr=False)
 class Audio:
     """Mono sound. `samples`: float32 `[n]`, full scale is -1 to 1. `sample_rate`: samples per second.
-    `seed`: of generated sound, the seed that speaks it again.
+    `seed`: of generated sound, the seed that speaks it again. `outcome`: of generated sound, what became of its text;
+    of a chunk of a stream it is None, as the stream has one.
 
     In a notebook it shows as a player. Raises InputError if samples are not one-dimensional, or hold NaN or infinity.
     """
@@ -45,6 +47,7 @@ class Audio:
     samples: Samples
     sample_rate: int
     seed: int | None = None
+    outcome: Outcome | None = None
 
     def __post_init__(self) -> None:
         samples = _as_float32(self.samples)
@@ -64,7 +67,7 @@ class Audio:
 
     def resampled(self, sample_rate: int) -> "Audio":
         """The same sound at another rate (soxr, high quality)."""
-        return Audio(convert(self.samples, self.sample_rate, sample_rate), sample_rate, self.seed)
+        return Audio(convert(self.samples, self.sample_rate, sample_rate), sample_rate, self.seed, self.outcome)
 
     def to_bytes(self, format: str = "wav") -> bytes:
         """The contents of a `wav`, `flac`, `ogg` or `mp3` file. Louder than full scale is clipped.

@@ -34,11 +34,12 @@ _RATE, _MOST_SECONDS = 44_100, 35.0  # of the official model
 
 @dataclass
 class Totals:
-    """Items `done` in this run, `before` it, and `failed`; `seconds` of sound made in this run."""
+    """Items `done` in this run, `before` it, `failed` or `partial`; `seconds` of sound made in this run."""
 
     done: int = 0
     before: int = 0
     failed: int = 0
+    partial: int = 0
     seconds: float = 0.0
 
 
@@ -99,6 +100,9 @@ class Batch:
             self.manifest.append(entry)
             if entry["status"] == "failed":
                 totals.failed += 1
+            elif entry["status"] == "partial":
+                totals.partial += 1
+                totals.seconds += entry["duration"]
             else:
                 totals.done += 1
                 totals.seconds += entry["duration"]
@@ -157,11 +161,12 @@ class Batch:
         """Writes the sound of an item; returns its entry."""
         sound = reading.sound(dia.codec)
         if not len(sound):
-            raise InputError("the model ended the speech before it began: try another seed or text")
+            entry = failed_entry(item.line, item.id, "; ".join(reading.remarks))
+            return {**entry, "outcome": reading.outcome.described()}
         audio = Audio(sound, dia.codec.sample_rate)
         path = self.folder / item.file
         audio.save(path)
-        return done_entry(item, audio.duration, path.stat().st_size, len(reading.pieces), reading.remarks)
+        return done_entry(item, audio.duration, path.stat().st_size, reading.outcome)
 
 
 def _is_done(entry: dict[str, Any] | None, item: Item, folder: Path) -> bool:

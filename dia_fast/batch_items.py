@@ -14,7 +14,7 @@ from dia_fast.errors import InputError
 from dia_fast.settings import SamplingSettings
 from dia_fast.text import ABSURD_BYTES, checked_text
 
-SETTINGS = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k", "do_sample")
+SETTINGS = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k", "do_sample", "retries")
 FIELDS = ("id", "text", "prompt", "prompt_text", "seed", "split", *SETTINGS)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -1,8 +1,8 @@
 """Every exception that dia_fast raises on purpose.
 
 Each message says what was wrong, with which value, and what would work. The command line prints it as one line and
-exits with status 2, or with 1 for a NumericError, which no other argument would mend; whatever else escapes is a bug
-in dia_fast.
+exits with status 2, or with 1 for a NumericError, which no other argument would mend, and for SilentSpeech; whatever
+else escapes is a bug in dia_fast.
 """
 
 
@@ -20,6 +20,10 @@ class CheckpointError(DiaFastError, RuntimeError):
 
 class NumericError(DiaFastError, RuntimeError):
     """A computation whose result is no speech: values that are NaN or infinity, or no code left to choose from."""
+
+
+class SilentSpeech(DiaFastError, RuntimeError):
+    """A text of which nothing was spoken, where the result would be a file of sound."""
 
 
 class OutOfPages(DiaFastError, RuntimeError):

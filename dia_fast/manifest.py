@@ -9,23 +9,28 @@ from typing import IO, Any
 from dia_fast.batch_items import Item
 from dia_fast.errors import InputError
 from dia_fast.files import replacing
+from dia_fast.outcome import Outcome
 
 _DONE = {"line": int, "id": str, "file": str, "bytes": int, "fingerprint": str}
 
 
-def done_entry(item: Item, duration: float, size: int, pieces: int, remarks: list[str]) -> dict[str, Any]:
-    """duration: in seconds. size: of the file, in bytes. Nothing in it depends on when or how fast it was made."""
+def done_entry(item: Item, duration: float, size: int, outcome: Outcome) -> dict[str, Any]:
+    """The entry of an item with a file; its status is `"partial"` if a piece stayed silent, so that it is done again.
+
+    duration: in seconds. size: of the file, in bytes. Nothing in it depends on when or how fast it was made.
+    """
     return {
         "line": item.line,
         "id": item.id,
-        "status": "done",
+        "status": outcome.status,
         "file": item.file,
         "duration": round(duration, 6),
         "bytes": size,
-        "pieces": pieces,
+        "pieces": len(outcome.segments),
         "seed": item.settings.seed,
         "settings": item.described,
-        "remarks": remarks,
+        "remarks": list(outcome.warnings),
+        "outcome": outcome.described(),
         "fingerprint": item.fingerprint,
     }
 
@@ -118,7 +123,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or entry.get("status") not in ("done", "failed"):
+    if not isinstance(entry, dict) or entry.get("status") not in ("done", "partial", "failed"):
         return None
     if entry["status"] == "failed":
         return entry if "id" in entry and isinstance(entry["id"], str | None) else None

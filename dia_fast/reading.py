@@ -3,21 +3,23 @@
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dia_fast.arguments import FRAMES_PER_SECOND, Progress, ids_of, make_request, progress_of
+from dia_fast.arguments import FRAMES_PER_SECOND, Progress, cut_remark, ids_of, make_request, progress_of
 from dia_fast.audio import Audio, Samples
 from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Generation, Handle, Request
 from dia_fast.errors import InputError
+from dia_fast.outcome import Outcome, Segment, attempt_seed, finish_reason, silence
 from dia_fast.progress import StepBar
 from dia_fast.script import LEAST_SECONDS, PIECE_SECONDS, continued, join_pieces, split_script
-from dia_fast.settings import MAX_SEED, SamplingSettings
+from dia_fast.settings import SamplingSettings
 from dia_fast.text import (
     ABSURD_BYTES,
     GOOD_SECONDS,
@@ -81,7 +83,7 @@ def piece_seed(seed: int, index: int) -> int:
     """The seed of a piece: the script's for the first; for piece i the first 63 bits of SHA-256 of "seed/i"."""
     if index == 0:
         return seed
-    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "big") & MAX_SEED
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "big") & (2**63 - 1)
 
 
 class Reading:
@@ -92,7 +94,8 @@ class Reading:
     serve as a voice, since text and sound must match: none that the length limit has cut, and none that leaves no room.
 
     config: of the model. pieces: as from `cut`. settings: for every piece; with a seed. name: the caller's own.
-    `frames` are the codes of each piece, `remarks` what the user should hear about, `error` what ended it, if anything.
+    A silent piece is tried again, `settings.retries` times, before anything goes on in its voice. `frames` are the
+    codes of each piece, `remarks` what the user should hear about, `error` what ended it, if anything.
     Raises InputError for a text that cannot be spoken.
     """
 
@@ -109,9 +112,13 @@ class Reading:
         self.seed = settings.seed
         self.frames: list[Tensor | None] = [None] * len(pieces)
         self.truncated = [False] * len(pieces)
+        self.seeds: list[tuple[int, ...]] = [() for _ in pieces]
         self.error: Exception | None = None
+        for piece in pieces:
+            ids_of(config, piece)
         self.remarks = self._warnings()
         self._next = 0
+        self._again: list[int] = []
 
     @property
     def spoken(self) -> int:
@@ -129,28 +136,59 @@ class Reading:
 
     def next_request(self) -> tuple[int, Request] | None:
         """The next piece and its request; None if there is none, or none that can start yet."""
-        index = self._next
-        waits = self.voice is None and index > 0 and self.frames[index - 1] is None
-        if self.error is not None or index == len(self.pieces) or waits:
+        if self.error is not None:
             return None
-        self._next += 1
+        if self._again:
+            index = self._again.pop(0)
+        else:
+            index = self._next
+            waits = self.voice is None and index > 0 and self.frames[index - 1] is None
+            if index == len(self.pieces) or waits:
+                return None
+            self._next += 1
         prompt, text = self._in_voice(index)
         ids = ids_of(self.config, text)
-        return index, make_request(ids, piece_seed(self.seed, index), prompt, self.settings)
+        seed = attempt_seed(piece_seed(self.seed, index), len(self.seeds[index]))
+        self.seeds[index] += (seed,)
+        return index, make_request(ids, seed, prompt, self.settings)
 
     def take(self, index: int, spoken: Generation) -> None:
-        """Keeps what became of a piece."""
+        """Keeps what became of a piece, or has it tried again."""
+        silent, tried = not len(spoken.frames), len(self.seeds[index])
+        if silent and tried <= self.settings.retries and not self.settings.greedy:
+            self._again.append(index)
+            return
         self.frames[index], self.truncated[index] = spoken.frames, spoken.truncated
         which = f"piece {index + 1} of {len(self.pieces)}: " if len(self.pieces) > 1 else ""
-        if spoken.truncated:
-            self.remarks.append(f"{which}speech was cut at the length limit")
-        elif not len(spoken.frames) and which:
-            self.remarks.append(f"{which}the model ended it before it began, its words are missing: try another seed")
+        if silent:
+            self.remarks.append(which + silence(tried))
+        elif spoken.truncated:
+            prompt = self._in_voice(index)[0]
+            given = 0 if prompt is None else len(prompt)
+            self.remarks.append(which + cut_remark(self.config, self.settings.max_new_tokens, given))
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of it, once it is done."""
+        parts = zip(self.pieces, self.frames, self.truncated, self.seeds, strict=True)
+        segments = []
+        for text, frames, truncated, seeds in parts:
+            count = 0 if frames is None else len(frames)
+            segments.append(Segment(text, finish_reason(count, truncated), count, seeds))
+        return Outcome(tuple(segments), tuple(self.remarks))
 
     def sound(self, codec: "Codec") -> Samples:
         """The decoded pieces, joined; no samples if the model said nothing."""
         spoken = [frames for frames in self.frames if frames is not None and len(frames)]
         return join_pieces([codec.decode(frames).cpu().numpy() for frames in spoken], codec.sample_rate)
+
+    def audio(self, codec: "Codec") -> Audio:
+        """The sound, with its seed and outcome."""
+        return Audio(self.sound(codec), codec.sample_rate, self.seed, self.outcome)
+
+    def codes(self) -> Tensor:
+        """The codes of the pieces, one after the other, `[frames, channels]` int64."""
+        return torch.cat([frames for frames in self.frames if frames is not None])
 
     def expected_steps(self) -> int:
         """About how many steps all pieces take: one after the other, or at once in a voice of their own."""
@@ -203,7 +241,8 @@ class Reading:
             if found is not None and len(heard) + 1 > best[0]:
                 best = (len(heard) + 1, *found)
         if best[1] is None:
-            self.remarks.append(f"piece {index + 1} of {len(self.pieces)} begins with a new voice: none fits before it")
+            remark = f"piece {index + 1} of {len(self.pieces)} begins with a new voice: none fits before it"
+            self.remarks += [] if remark in self.remarks else [remark]
         return best[1], best[2]
 
     def _prompted(self, choice: Sequence[int], index: int) -> tuple[Tensor, str] | None:
@@ -218,7 +257,7 @@ class Reading:
 
 def read_all(
     engine: Engine, readings: Iterable[Reading], at_once: int, stepped: Callable[[], None] | None = None
-) -> Iterator[Reading]:
+) -> Generator[Reading, None, None]:
     """Speaks readings, and yields each when it is done or has failed, in that order.
 
     readings: taken one by one, only when there is room. at_once: most requests in the engine. stepped: called after
@@ -232,7 +271,7 @@ def read_all(
         while True:
             _fill(engine, source, at_once, begun, flying)
             if flying:
-                engine.step()
+                engine.advance()
                 if stepped is not None:
                     stepped()
                 for landed in [item for item in flying if item[0].done]:
@@ -310,15 +349,15 @@ def readings_of(
     return found
 
 
-def speak_scripts(
-    engine: Engine, codec: "Codec", readings: Sequence[Reading], progress: Progress, *, stacklevel: int = 1
-) -> list[Audio]:
-    """The sound of each reading, its pieces joined; all share the engine. Warns of what there is to remark.
+def speak_scripts(engine: Engine, readings: Sequence[Reading], progress: Progress, *, stacklevel: int = 1) -> None:
+    """Speaks all readings at once. Warns of what there is to remark.
 
     progress: as in `Dia.generate`; a bar counts pieces too. stacklevel: 1 blames the caller of this. Raises what ended
     one of the readings.
     """
-    known = [_warn(reading, index, len(readings), 0, stacklevel) for index, reading in enumerate(readings)]
+    known = []
+    for index, reading in enumerate(readings):  # a comprehension would be a frame of its own in Python 3.11
+        known.append(_warn(reading, index, len(readings), 0, stacklevel))
     count, total = sum(len(reading.pieces) for reading in readings), max(item.expected_steps() for item in readings)
     start = engine.stats.steps
     with progress_of(progress, total) as report:
@@ -330,12 +369,12 @@ def speak_scripts(
             if report is not None and steps:
                 report(steps)
 
-        for reading in read_all(engine, readings, engine.state.sizes.batch, stepped):
-            if reading.error is not None:
-                raise reading.error
+        with closing(read_all(engine, readings, engine.state.sizes.batch, stepped)) as ended:
+            for reading in ended:
+                if reading.error is not None:
+                    raise reading.error
     for index, (reading, before) in enumerate(zip(readings, known, strict=True)):
         _warn(reading, index, len(readings), before, stacklevel)
-    return [Audio(reading.sound(codec), codec.sample_rate, reading.seed) for reading in readings]
 
 
 def _warn(reading: Reading, index: int, count: int, first: int, stacklevel: int) -> int:

@@ -11,7 +11,8 @@ from typing import Any, SupportsIndex
 
 from dia_fast.errors import InputError
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
+RANDOM_SEED = -1  # as other tools write it
 
 
 class Default(Enum):
@@ -34,7 +35,8 @@ class SamplingSettings:
     guidance_scale: 1 to 100; `None` or 1 turns guidance off (half the work, less faithful to the text).
     temperature: 0 to 100; 0 is greedy. top_p: above 0, at most 1. top_k: 1 or more, `None` for all.
     do_sample: False takes the likeliest code each time, whatever temperature, top_p, top_k and seed are.
-    seed: 0 to 2^63 - 1, or `None` for a random one (`with_seed` picks it).
+    seed: 0 to 2^64 - 1, or `None` for a random one; -1 draws one at once, and the settings hold it.
+    retries: how often a segment that stays silent is tried again, each time with a seed derived from its own.
     Raises InputError, naming the setting and its value.
     """
 
@@ -45,6 +47,7 @@ class SamplingSettings:
     top_k: int | None = 45
     do_sample: bool = True
     seed: int | None = None
+    retries: int = 2
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -62,7 +65,9 @@ class SamplingSettings:
         if not isinstance(self.do_sample, bool):
             raise InputError(f"do_sample must be True or False, not {_shown(self.do_sample)}")
         if self.seed is not None:
-            put(self, "seed", _integer("seed", self.seed, 0, MAX_SEED, "None draws one"))
+            seed = _integer("seed", self.seed, RANDOM_SEED, MAX_SEED, "-1 or None draws one")
+            put(self, "seed", random_seed() if seed == RANDOM_SEED else seed)
+        put(self, "retries", _integer("retries", self.retries, 0, 100, "0 for none"))
 
     def given(self, **values: Any) -> "SamplingSettings":
         """These settings with other values; `CHECKPOINT` leaves one as it is. Raises InputError."""
@@ -99,8 +104,10 @@ def random_seed() -> int:
 
 
 def _integer(name: str, value: object, least: int, most: int | None, hint: str = "") -> int:
-    """`value` as a Python int; numpy and torch integers count, bools and floats do not."""
+    """`value` as a Python int; integers of numpy and torch count, and whole floats such as 300.0; bools do not."""
     try:
+        if isinstance(value, Real) and not isinstance(value, SupportsIndex) and float(value).is_integer():
+            value = int(value)  # type: ignore[call-overload]
         if isinstance(value, bool) or not isinstance(value, SupportsIndex):
             raise TypeError
         number = operator.index(value)

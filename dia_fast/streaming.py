@@ -8,18 +8,24 @@ just so many on either side, and the chunks joined are what one decode of all fr
 import asyncio
 import math
 import threading
+import warnings
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncGenerator, Generator
+from dataclasses import replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from dia_fast.arguments import Progress, expected_of, progress_of, warn_if_cut
+from dia_fast.arguments import Progress, cut_remark, expected_of, progress_of
 from dia_fast.audio import Audio
-from dia_fast.engine import Engine, Handle, Request
+from dia_fast.config import DiaConfig
+from dia_fast.engine import Engine, Generation, Handle, Request
 from dia_fast.errors import InputError
+from dia_fast.outcome import Outcome, Segment, attempt_seed, finish_reason, silence
+from dia_fast.settings import SamplingSettings
+from dia_fast.text import TextWarning, checked_text
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -33,45 +39,141 @@ def checked_seconds(chunk_seconds: Any) -> float:
     return seconds
 
 
+class Attempts:
+    """The attempts to speak the text of one stream. Silence is known before anything was sent, so it can start anew."""
+
+    def __init__(
+        self, config: DiaConfig, text: str | bytes, settings: SamplingSettings, request: Request | None = None
+    ) -> None:
+        self.config, self.text, self.settings, self.request = config, checked_text(text), settings, request
+        self.seeds: tuple[int, ...] = ()
+        self.outcome: Outcome | None = None
+
+    def next_request(self) -> Request:
+        assert self.request is not None and self.request.seed is not None
+        seed = attempt_seed(self.request.seed, len(self.seeds))
+        self.seeds += (seed,)
+        return replace(self.request, seed=seed)
+
+    def take(self, result: Generation) -> bool:
+        """Whether this was the last attempt; `outcome` is there then."""
+        assert self.request is not None
+        reason = finish_reason(len(result.frames), result.truncated)
+        if reason == "silent" and len(self.seeds) <= self.settings.retries and not self.settings.greedy:
+            return False
+        given = 0 if self.request.prompt is None else len(self.request.prompt)
+        remarks = {
+            "silent": silence(len(self.seeds)),
+            "length": cut_remark(self.config, self.request.max_new_tokens, given),
+        }
+        told = (remarks[reason],) if reason in remarks else ()
+        self.outcome = Outcome((Segment(self.text, reason, len(result.frames), self.seeds),), told)
+        return True
+
+    def warn(self, stacklevel: int) -> None:
+        assert self.outcome is not None
+        for remark in self.outcome.warnings:
+            warnings.warn(remark, TextWarning, stacklevel=stacklevel + 1)
+
+
+class Stream(Generator[Audio, None, None]):
+    """The chunks of `Dia.stream`, and their outcome."""
+
+    def __init__(self, attempts: Attempts, chunks: Generator[Audio, None, None]) -> None:
+        self._attempts, self._chunks = attempts, chunks
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What became of the text: None until the stream has ended."""
+        return self._attempts.outcome
+
+    def send(self, value: None) -> Audio:
+        return self._chunks.send(value)
+
+    def __next__(self) -> Audio:
+        return next(self._chunks)
+
+    def throw(self, *error: Any) -> Audio:
+        return self._chunks.throw(*error)
+
+    def close(self) -> None:
+        self._chunks.close()
+
+
+class AsyncStream(AsyncGenerator[Audio, None]):
+    """The chunks of `Dia.astream`, and their outcome."""
+
+    def __init__(self, attempts: Attempts, chunks: AsyncGenerator[Audio, None]) -> None:
+        self._attempts, self._chunks = attempts, chunks
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What became of the text: None until the stream has ended."""
+        return self._attempts.outcome
+
+    # Plain functions: a coroutine would put a frame of its own between the chunks and whoever waits for them.
+    def __anext__(self) -> Any:
+        return self._chunks.__anext__()
+
+    def asend(self, value: None) -> Any:
+        return self._chunks.asend(value)
+
+    def athrow(self, *error: Any) -> Any:
+        return self._chunks.athrow(*error)
+
+    def aclose(self) -> Any:
+        return self._chunks.aclose()
+
+
 def stream(
-    engine: Engine, codec: "Codec", request: Request, chunk_seconds: float, progress: Progress
+    engine: Engine, codec: "Codec", attempts: "Attempts", chunk_seconds: float, progress: Progress
 ) -> Generator[Audio, None, None]:
     """Speaks a request chunk by chunk. However the generator ends, nothing of the request is left in the engine."""
     chunks = _Chunks(codec, chunk_seconds)
+    request = attempts.next_request()
     handle = engine.submit(request, stream=True)
     try:
         with progress_of(progress, expected_of(engine.model.config, [request])) as report:
             start = engine.steps
-            while not handle.done:
-                while span := chunks.cut(handle):
-                    yield chunks.decode(span, request.seed)
-                before = engine.steps
-                engine.advance()
-                if report is not None and engine.steps > before:
-                    report(engine.steps - start)
-        result = handle.result()
+            while True:
+                while not handle.done:
+                    while span := chunks.cut(handle):
+                        yield chunks.decode(span, request.seed)
+                    before = engine.steps
+                    engine.advance()
+                    if report is not None and engine.steps > before:
+                        report(engine.steps - start)
+                result = handle.result()
+                if attempts.take(result):
+                    break
+                handle = engine.submit(attempts.next_request(), stream=True)
         while span := chunks.cut(handle):
             yield chunks.decode(span, request.seed)
-        warn_if_cut(engine.model.config, request, result, stacklevel=2)
+        attempts.warn(stacklevel=3)
     finally:
         handle.cancel()
 
 
 async def astream(
-    engine: Engine, codec: "Codec", request: Request, chunk_seconds: float
+    engine: Engine, codec: "Codec", attempts: "Attempts", chunk_seconds: float
 ) -> AsyncGenerator[Audio, None]:
     """As `stream`, with everything that takes time or waits for a lock in threads of asyncio's pool."""
     chunks, pump, submission = _Chunks(codec, chunk_seconds), _pump(engine), _Submission()
     try:
-        handle = await asyncio.to_thread(submission.submit, engine, request)
-        while not handle.done:
-            while span := chunks.cut(handle):
-                yield await asyncio.to_thread(chunks.decode, span, request.seed)
-            await pump.wait(engine, handle, chunks.needed)
-        result = handle.result()
+        seed = None
+        while True:
+            request = attempts.next_request()
+            seed = request.seed if seed is None else seed
+            handle = await asyncio.to_thread(submission.submit, engine, request)
+            while not handle.done:
+                while span := chunks.cut(handle):
+                    yield await asyncio.to_thread(chunks.decode, span, seed)
+                await pump.wait(engine, handle, chunks.needed)
+            if attempts.take(handle.result()):
+                break
         while span := chunks.cut(handle):
-            yield await asyncio.to_thread(chunks.decode, span, request.seed)
-        warn_if_cut(engine.model.config, request, result, stacklevel=3)
+            yield await asyncio.to_thread(chunks.decode, span, seed)
+        attempts.warn(stacklevel=3)
     finally:
         # Handed to a thread at once: a task of its own could be cancelled before it begins, when the loop ends.
         await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, submission.withdraw))

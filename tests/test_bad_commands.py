@@ -147,7 +147,7 @@ COMMANDS: list[tuple[str, list[str], str]] = [
     ("no extension", ["speak", TEXT, "-o", "/dev/full"], "its extension must be one of .wav"),
     ("NaN temperature", ["speak", TEXT, "--temperature", "nan"], "temperature must be from 0 (greedy) to 100, not nan"),
     ("top_k 0", ["speak", TEXT, "--top-k", "0"], "--top-k must be from 1"),
-    ("negative seed", ["speak", TEXT, "--seed", "-1"], "seed must be from 0"),
+    ("negative seed", ["speak", TEXT, "--seed", "-2"], "seed must be from -1"),
     ("negative length", ["speak", TEXT, "--max-new-tokens", "-5"], "--max-new-tokens must be at least 1, not -5"),
     ("short", ["speak", TEXT, "--model", "MODEL", "--max-new-tokens", "9"], "--max-new-tokens must be at least 17"),
     ("unknown device", ["speak", TEXT, "--model", "MODEL", "--device", "gpu"], "device 'gpu' is unknown"),

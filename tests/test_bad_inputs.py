@@ -80,7 +80,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 0}, "top_k must be from 1 to 2147483647, not 0; None keeps every candidate"),
     ({"top_k": -5}, "top_k must be from 1 to 2147483647, not -5"),
     ({"top_k": 2**31}, "top_k must be from 1 to 2147483647, not 2147483648"),
-    ({"top_k": 45.0}, "top_k must be a whole number, not 45.0"),
+    ({"top_k": 45.5}, "top_k must be a whole number, not 45.5"),
     ({"guidance_scale": 0.5}, "guidance_scale must be None (no guidance) or from 1 to 100, not 0.5"),
     ({"guidance_scale": -3.0}, "guidance_scale must be None (no guidance) or from 1 to 100, not -3.0"),
     ({"guidance_scale": NAN}, "guidance_scale must be None (no guidance) or from 1 to 100, not nan"),
@@ -92,8 +92,9 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": 100.5}, "max_new_tokens must be a whole number, not 100.5"),
     ({"max_new_tokens": None}, "max_new_tokens must be a whole number, not None"),
     ({"do_sample": "no"}, "do_sample must be True or False, not 'no'"),
-    ({"seed": -1}, "seed must be from 0 to 9223372036854775807, not -1"),
-    ({"seed": 2**63}, "seed must be from 0 to 9223372036854775807, not 9223372036854775808"),
+    ({"seed": -2}, "seed must be from -1 to 18446744073709551615, not -2"),
+    ({"seed": 2**64}, "seed must be from -1 to 18446744073709551615, not 18446744073709551616"),
+    ({"retries": -1}, "retries must be from 0 to 100, not -1"),
     ({"seed": 0.5}, "seed must be a whole number, not 0.5"),
     ({"seed": [1, 2]}, "seed has 2 entries for 1 texts"),
     ({"progress": "yes"}, "progress must be True, False or a function of the number of steps, not 'yes'"),
@@ -110,7 +111,7 @@ def test_setting(dia: Dia, tmp_path: Path, values: dict[str, Any], message: str)
 
 
 def test_a_number_that_python_cannot_print(dia: Dia, tmp_path: Path) -> None:
-    with refused(InputError, "seed must be from 0 to 9223372036854775807, not a number of thousands", tmp_path):
+    with refused(InputError, "seed must be from -1 to 18446744073709551615, not a number of thousands", tmp_path):
         dia.generate_codes(TEXT, seed=1 << 20_000)
 
 

@@ -225,7 +225,7 @@ def test_unexpected_errors_are_one_line_and_debug_shows_them(
     def fail(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("a bug\nover two lines")
 
-    monkeypatch.setattr("dia_fast.engine.generate", fail)
+    monkeypatch.setattr("dia_fast.engine.Engine.submit", fail)
     command = [*speak, TEXT, "-o", str(tmp_path / "out.wav")]
     assert main(command) == 1
     assert capfd.readouterr().err == "dia-fast: error: ZeroDivisionError: a bug over two lines (--debug shows where)\n"
@@ -238,15 +238,13 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(home: Path, tmp_path: Path) -> 
     """A real signal in the middle of the work, in a process of its own."""
     code = (
         "import os, signal, sys\n"
-        "from dia_fast import engine\n"
+        "from dia_fast.engine import Engine\n"
         "from dia_fast.cli import main\n"
-        "real = engine.generate\n"
-        "def interrupted(model, requests, *, progress, engine):\n"
-        "    def step(count):\n"
-        "        progress(count)\n"
-        f"        if count == 5: os.kill(os.getpid(), {int(signal.SIGINT)})\n"
-        "    return real(model, requests, progress=step, engine=engine)\n"
-        "engine.generate = interrupted\n"
+        "real = Engine.step\n"
+        "def interrupted(engine):\n"
+        f"    if engine.steps == 5: os.kill(os.getpid(), {int(signal.SIGINT)})\n"
+        "    return real(engine)\n"
+        "Engine.step = interrupted\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = ["speak", TEXT, "--model", str(home / "model"), "--codec", str(home / "codec"), "--device", "cpu"]

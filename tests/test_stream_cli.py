@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dia_fast import Audio
 from dia_fast.audio import growing_file
 from dia_fast.cli import main
 from dia_fast.codec import Codec
+from dia_fast.engine import slots
 from dia_fast.errors import InputError
 from tests.front import TEXT, make_codec, make_model, tree
 
@@ -151,8 +153,10 @@ def test_a_failure_leaves_the_old_file(
 def test_a_speech_without_sound_writes_no_file(
     speak: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dia_fast.api.Dia.stream", lambda *args, **named: (item for item in ()))
-    assert main([*speak, "-o", str(tmp_path / "out.wav"), "--stream"]) == 2
+    real = slots.collect
+    monkeypatch.setattr(slots, "collect", lambda *args: replace(real(*args), frames=real(*args).frames[:0]))
+    command = [*speak, "--max-new-tokens", "30", "-o", str(tmp_path / "out.wav"), "--stream"]
+    assert main(command) == 1
     assert "the model ended the speech before it began" in capfd.readouterr().err
     assert not tree(tmp_path)
 

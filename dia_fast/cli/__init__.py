@@ -14,7 +14,7 @@ from typing import Any
 
 import dia_fast
 from dia_fast.cli import batch, convert, doctor, info, plan, speak, train
-from dia_fast.errors import DiaFastError, NumericError
+from dia_fast.errors import DiaFastError, NumericError, SilentSpeech
 from dia_fast.text import TextWarning
 
 EXAMPLES = """\
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Whoever read our output has gone; nothing is left to tell, and Python must not complain at exit either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        except NumericError as error:
+        except (NumericError, SilentSpeech) as error:
             return _fail(args, f"error: {error}", 1)
         except DiaFastError as error:
             return _fail(args, f"error: {in_options(str(error), args)}", 2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, add_sampling, set_threads, settings_from
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingSettings, random_seed
 from dia_fast.voice import located
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     from dia_fast.batch import Batch
     from dia_fast.batch_items import Defaults, identity_of, read_items
 
-    args.seed = args.seed or 0
+    args.seed = random_seed() if args.seed == -1 else args.seed or 0
     settings_from(args, SamplingSettings())
     engine_limits(args.batch_size, args.memory)
     if args.model is None and not args.dry_run:
@@ -163,12 +163,14 @@ def _run(batch: "Batch", args: argparse.Namespace) -> int:
             raise
         seconds = bar.seconds
     if not args.quiet:
+        partial = f", {totals.partial} partial" if totals.partial else ""
         before = f" ({totals.before} of them before)" if totals.before else ""
         print(
             f"{args.folder}: {totals.done + totals.before} of {len(batch.items)} items done{before}, {totals.failed} "
-            f"failed; {totals.seconds:.2f} s of sound in {seconds:.1f} s ({totals.seconds / seconds:.2f}x realtime)"
+            f"failed{partial}; {totals.seconds:.2f} s of sound in {seconds:.1f} s "
+            f"({totals.seconds / seconds:.2f}x realtime)"
         )
-    return 1 if totals.failed else 0
+    return 1 if totals.failed or totals.partial else 0
 
 
 def _failure(line: int, identity: str | None, error: str) -> str:

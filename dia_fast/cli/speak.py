@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, SilentSpeech
 from dia_fast.settings import CHECKPOINT, SamplingSettings, random_seed
 from dia_fast.text import ABSURD_BYTES, TextWarning, checked_text, join_prompt, spoken_seconds
 
 if TYPE_CHECKING:
     from dia_fast.api import Dia
     from dia_fast.audio import Audio, Samples
+    from dia_fast.outcome import Outcome
     from dia_fast.progress import StepBar
 
 OFFICIAL_MODEL = "nari-labs/Dia-1.6B-0626"
@@ -28,8 +29,7 @@ OFFICIAL_MODEL = "nari-labs/Dia-1.6B-0626"
 STANDARD_OUTPUT = Path("-")
 PIECE_CHARACTERS, MOST_AT_ONCE = 100, 32  # a piece of a long text has no fewer characters, mostly
 SMALL_MODEL = 50_000_000  # weights; chosen between the demo voice and Dia-1.6B, not measured in between
-SAMPLING = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k")
-SILENCE = "the model ended the speech before it began: try another seed or text"
+SAMPLING = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k", "retries")
 
 DESCRIPTION = """\
 Speaks a transcript and writes it to an audio file.
@@ -64,6 +64,7 @@ class Made:
     seconds: float
     seed: int | None
     first: float | None = None
+    outcome: "Outcome | None" = None
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -183,7 +184,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, metavar="P", help=f"share of probability to draw from ({usual.top_p})")
     group.add_argument("--top-k", type=_none_or(int), metavar="K", help=f"candidates, none for all ({usual.top_k})")
     group.add_argument("--greedy", action="store_true", help="always take the likeliest code")
-    group.add_argument("--seed", type=int, metavar="N", help="the same seed speaks the same way (default: random)")
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="the same seed speaks the same way (default or -1: random)"
+    )
+    group.add_argument(
+        "--retries", type=int, metavar="N", help=f"more attempts at a silent segment, other seeds ({usual.retries})"
+    )
 
 
 def _none_or(kind: type) -> Any:
@@ -249,7 +255,7 @@ def check_output(path: Path) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks whatever can be checked without the model first, then loads, speaks and writes."""
-    args.seed = random_seed() if args.seed is None else args.seed
+    args.seed = random_seed() if args.seed in (None, -1) else args.seed
     settings_from(args, SamplingSettings())
     text = transcript(args)
     if args.prompt_text is not None and args.prompt is None:
@@ -336,6 +342,9 @@ def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
             summary(made, bar, output, dia.codec.sample_rate),
             file=sys.stderr if output == STANDARD_OUTPUT else sys.stdout,
         )
+    if made.outcome is not None and made.outcome.silent:
+        print(f"dia-fast: error: {_lost(made.outcome)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -347,9 +356,20 @@ def _speak_at_once(
     voice = {"audio_prompt": args.prompt, "prompt_text": args.prompt_text}
     [audio] = cast("list[Audio]", dia.generate([text], **voice, split=split, progress=bar, **asdict(settings)))
     if not audio.duration:
-        raise InputError(SILENCE)
+        raise SilentSpeech(_lost(audio.outcome))
     audio.save(output)
-    return Made(audio.duration, settings.seed)
+    return Made(audio.duration, settings.seed, outcome=audio.outcome)
+
+
+def _lost(outcome: "Outcome | None") -> str:
+    """Says which segments stayed silent."""
+    from dia_fast.outcome import silence
+
+    assert outcome is not None
+    if outcome.status == "failed":
+        return silence(max(len(segment.seeds) for segment in outcome.segments))
+    silent = ", ".join(str(index + 1) for index in outcome.silent)
+    return f"partial: of {len(outcome.segments)} segments the model said nothing in {silent}: try another seed or text"
 
 
 def _speak_piecewise(
@@ -374,8 +394,8 @@ def _speak_piecewise(
             seconds += chunk.duration
             first = first or time.perf_counter() - start
         if not seconds:
-            raise InputError(SILENCE)
-    return Made(seconds, settings.seed, first)
+            raise SilentSpeech(_lost(chunks.outcome))
+    return Made(seconds, settings.seed, first, chunks.outcome)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def place(state: DecodeState, slot: int, item: Plan) -> None:
     """Sets a slot to the first step of a request whose lane is filled."""
     settings = item.request.settings
     state.text_lengths[slot] = len(item.request.text_ids)
-    state.seed[slot] = item.seed
+    state.seed[slot] = item.seed - 2**64 if item.seed >= 2**63 else item.seed  # the same 64 bits
     state.guidance_scale[slot] = settings.guidance_scale or 1.0
     state.temperature[slot] = 0.0 if settings.greedy else settings.temperature
     state.top_k[slot] = settings.top_k or 0

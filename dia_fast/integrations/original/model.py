@@ -20,9 +20,10 @@ from dia_fast.errors import CheckpointError, InputError
 from dia_fast.integrations.original.codecs import SoundCodec, as_codec
 from dia_fast.integrations.original.config import ComputeDtype, OriginalConfig, as_config
 from dia_fast.model import DiaModel
+from dia_fast.outcome import silence
 from dia_fast.progress import StepBar
 from dia_fast.settings import SamplingSettings
-from dia_fast.text import encode_text, warn_about
+from dia_fast.text import TextWarning, encode_text, warn_about
 from dia_kernels import get_ops
 
 DEFAULT_SAMPLE_RATE = 44100
@@ -180,6 +181,9 @@ class Dia:
         if verbose:
             steps = sum(len(item.frames) for item in spoken) / len(spoken)
             print(f"generate: avg steps={steps:.1f}, total duration={time.perf_counter() - start:.3f}s")
+        for result in spoken:
+            if not len(result.frames):
+                warnings.warn(silence(1), TextWarning, stacklevel=2)
         outputs = [self._output(item) for item in spoken]
         return outputs if len(outputs) > 1 else outputs[0]
 
