@@ -8,6 +8,7 @@ something else; they are recognised and refused.
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -143,7 +144,8 @@ class DiaConfig:
         """Read the contents of a `config.json`, whichever library wrote it. A field that is absent has its default.
 
         Raises CheckpointError for the first generation of Dia, for another model, for a field of a wrong type and
-        for a field with a value that is not known here (it might change what the model computes).
+        for an unknown field of the encoder or the decoder (it might change what the model computes). Elsewhere tools
+        leave notes of their own, so that an unknown field is a warning.
         """
         if not isinstance(data, Mapping):
             raise CheckpointError(f"config: expected an object of named fields, got {type(data).__name__}")
@@ -156,7 +158,12 @@ class DiaConfig:
             raise CheckpointError(
                 "config: neither model_type nor encoder_config nor decoder_config is there: not a Dia configuration"
             )
-        _refuse_unknown("", data, _TOP | set(_TOKENS))
+        if notes := _unknown(data, _TOP | set(_TOKENS)):
+            warnings.warn(
+                "config: fields that are not known here are ignored: "
+                + ", ".join(f"{name} = {data[name]!r:.60}" for name in notes),
+                stacklevel=2,
+            )
         encoder = _read_stack(EncoderConfig, "encoder_config", data)
         decoder = _read_stack(DecoderConfig, "decoder_config", data)
         # transformers 5 lets a token id at the top level, where version 4 wrote it, override the decoder's own.
@@ -254,14 +261,10 @@ def _token(where: str, value: Any) -> int:
     return _integer(where, value, minimum=0)
 
 
-def _refuse_unknown(where: str, data: Mapping[str, Any], known: set[str]) -> None:
-    """Unknown fields that say "off" are harmless: None, False, 0 and empty containers pass."""
-    for name, value in data.items():
-        if value and not name.startswith("_") and name not in known | _GENERIC | _GENERATION:
-            raise CheckpointError(
-                f"config: unknown field {where}{name} = {value!r}; it may change what the model computes, so it is not "
-                "ignored. If it does not matter, take it out of config.json"
-            )
+def _unknown(data: Mapping[str, Any], known: set[str]) -> list[str]:
+    """Unknown fields. Those that say "off" are harmless: None, False, 0 and empty containers pass."""
+    known = known | _GENERIC | _GENERATION
+    return [name for name, value in data.items() if value and not name.startswith("_") and name not in known]
 
 
 def _read_stack(kind: type[EncoderConfig] | type[DecoderConfig], where: str, top: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,7 +274,11 @@ def _read_stack(kind: type[EncoderConfig] | type[DecoderConfig], where: str, top
     if not isinstance(data, Mapping):
         raise CheckpointError(f"config: {where} must be an object of named fields, got {data!r}")
     names = {item.name for item in fields(kind)}
-    _refuse_unknown(f"{where}.", data, names | _STACK_EXTRAS | set(_TOKENS))
+    for name in _unknown(data, names | _STACK_EXTRAS | set(_TOKENS)):
+        raise CheckpointError(
+            f"config: unknown field {where}.{name} = {data[name]!r}; it may change what the model computes, so it is "
+            "not ignored. If it does not matter, take it out of config.json"
+        )
     if data.get("hidden_act", "silu") not in ("silu", "swish"):
         raise CheckpointError(f"config: {where}.hidden_act is {data['hidden_act']!r}; only 'silu' is supported")
     values = {name: data[name] for name in names - set(_TOKENS) if name in data}

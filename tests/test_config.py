@@ -200,7 +200,7 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("encoder_config.norm_eps", float("nan"), "got nan"),
         ("encoder_config.head_dim", 15, "encoder_config.head_dim is 15; rotary embeddings need an even one"),
         ("encoder_config.sliding_window", 512, "unknown field encoder_config.sliding_window = 512"),
-        ("logit_softcap", 30.0, "unknown field logit_softcap = 30.0"),
+        ("decoder_config.logit_softcap", 30.0, "unknown field decoder_config.logit_softcap = 30.0"),
         ("decoder_config.num_attention_heads", 9, r"num_attention_heads \(9\) is not a multiple"),
         ("decoder_config.cross_num_attention_heads", 3, r"cross_num_attention_heads \(3\) is not a multiple"),
         ("decoder_config.num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, more than any real model"),
@@ -229,6 +229,24 @@ def test_fields_that_change_nothing_are_tolerated() -> None:
         assert DiaConfig.from_dict(change(path, value)) == EXPECTED
     shared = change("encoder_config.num_key_value_heads", None)
     assert DiaConfig.from_dict(shared).encoder.num_key_value_heads == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("unsloth_version", "2025.6"),
+        ("unsloth_fixed", True),
+        ("model_name", "dia"),
+        ("auto_map", {"AutoModel": "modeling.Dia"}),
+        ("license", "apache-2.0"),
+        ("sampling_rate", 44100),
+    ],
+)
+def test_notes_of_other_tools_are_a_warning(name: str, value: Any) -> None:
+    with pytest.warns(UserWarning, match=f"not known here are ignored: {name} = "):
+        assert DiaConfig.from_dict(change(name, value)) == EXPECTED
+    with pytest.raises(CheckpointError, match=f"unknown field decoder_config.{name}"):
+        DiaConfig.from_dict(change(f"decoder_config.{name}", value))
 
 
 @given(
