@@ -70,6 +70,8 @@ def read_settings(
         if top_k is not None and top_k.top_k != guidance.guidance_top_k:
             raise NotOurs("top_k")
         kept = guidance.guidance_top_k
+        if kept is not None and kept > decoder.vocab_size:
+            raise NotOurs(f"top_k, which is more than the vocabulary's {decoder.vocab_size}")
     return Settings(
         max_length=tokens["max_length"],
         guidance_scale=None if guidance is None else guidance.guidance_scale,
@@ -173,7 +175,7 @@ def assemble(
     channels = config.decoder.num_channels
     ends = [late + len(item.rows) for late, item in zip(pads, spoken, strict=True)]
     total = min(max(ends), settings.max_length)
-    grid = torch.full((len(spoken), total, channels), config.decoder.pad_token_id)
+    grid = torch.full((len(spoken), total, channels), config.decoder.pad_token_id, dtype=torch.int64, device="cpu")
     for row, late, item in zip(grid, pads, spoken, strict=True):
         row[late : late + len(item.rows)] = item.rows[: total - late]
     flat = grid.transpose(1, 2).reshape(-1, total).to(start)

@@ -41,9 +41,12 @@ def _is_set(value: Any) -> bool:
 
 
 def asks_for_more_in_settings(config: GenerationConfig) -> str | None:
-    """The first setting that wants more returned than the engine computes, or the model itself compiled, or None."""
-    if getattr(config, "compile_config", None) is not None:
-        return "compile_config"
+    """The first setting about the model's own loop and cache, or about more results than the engine has, or None."""
+    for name in ("compile_config", "cache_implementation", "prefill_chunk_size", "low_memory"):
+        if getattr(config, name, None):
+            return name
+    if getattr(config, "use_cache", None) is False:
+        return "use_cache"
     if config.return_dict_in_generate:
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(config, name, False):

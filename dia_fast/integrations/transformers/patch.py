@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 from transformers import DiaForConditionalGeneration
 
+from dia_fast.ambient import isolated
 from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Request
 from dia_fast.errors import InputError
@@ -41,17 +42,19 @@ class State:
         self.backend, self.share_memory, self.replaced = backend, share_memory, replaced
         self.lock = threading.RLock()
         self._watch: weights.Watch | None = None
+        self._fingerprint: list[int] | None = None
         self._obstacle: str | None = None
         self._ours: DiaModel | None = None
         self._engine: Engine | None = None
 
     def forget(self) -> None:
         """Lets go of the engine and its model; the next call makes them again."""
-        self._watch = self._ours = self._obstacle = self._engine = None
+        self._watch = self._ours = self._obstacle = self._engine = self._fingerprint = None
 
+    @isolated()
     def obstacle(self, model: DiaForConditionalGeneration) -> str | None:
-        """Why the engine cannot stand in for the model as it is now, or None; packs weights that have changed."""
-        if self._watch is None or self._watch.changed(model):
+        """Why the engine cannot stand in for the model as it is now, or None; brings the engine's model up to date."""
+        if self._watch is None or self._watch.changed(model) or self._rewritten(model):
             self.forget()
             self._obstacle = weights.foreign_module(model)
             if self._obstacle is None:
@@ -60,7 +63,16 @@ class State:
                 rows = config.decoder.max_position_embeddings + max(config.delay_pattern)
                 self._load(model, config.encoder.max_position_embeddings, rows)
             self._watch = weights.Watch(model)
-        return self._obstacle or self._watch.obstacle(modules.FORWARDS)
+        elif self._ours is not None and not self._ours.packed:
+            weights.renew(model, self._ours)
+        if self._ours is None:
+            return self._obstacle
+        weights.rotate_alike(model, self._ours)
+        return self._watch.obstacle(modules.FORWARDS) or weights.altered(model, self._ours.config)
+
+    def _rewritten(self, model: DiaForConditionalGeneration) -> bool:
+        """Whether weights differ from those that were packed into a form of which nothing can be read back."""
+        return self._fingerprint is not None and self._fingerprint != weights.fingerprint(model)
 
     @property
     def config(self) -> DiaConfig:
@@ -93,6 +105,8 @@ class State:
         decoder = replace(config.decoder, max_position_embeddings=rows)
         ours = DiaModel(replace(config, encoder=encoder, decoder=decoder), get_ops(self.backend, model.device))
         self._ours = ours.load(packed) if self.share_memory else ours.load(packed).pack()
+        self._fingerprint = weights.fingerprint(model) if self._ours.packed else None
+        weights.rotate_alike(model, self._ours)
         return self._ours
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "State":
@@ -135,10 +149,12 @@ def accelerate(
     there is one copy of the weights. With False the engine has a copy, in the form that its ops multiply fastest: on a
     CPU with 16-bit weights that is faster, elsewhere it makes no difference.
 
-    The weights may be trained, loaded, moved and cast as before: the next `generate` notices. `generate` keeps its
-    arguments and results, and takes `seed` beside them (an int for all texts, or a list). Where a call asks for
-    something that the engine has no counterpart of, the model serves it as if it were not accelerated, with a
-    `FallbackWarning` that names the argument. Calling `accelerate` again replaces the choices of the last call.
+    The weights may be trained, loaded, moved and cast as before, by whatever means: `generate` reads them again, and
+    what follows from them is computed at each call. (With share_memory=False and 16-bit weights on a CPU it compares
+    checksums of all weights instead.) `generate` keeps its arguments and results, and takes `seed` beside them (an int
+    for all texts, or a list). Where a call asks for something that the engine has no counterpart of, the model serves
+    it as if it were not accelerated, with a `FallbackWarning` that names the argument. Calling `accelerate` again
+    replaces the choices of the last call.
 
     Raises InputError for another model or a backend that cannot run, CheckpointError for a configuration that dia-fast
     does not compute.
@@ -178,7 +194,7 @@ def unaccelerate(model: DiaForConditionalGeneration) -> DiaForConditionalGenerat
 def refresh(model: DiaForConditionalGeneration) -> None:
     """Makes the engine read an accelerated model's weights again.
 
-    Needed after writes that torch does not count, those through `parameter.data`; any others are noticed.
+    It is hardly ever needed: every call of `generate` notices what has been written since the last one.
     """
     state = model.__dict__.get(STATE)
     if state is None:
@@ -261,6 +277,7 @@ def _sample(
     return transformers.generation.GenerateEncoderDecoderOutput(sequences=rows)
 
 
+@isolated()
 def _speak(
     self: Any, call: _Call, start: Tensor, processors: Any, criteria: Any, generation: Any, streamer: Any, given: Any
 ) -> Tensor:
@@ -287,6 +304,7 @@ def _speak(
     return rows
 
 
+@isolated()
 def _seeds(seed: int | list[int] | None, batch: int, sampled: bool) -> list[int | None]:
     """A seed for each text: as given, or drawn from torch's random numbers, which greedy decoding leaves alone.
 
@@ -298,7 +316,7 @@ def _seeds(seed: int | list[int] | None, batch: int, sampled: bool) -> list[int 
         return [SamplingSettings(seed=item).seed for item in seed]
     if seed is not None or not sampled:
         return [SamplingSettings(seed=0 if seed is None else seed).seed] * batch
-    return torch.randint(0, 2**63 - 1, (batch,)).tolist()
+    return torch.randint(0, 2**63 - 1, (batch,), dtype=torch.int64, device="cpu").tolist()
 
 
 def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ both libraries alike and is shared as it is. So packing moves a sixth of the wei
 needs beside them is the one tensor in work.
 """
 
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import fields
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DiaForConditionalGeneration
+from transformers.activations import ACT2FN
 from transformers.models.dia import modeling_dia
 
 from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.model import DiaModel, Stack
 from dia_fast.packing import packed_shapes, pieces
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -59,19 +62,85 @@ def pack(model: DiaForConditionalGeneration, config: DiaConfig, share: bool = Tr
     Parameters that must lie together are moved: `parameter.data` becomes a view of the packed tensor. One that stands
     for several weights at once (tied) stays where it is and is copied.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    uses = Counter(id(parameter) for parameter in named.values())
-    parts: dict[str, list[tuple[int, nn.Parameter]]] = defaultdict(list)
-    for name, (target, first, _) in pieces(config).items():
-        parts[target].append((first, named[name]))
-    packed = {}
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    packed, members_of = {}, _members(model, config)
     for target, shape in packed_shapes(config).items():
-        members = [parameter for _, parameter in sorted(parts[target], key=lambda item: item[0])]
+        members = members_of[target]
         if share:
-            packed[target] = _joined(members, shape, movable=all(uses[id(parameter)] == 1 for parameter in members))
+            # A view would turn a tensor of inference mode into one that has to be counted.
+            movable = all(uses[id(parameter)] == 1 and not parameter.is_inference() for parameter in members)
+            packed[target] = _joined(members, shape, movable)
         else:
             packed[target] = torch.cat([member.detach() for member in members])
     return packed
+
+
+def _members(model: DiaForConditionalGeneration, config: DiaConfig) -> dict[str, list[nn.Parameter]]:
+    """The parameters that make up each packed weight, from its first row on."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    parts: dict[str, list[tuple[int, nn.Parameter]]] = defaultdict(list)
+    for name, (target, first, _) in pieces(config).items():
+        parts[target].append((first, named[name]))
+    return {
+        target: [parameter for _, parameter in sorted(items, key=lambda item: item[0])]
+        for target, items in parts.items()
+    }
+
+
+def renew(model: DiaForConditionalGeneration, ours: DiaModel) -> None:
+    """Computes again, in place, all that a model on shared weights has as copies or has derived from them.
+
+    Nothing tells of every write: fused optimizers and `parameter.data` move no version counter.
+    """
+    packed = ours.state_dict()
+    for target, members in _members(model, ours.config).items():
+        whole, row = packed[target], 0
+        if whole.data_ptr() == members[0].data_ptr():
+            continue
+        for member in members:
+            whole[row : row + len(member)].copy_(member)
+            row += len(member)
+    ours.finalize_constants()
+
+
+def rotate_alike(model: DiaForConditionalGeneration, ours: DiaModel) -> None:
+    """Makes the rotation tables anew, in place, from the frequencies that the model has now."""
+    pairs: tuple[tuple[Any, Stack], ...] = ((model.model.encoder, ours.encoder), (model.model.decoder, ours.decoder))
+    for theirs, stack in pairs:
+        for module in theirs.modules():
+            if isinstance(module, modeling_dia.DiaRotaryEmbedding):
+                rows = torch.arange(len(stack.cos), dtype=torch.float32, device="cpu")
+                angles = rows[:, None] * module.inv_freq.detach().cpu().float()
+                stack.cos.copy_(angles.cos() * module.attention_scaling)
+                stack.sin.copy_(angles.sin() * module.attention_scaling)
+
+
+def fingerprint(model: DiaForConditionalGeneration) -> list[int]:
+    """A checksum of every parameter's bytes, for copies that cannot be compared."""
+    return [
+        zlib.crc32(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for parameter in model.parameters()
+    ]
+
+
+def altered(model: DiaForConditionalGeneration, config: DiaConfig) -> str | None:
+    """The first number of a module that the engine has as a constant and that is another one now, in words, or None."""
+    for name, module in model.named_modules():
+        decoder = name.startswith("model.decoder")
+        expected: dict[str, Any] = {}
+        if isinstance(module, modeling_dia.DiaRMSNorm):
+            expected = {"variance_epsilon": (config.decoder if decoder else config.encoder).norm_eps}
+        elif isinstance(module, modeling_dia.DiaSelfAttention | modeling_dia.DiaCrossAttention):
+            expected = {"scaling": 1}
+        elif isinstance(module, nn.Embedding):
+            expected = {"max_norm": None}
+        for key, value in expected.items():
+            if getattr(module, key) != value:
+                return f"{name}.{key} is {getattr(module, key)}, and the engine computes with {value}"
+    offsets = model.model.decoder.embeddings.offsets.tolist()
+    if offsets != [channel * config.decoder.vocab_size for channel in range(config.decoder.num_channels)]:
+        return "model.decoder.embeddings.offsets differ from the channels' places in the vocabulary"
+    return None
 
 
 def _joined(members: Sequence[nn.Parameter], shape: tuple[int, ...], movable: bool) -> Tensor:
@@ -105,10 +174,9 @@ def shared_bytes(model: DiaForConditionalGeneration, packed: dict[str, Tensor]) 
 
 
 class Watch:
-    """Notices what has become of a model since it was packed: other weights, other modules, hooks.
+    """Notices what has become of a model since it was packed: weights that lie elsewhere, other modules, hooks.
 
-    `changed` sees whatever torch counts: optimizer steps, `load_state_dict`, in-place operations, `.to()`. It does not
-    see writes through `parameter.data`.
+    New values in the old places are not its business: see `renew` and `fingerprint`.
     """
 
     def __init__(self, model: DiaForConditionalGeneration) -> None:
@@ -116,13 +184,15 @@ class Watch:
         self._state = _state(model)
 
     def changed(self, model: DiaForConditionalGeneration) -> bool:
-        """Whether parameters have been written, moved or replaced."""
+        """Whether parameters have been moved or replaced."""
         return self._rebuilt() or _state(model) != self._state
 
     def obstacle(self, patched: Collection[Any]) -> str | None:
         """Why the engine would not compute what the model does, or None. patched: forward methods that are ours."""
         for name, module, _ in self._modules:
-            if module._forward_hooks or module._forward_pre_hooks:
+            if any(
+                not _captures(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            ):
                 return f"{name or 'the model'} has forward hooks, which the engine would not call"
             forward = module.__dict__.get("forward")
             # A compiled forward computes what the plain one does; transformers leaves the plain one behind at times.
@@ -136,9 +206,14 @@ class Watch:
         return any(tuple(module._modules.values()) != children for _, module, children in self._modules)
 
 
+def _captures(hook: Any) -> bool:
+    """Whether a hook is one that transformers leaves behind after `output_attentions`; it changes nothing."""
+    return str(getattr(hook, "__module__", "")) == "transformers.utils.output_capturing"
+
+
 def foreign_module(model: DiaForConditionalGeneration) -> str | None:
     """The first module whose arithmetic the engine does not know, in words, or None."""
-    activation = {type(module.activation_fn) for module in model.modules() if isinstance(module, modeling_dia.DiaMLP)}
+    activation = {nn.SiLU, type(ACT2FN["silu"])}
     for name, module in model.named_modules():
         if module is not model and type(module) not in _KNOWN | activation:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -155,9 +230,6 @@ def foreign_module(model: DiaForConditionalGeneration) -> str | None:
     return None
 
 
-def _state(model: DiaForConditionalGeneration) -> list[tuple[int, int, int]]:
-    """(identity, address, number of writes) of every parameter."""
-    return [
-        (id(parameter), parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
-        for parameter in model.parameters()
-    ]
+def _state(model: DiaForConditionalGeneration) -> list[tuple[int, int, torch.dtype]]:
+    """(identity, address, dtype) of every parameter."""
+    return [(id(parameter), parameter.data_ptr(), parameter.dtype) for parameter in model.parameters()]
