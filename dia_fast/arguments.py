@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from dia_fast.ambient import isolated
 from dia_fast.config import DiaConfig
 from dia_fast.engine import MAX_BATCH, Request
 from dia_fast.errors import InputError
@@ -156,6 +157,7 @@ def make_request(ids: list[int], seed: int | None, prompt: Tensor | None, settin
     )
 
 
+@isolated()
 def checked_rows(config: DiaConfig, rows: Any, count: int) -> Tensor:
     """Rows of the delayed grid for each of `count` texts, `[count, steps, channels]` integers."""
     decoder = config.decoder

@@ -104,7 +104,7 @@ class BlockTable:
         """Makes `table` the one that is kept up to date from now on, with row `i` for `owners[i]` (or `NOBODY`)."""
         self.table = table
         self._rows = {owner: row for row, owner in enumerate(owners) if owner != NOBODY}
-        pages = torch.zeros(len(owners), table.shape[1], dtype=torch.int32)
+        pages = torch.zeros(len(owners), table.shape[1], dtype=torch.int32, device="cpu")
         for owner, row in self._rows.items():
             pages[row, : self.held(owner)] = self.pages(owner)
         table[: len(owners)] = pages.to(table.device)
@@ -115,7 +115,7 @@ class BlockTable:
 
     def pages(self, owner: int) -> Tensor:
         """`[held]` int64 on the host: the pages of an owner, in the order of its tokens."""
-        return torch.tensor(self._held[owner], dtype=torch.int64)
+        return torch.tensor(self._held[owner], dtype=torch.int64, device="cpu")
 
     def pages_of(self, owners: Sequence[int]) -> Tensor:
         """`[len(owners), max_held]` int32 on the device: a table of its own for some owners, as they are now."""
@@ -146,7 +146,7 @@ class BlockTable:
         if missing == 1:
             self.table[row, begin] = fresh[0]
         else:
-            self.table[row, begin:end] = torch.tensor(fresh, dtype=torch.int32).to(self.table.device)
+            self.table[row, begin:end] = torch.tensor(fresh, dtype=torch.int32, device="cpu").to(self.table.device)
 
     def release(self, owner: int) -> None:
         """Gives all pages of the owner back."""
@@ -164,5 +164,5 @@ class BlockTable:
         That is `page * page_size + offset`.
         """
         size = self.pool.shape.page_size
-        places = self.pages(owner)[:, None] * size + torch.arange(size)
+        places = self.pages(owner)[:, None] * size + torch.arange(size, dtype=torch.int64, device="cpu")
         return places.flatten()[first:tokens].to(self.table.device)

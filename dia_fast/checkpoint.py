@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dia_fast import hub, tensor_files
 from dia_fast.adapters import Adapter, base_of, is_adapter, open_adapter
+from dia_fast.ambient import isolated
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.layouts import Placement, detect_layout, is_derived, placements
@@ -64,6 +65,7 @@ class Checkpoint:
         """The size of the weights in the files, in bytes."""
         return sum(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in self.tensors.values())
 
+    @isolated()
     def load(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The packed weights by name (see `packing.packed_shapes`), in `dtype` (default: the stored one) on `device`.
 
@@ -93,11 +95,12 @@ class Checkpoint:
                 )
         return packed
 
+    @isolated()
     def load_packed(self, packed: str, dtype: torch.dtype | None = None) -> Tensor:
         """One packed weight, on the CPU, in `dtype` (default: one that holds its stored parts exactly)."""
         places = {n: p for n, p in placements(self.config, self.layout).items() if p.packed == packed}
         dtype = dtype or self.stored_dtype(packed)
-        weight = torch.empty(packed_shapes(self.config)[packed], dtype=dtype)
+        weight = torch.empty(packed_shapes(self.config)[packed], dtype=dtype, device="cpu")
         for name, place in places.items():
             _copy(self.tensors[name], place, weight[place.first : place.last])
         return weight if self.adapter is None else self.adapter.merged(packed, weight)
@@ -112,6 +115,7 @@ class Checkpoint:
         return dtype
 
 
+@isolated()
 def open_checkpoint(
     name_or_path: str | Path,
     *,

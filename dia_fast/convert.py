@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dia_fast.ambient import isolated
 from dia_fast.checkpoint import DTYPES, not_finite, open_checkpoint
 from dia_fast.codec import codec_beside
 from dia_fast.config import DiaConfig
@@ -115,6 +116,7 @@ def convert(
     )
 
 
+@isolated()
 def write_checkpoint(
     folder: str | Path,
     config: DiaConfig,

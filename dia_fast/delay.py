@@ -19,7 +19,7 @@ def delayed_rows(frames: Tensor, delay: Sequence[int], bos: int) -> Tensor:
     after the last given frame are `FREE`: none in rows `0 .. frames - 1`, none in channel 0 of row `frames`.
     """
     total = frames.shape[0]
-    rows = torch.full((total + max(delay) + 1, len(delay)), FREE, dtype=torch.int32)
+    rows = torch.full((total + max(delay) + 1, len(delay)), FREE, dtype=torch.int32, device="cpu")
     for channel, late in enumerate(delay):
         rows[: late + 1, channel] = bos
         rows[late + 1 : late + 1 + total, channel] = frames[:, channel].to(rows)

@@ -133,7 +133,7 @@ def random_model(config: DiaConfig, ops: Any, dtype: torch.dtype, device: torch.
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
     for name, shape in packed_shapes(config).items():
-        values = torch.randn(shape, generator=generator, device=device)
+        values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         weights[name] = (1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5).to(dtype)
     return DiaModel(config, cast(ModuleType, ops)).load(weights)
 
@@ -161,10 +161,10 @@ def check_running(kernels: Any, dtype: torch.dtype, device: torch.device, *, ful
         )
         frames, rows = 3, 3
     model = random_model(config, ops, dtype, device)
-    prompt = torch.zeros(frames, config.decoder.num_channels, dtype=torch.int32)
+    prompt = torch.zeros(frames, config.decoder.num_channels, dtype=torch.int32, device="cpu")
     with suppress(NumericError):  # of an op that leaves no numbers, which its verdict tells
         generate(model, [Request(list(b"\x01 Are these kernels sound?"), prompt=prompt, max_new_tokens=rows, seed=1)])
-    x = torch.linspace(-9, 9, 3000 if full_width else 40, device=device).to(dtype).view(1, 2, -1)
+    x = torch.linspace(-9, 9, 3000 if full_width else 40, device=device, dtype=torch.float32).to(dtype).view(1, 2, -1)
     alpha = torch.ones(2, dtype=dtype, device=device)
     ops.snake(x, alpha, torch.empty_like(x))
     ops.snake_residual(x, x, alpha, torch.empty_like(x), torch.empty_like(x))

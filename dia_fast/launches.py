@@ -29,7 +29,9 @@ def all_layers(dtype: torch.dtype, ops: Any = kernels, config: DiaConfig | None 
     model = DiaModel(config or DiaConfig(), ops).to(dtype)
     decoder = model.config.decoder
     for name in ("cos", "sin"):
-        table = torch.empty(decoder.max_position_embeddings + 1, decoder.head_dim // 2, device=META)
+        table = torch.empty(
+            decoder.max_position_embeddings + 1, decoder.head_dim // 2, device=META, dtype=torch.float32
+        )
         model.decoder.register_buffer(name, table, persistent=False)
     for layer in model.decoder.layers:
         constant = torch.empty(decoder.hidden_size, dtype=dtype, device=META)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dia_fast.ambient import isolated
 from dia_fast.cache import BlockTable, PagePool
 from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.packing import packed_shapes
@@ -101,6 +102,7 @@ class DiaModel(nn.Module):
         self.encoder = Stack(_below(shapes, "encoder."), EncoderLayer, config.encoder.num_hidden_layers)
         self.decoder = Stack(_below(shapes, "decoder."), DecoderLayer, config.decoder.num_hidden_layers)
 
+    @isolated()
     def load(self, weights: Mapping[str, Tensor]) -> "DiaModel":
         """Takes the packed weights as they are, without a copy, and computes what follows from them."""
         self.load_state_dict(weights, strict=True, assign=True)
@@ -108,6 +110,7 @@ class DiaModel(nn.Module):
         self.finalize()
         return self
 
+    @isolated()
     def pack(self, *, progress: bool = False) -> "DiaModel":
         """Lays the matrices out as the op set multiplies them fastest, where that is another way than they lie.
 
@@ -136,7 +139,7 @@ class DiaModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.decoder.embedding.dtype
 
-    @torch.inference_mode()
+    @isolated()
     def finalize(self) -> None:
         """Computes the rotation tables and the unconditional constants; call it when the weights have changed.
 
@@ -146,17 +149,24 @@ class DiaModel(nn.Module):
             refuse_packed("read as tensors")
         for stack, config in ((self.encoder, self.config.encoder), (self.decoder, self.config.decoder)):
             cos, sin = rope_table(config, self.device)
-            stack.register_buffer("cos", cos, persistent=False)
-            stack.register_buffer("sin", sin, persistent=False)
+            _keep(stack, "cos", cos)
+            _keep(stack, "sin", sin)
+        self.finalize_constants()
+
+    @isolated()
+    def finalize_constants(self) -> None:
+        """Computes the unconditional constants, in place, so that captured steps read the new ones."""
+        if self.packed:
+            refuse_packed("read as tensors")
         memory = self._encode([0], torch.float32)
         config = self.config.decoder
         groups = config.cross_num_attention_heads // config.cross_num_key_value_heads
         for layer in self._decoder_layers():
             values = _linear(memory, layer.cross_kv.chunk(2)[1]).view(-1, config.cross_head_dim)
             added = _linear(values.repeat_interleave(groups, 0).view(1, -1), layer.cross_o)[0]
-            layer.register_buffer("uncond_cross", added.to(self.dtype), persistent=False)
+            _keep(layer, "uncond_cross", added.to(self.dtype))
 
-    @torch.inference_mode()
+    @isolated()
     def decode_step(self, s: DecodeState) -> None:
         """One step of every slot: forms its next row from what was sampled and samples the row after it.
 
@@ -190,12 +200,12 @@ class DiaModel(nn.Module):
             s.logits, s.row, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, s.status, eos=eos
         )  # fmt: skip
 
-    @torch.inference_mode()
+    @isolated()
     def encode(self, text_ids: Sequence[int]) -> Tensor:
         """The encoder's output for one text: `[len(text_ids), encoder hidden]`."""
         return self._encode(text_ids, self.dtype)
 
-    @torch.inference_mode()
+    @isolated()
     def store_text(self, text_ids: Sequence[int], pool: PagePool, slots: Tensor) -> None:
         """Encodes a text and writes the cross-attention keys and values of every layer to the pages of its row.
 
@@ -208,7 +218,7 @@ class DiaModel(nn.Module):
             both = _linear(memory, layer.cross_kv).view(len(text_ids), -1, config.cross_head_dim)
             keys[page, :, offset], values[page, :, offset] = both.chunk(2, 1)
 
-    @torch.inference_mode()
+    @isolated()
     def prefill(
         self, rows: Tensor, s: DecodeState, lane: int, text_length: int, *, guided: bool, first: int = 0
     ) -> None:
@@ -223,7 +233,7 @@ class DiaModel(nn.Module):
         past = _Past(s.pool, s.blocks.pages_of(owners), self._integers([total] * len(owners)))
         self._decode_rows(rows.to(self.device), text, guided, past, slots, first)
 
-    @torch.inference_mode()
+    @isolated()
     def forward_logits(
         self, text_ids: Sequence[Sequence[int]], rows: Tensor, guidance: bool = True
     ) -> tuple[Tensor, Tensor | None]:
@@ -235,7 +245,7 @@ class DiaModel(nn.Module):
         config, total = self.config.decoder, rows.shape[1]
         shape = cross_pages(self.config)
         size = (len(text_ids), total, config.num_channels, config.vocab_size)
-        branches = [torch.empty(size, device=self.device) for _ in range(2 if guidance else 1)]
+        branches = [torch.empty(size, device=self.device, dtype=torch.float32) for _ in range(2 if guidance else 1)]
         for request, ids in enumerate(text_ids):
             pool = PagePool(shape, shape.pages(len(ids)), self.dtype, self.device)
             blocks = BlockTable(pool, 1, len(ids), self.device)
@@ -249,7 +259,7 @@ class DiaModel(nn.Module):
         return branches[0], branches[1] if guidance else None
 
     def _integers(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self.device)
+        return torch.tensor(values, dtype=torch.int32, device="cpu").to(self.device)
 
     def _decoder_layers(self) -> list[DecoderLayer]:
         return cast(list[DecoderLayer], self.decoder.layers)
@@ -257,9 +267,9 @@ class DiaModel(nn.Module):
     def _encode(self, text_ids: Sequence[int], dtype: torch.dtype) -> Tensor:
         """`encode` in a given dtype, weights converted one at a time where they have another."""
         stack, config = self.encoder, self.config.encoder
-        ids = torch.tensor(text_ids, dtype=torch.int64).to(self.device)
+        ids = torch.tensor(text_ids, dtype=torch.int64, device="cpu").to(self.device)
         positions = torch.arange(len(text_ids), dtype=torch.int32, device=self.device)
-        starts = torch.tensor([0, len(text_ids)], dtype=torch.int32).to(self.device)
+        starts = torch.tensor([0, len(text_ids)], dtype=torch.int32, device="cpu").to(self.device)
         x = stack.embedding[ids].to(dtype)
         for layer in cast(list[EncoderLayer], stack.layers):
             self._self_attention(x, layer, stack, config, positions, starts)
@@ -303,7 +313,7 @@ class DiaModel(nn.Module):
     def _embed(self, rows: Tensor) -> Tensor:
         """Sum of the table rows of all channels, in float32 and in channel order, rounded once: `[n, hidden]`."""
         channels, vocab = self.config.decoder.num_channels, self.config.decoder.vocab_size
-        index = rows.long() + torch.arange(channels, device=self.device) * vocab
+        index = rows.long() + torch.arange(channels, device=self.device, dtype=torch.int64) * vocab
         total = self.decoder.embedding[index[:, 0]].float()
         for channel in range(1, channels):
             total += self.decoder.embedding[index[:, channel]]
@@ -356,8 +366,10 @@ def rope_table(config: EncoderConfig | DecoderConfig, device: torch.device) -> t
     Frequencies and angles are float32, as in transformers: at scale 1.0 the difference to float64 would show.
     Source: Su et al. 2021, "RoFormer".
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = torch.arange(config.max_position_embeddings + 1)[:, None].float() * (1.0 / config.rope_theta**exponents)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    angles = torch.arange(config.max_position_embeddings + 1, dtype=torch.int64, device="cpu")[:, None].float() * (
+        1.0 / config.rope_theta**exponents
+    )
     return angles.cos().to(device), angles.sin().to(device)
 
 
@@ -379,5 +391,16 @@ def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
 
 
+def _keep(module: nn.Module, name: str, value: Tensor) -> None:
+    """Stores a derived value, at its old address if there is one."""
+    there = module._buffers.get(name)
+    if there is None or (there.shape, there.dtype, there.device) != (value.shape, value.dtype, value.device):
+        module.register_buffer(name, value, persistent=False)
+    else:
+        there.copy_(value)
+
+
 def _declare(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
-    module.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+    module.register_parameter(
+        name, nn.Parameter(torch.empty(shape, device="meta", dtype=torch.float32), requires_grad=False)
+    )

@@ -34,7 +34,7 @@ def choose_device(device: torch.device | str | int | None) -> torch.device:
     if chosen.type == "meta":
         raise InputError("device 'meta' holds no data; use 'cpu' or 'cuda'")
     try:
-        torch.empty(1, device=chosen)
+        torch.empty(1, device=chosen, dtype=torch.float32)
     except Exception as error:  # each device type has its own way to say no
         told = f"torch {torch.__version__} cannot compute on {chosen.type} here ({type(error).__name__})"
         raise InputError(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dia_fast.ambient import isolated
 from dia_fast.audio import Audio, convert, load_audio
 from dia_fast.config import DiaConfig
 from dia_fast.errors import InputError
@@ -40,6 +41,7 @@ def prompt_for_each(prompt: "AudioPrompt | Sequence[AudioPrompt]", count: int, l
     return prompt
 
 
+@isolated()
 def encode_prompts(
     config: DiaConfig, prompts: Sequence[AudioPrompt], codec: "Callable[[], Codec]"
 ) -> list[Tensor | None]:

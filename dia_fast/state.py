@@ -77,7 +77,7 @@ class DecodeState:
         def scratch(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.delay = torch.tensor(config.delay_pattern, dtype=torch.int32).to(device)
+        self.delay = torch.tensor(config.delay_pattern, dtype=torch.int32, device="cpu").to(device)
         self.forced = integers(batch, max_delay + 1, channels, fill=FREE)
         self.status = integers(batch, channels)
         self.sampled, self.codes = integers(batch, channels), integers(batch, sizes.rows, channels)
@@ -86,8 +86,11 @@ class DecodeState:
         self.positions, self.text_lengths = integers(self.rows, fill=-1), integers(batch)
 
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.guidance_scale, self.temperature = torch.ones(batch, device=device), torch.ones(batch, device=device)
-        self.top_p = torch.ones(batch, device=device)
+        self.guidance_scale, self.temperature = (
+            torch.ones(batch, device=device, dtype=torch.float32),
+            torch.ones(batch, device=device, dtype=torch.float32),
+        )
+        self.top_p = torch.ones(batch, device=device, dtype=torch.float32)
         self.top_k = integers(batch)
 
         attention, cross = decoder.num_attention_heads, decoder.cross_num_attention_heads
@@ -98,7 +101,7 @@ class DecodeState:
         self.cross_q = scratch(batch, cross * decoder.cross_head_dim)
         self.cross_attended = torch.zeros_like(self.cross_q)
         self.gated = scratch(self.rows, decoder.intermediate_size)
-        self.logits = torch.zeros(self.rows, channels, decoder.vocab_size, device=device)
+        self.logits = torch.zeros(self.rows, channels, decoder.vocab_size, device=device, dtype=torch.float32)
 
         self.pool = PagePool(self_pages(config), sizes.pages, dtype, device)
         self.blocks = BlockTable(self.pool, self.rows, sizes.rows, device)

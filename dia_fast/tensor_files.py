@@ -65,7 +65,7 @@ class SafeTensor:
 
     def read(self, first: int, last: int) -> Tensor:
         """Elements `first` to `last` (exclusive) of the tensor seen as one row, in memory of their own."""
-        out = torch.empty(last - first, dtype=self.dtype)
+        out = torch.empty(last - first, dtype=self.dtype, device="cpu")
         self.read_into(out, first)
         return out
 

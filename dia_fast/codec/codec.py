@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dia_fast.ambient import isolated
 from dia_fast.codec.config import CodecConfig
 from dia_fast.codec.network import DacNetwork
 from dia_fast.codec.weights import check_tensors, write_transformers
@@ -28,6 +29,7 @@ class Codec:
     network: has `encode`, `decode` and `tensors` as `DacNetwork` does.
     """
 
+    @isolated()
     def __init__(self, network: Any, config: CodecConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.network = network.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.config = config
@@ -65,6 +67,7 @@ class Codec:
             f"samples, {self.dtype} on {self.device})"
         )
 
+    @isolated()
     def encode(self, samples: Tensor | np.ndarray) -> Tensor:
         """Mono samples `[n]`, floating point at `sample_rate` -> codes `[frames, num_codebooks]` int64, on the device.
 
@@ -86,6 +89,7 @@ class Codec:
             raise InputError(f"samples: some are too large for {self.dtype}; full scale is from -1 to 1")
         return self.network.encode(wave[None, None])[0].T.contiguous()
 
+    @isolated()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `[frames, num_codebooks]`, integers from 0 to `codebook_size - 1` -> samples `[n]` float32.
 
@@ -95,12 +99,13 @@ class Codec:
         """
         self._check_codes(codes)
         if not len(codes):
-            return torch.zeros(0, device=self.device)
+            return torch.zeros(0, device=self.device, dtype=torch.float32)
         wave = self.network.decode(codes.to(self.device, torch.int64).T[None])[0, 0].float()
         if not wave.isfinite().all():
             raise NumericError(f"the codec's sound is NaN or infinity: {_HELP[self.dtype == torch.float16]}")
         return wave
 
+    @isolated()
     def decode_span(self, codes: Tensor, start: int, stop: int) -> Tensor:
         """The samples of frames start..stop-1 as in `decode(codes)`, at the price of those frames and their context.
 
@@ -115,6 +120,7 @@ class Codec:
         piece = self.decode(codes[first : stop + self.decode_context_frames])
         return piece[(start - first) * self.hop_length : (stop - first) * self.hop_length]
 
+    @isolated()
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the codec in the transformers layout; makes the folder if needed. Raises InputError if that fails."""
         return write_transformers(folder, self.config, self.network.tensors())
@@ -139,6 +145,7 @@ class Codec:
             )
 
 
+@isolated()
 def build_codec(
     config: CodecConfig,
     tensors: dict[str, Tensor],
@@ -155,6 +162,7 @@ def build_codec(
     return Codec(network, config, device, dtype)
 
 
+@isolated()
 def random_codec(
     config: CodecConfig,
     seed: int = 0,
@@ -172,7 +180,7 @@ def random_codec(
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes.items():
-        tensor = torch.randn(shape, generator=generator)
+        tensor = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         if name.endswith("alpha"):
             tensor = tensor.mul_(0.1).exp_()
         elif name.endswith("bias"):

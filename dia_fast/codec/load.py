@@ -9,6 +9,7 @@ import torch
 
 from dia_fast import hub
 from dia_fast.adapters import base_of, is_adapter
+from dia_fast.ambient import isolated
 from dia_fast.codec.codec import Codec, build_codec
 from dia_fast.codec.weights import CONFIG, PREPROCESSOR, WEIGHTS, read_codec_files
 from dia_fast.errors import CheckpointError
@@ -39,6 +40,7 @@ def codec_beside(model: str | os.PathLike[str]) -> Path | None:
     return codec_beside(base_of(folder)) if is_adapter(folder) else None
 
 
+@isolated()
 def load_codec(
     name_or_path: str | os.PathLike[str] = OFFICIAL_CODEC,
     device: str | torch.device = "cpu",

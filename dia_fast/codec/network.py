@@ -24,7 +24,7 @@ class Snake(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.ones(1, channels, 1))
+        self.alpha = nn.Parameter(torch.ones(1, channels, 1, dtype=torch.float32, device="meta"))
 
 
 class DilatedConv1d(nn.Conv1d):
@@ -144,7 +144,9 @@ class Codebook(nn.Module):
         self.in_proj = nn.Conv1d(config.hidden_size, config.codebook_dim, 1)
         self.out_proj = nn.Conv1d(config.codebook_dim, config.hidden_size, 1)
         # From an empty tensor: drawing normal numbers on the meta device would import half of torch's compiler.
-        self.codebook = nn.Embedding.from_pretrained(torch.empty(config.codebook_size, config.codebook_dim))
+        self.codebook = nn.Embedding.from_pretrained(
+            torch.empty(config.codebook_size, config.codebook_dim, dtype=torch.float32, device="meta")
+        )
 
     def nearest(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Ids, and what they stand for in `z`'s space. Distances are measured between unit vectors, in fp32."""

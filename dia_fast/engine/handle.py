@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from dia_fast.ambient import isolated
 from dia_fast.delay import undo_delay
 from dia_fast.engine.request import Generation, Request
 from dia_fast.errors import DiaFastError
@@ -72,6 +73,7 @@ class Handle:
             self._engine.advance()
         self._raise_if_lost()
 
+    @isolated()
     def ready(self) -> Tensor:
         """The frames that are complete so far, `[n, channels]` int64. Waits for nothing; needs `stream=True`."""
         if self._generation is not None:
@@ -79,6 +81,7 @@ class Handle:
         config = self._engine.model.config
         return undo_delay(self.rows(), config.delay_pattern, config.decoder.eos_token_id)[self._first :]
 
+    @isolated()
     def rows(self) -> Tensor:
         """The delayed grid so far, from row 0 on, `[rows, channels]` int32. Waits for nothing; needs `stream=True`."""
         if self._generation is not None:
@@ -87,7 +90,7 @@ class Handle:
         with self._joining:
             count = len(self._rows)
             if not count:
-                return torch.empty(0, self._engine.model.config.decoder.num_channels, dtype=torch.int32)
+                return torch.empty(0, self._engine.model.config.decoder.num_channels, dtype=torch.int32, device="cpu")
             # In one go: a step of another thread may add to the list at any time.
             self._rows[:count] = [torch.cat(self._rows[:count])]
             return self._rows[0]

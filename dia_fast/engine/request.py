@@ -97,7 +97,7 @@ def plan(config: DiaConfig, request: Request) -> Plan:
         return Plan(request, grid, first, min(first + request.max_new_tokens, decoder.max_position_embeddings), seed)
     prompt = request.prompt
     if prompt is None:
-        prompt = torch.empty(0, decoder.num_channels, dtype=torch.int32)
+        prompt = torch.empty(0, decoder.num_channels, dtype=torch.int32, device="cpu")
     sound = decoder.eos_token_id
     if prompt.ndim != 2 or prompt.shape[1] != decoder.num_channels or prompt.is_floating_point():
         raise InputError(
@@ -138,6 +138,6 @@ def _given_grid(config: DiaConfig, request: Request) -> tuple[Tensor, int]:
         )
     if first >= decoder.max_position_embeddings:
         raise InputError(f"grid has {first + 1} complete rows and the model only {decoder.max_position_embeddings}")
-    whole = torch.full((room, decoder.num_channels), FREE, dtype=torch.int32)
+    whole = torch.full((room, decoder.num_channels), FREE, dtype=torch.int32, device="cpu")
     whole[: len(grid)] = grid[:room]
     return whole, first

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dia_fast.ambient import isolated
 from dia_fast.engine import slots
 from dia_fast.engine.handle import Handle
 from dia_fast.engine.request import Request, plan
@@ -60,6 +61,7 @@ class Engine:
     Raises InputError for arguments that cannot be.
     """
 
+    @isolated()
     def __init__(
         self,
         model: DiaModel,
@@ -94,6 +96,7 @@ class Engine:
         self._shown: tuple[DecodeState, list[int]] | None = None
         self._submitted = self._steps = self._peak = 0
 
+    @isolated()
     def submit(self, request: Request, *, stream: bool = False) -> Handle:
         """Queues a request. stream: whether `Handle.frames` will be used.
 
@@ -117,7 +120,7 @@ class Engine:
             self._submitted += 1
         return handle
 
-    @torch.inference_mode()
+    @isolated()
     def step(self) -> bool:
         """A bounded piece of work: some prefill for a newcomer, then one decode step of all that run.
 

@@ -71,5 +71,5 @@ class Watch:
     def _copy(self, tensor: Tensor) -> Tensor:
         if not self.on_gpu:
             return tensor.clone()
-        there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu")
         return there.copy_(tensor, non_blocking=True)

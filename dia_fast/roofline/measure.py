@@ -208,8 +208,8 @@ def _steps(model: DiaModel, settings: Settings, timer: Timer, rounds: int) -> tu
             f"--measure: {total} steps are timed, and this model ends after {decoder.max_position_embeddings}"
         )
     first = max(min(settings.context - total // 2, decoder.max_position_embeddings - total - 2), 0)
-    frames = torch.randint(0, decoder.eos_token_id, (first, decoder.num_channels))
-    text = torch.randint(1, config.encoder.vocab_size, (settings.text,)).tolist()
+    frames = torch.randint(0, decoder.eos_token_id, (first, decoder.num_channels), dtype=torch.int64, device="cpu")
+    text = torch.randint(1, config.encoder.vocab_size, (settings.text,), dtype=torch.int64, device="cpu").tolist()
     request = Request(
         text,
         frames if first else None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dia_fast.ambient import isolated
 from dia_fast.config import DiaConfig
 from dia_fast.errors import InputError
 
@@ -75,6 +76,7 @@ def check_example(example: Example, config: DiaConfig) -> None:
         raise InputError(f"the codes hold {bad}; codes of sound go from 0 to {decoder.eos_token_id - 1}")
 
 
+@isolated()
 def build_batch(examples: Sequence[Example], config: DiaConfig) -> Batch:
     """A batch on the CPU. Raises InputError if there is no example, or if one cannot be used, naming its index."""
     if not examples:
@@ -85,13 +87,15 @@ def build_batch(examples: Sequence[Example], config: DiaConfig) -> Batch:
         except InputError as error:
             raise InputError(f"example {index}: {error}") from None
     decoder, delay = config.decoder, config.delay_pattern
-    text = torch.zeros(len(examples), max(len(example.text) for example in examples), dtype=torch.int64)
+    text = torch.zeros(len(examples), max(len(example.text) for example in examples), dtype=torch.int64, device="cpu")
     text_mask = torch.zeros_like(text, dtype=torch.bool)
     longest = max(len(example.codes) for example in examples)
-    grid = torch.full((len(examples), longest + 2 + max(delay), len(delay)), decoder.pad_token_id)
-    row_mask = torch.ones(grid.shape[:2], dtype=torch.bool)
+    grid = torch.full(
+        (len(examples), longest + 2 + max(delay), len(delay)), decoder.pad_token_id, dtype=torch.int64, device="cpu"
+    )
+    row_mask = torch.ones(grid.shape[:2], dtype=torch.bool, device="cpu")
     for item, example in enumerate(examples):
-        text[item, : len(example.text)] = torch.tensor(example.text)
+        text[item, : len(example.text)] = torch.tensor(example.text, dtype=torch.int64, device="cpu")
         text_mask[item, : len(example.text)] = True
         frames = len(example.codes)
         row_mask[item, : longest - frames] = False
@@ -105,16 +109,18 @@ def build_batch(examples: Sequence[Example], config: DiaConfig) -> Batch:
     return Batch(text, text_mask, grid[:, :-1], row_mask[:, :-1], labels)
 
 
+@isolated()
 def drop_conditions(batch: Batch, probability: float, generator: torch.Generator) -> Batch:
     """Takes the text from some items, each with `probability`, so that the model learns what guidance starts from.
 
     An item without its text reads zeros, as many as the text has bytes: what the unconditional branch of guidance
     reads. generator: on the CPU; one number is drawn for each item, whatever the probability.
     """
-    keep = torch.rand(len(batch.text), generator=generator) >= probability
+    keep = torch.rand(len(batch.text), generator=generator, dtype=torch.float32, device="cpu") >= probability
     return replace(batch, text=batch.text * keep.to(batch.text.device)[:, None])
 
 
+@isolated()
 def disturb_codes(batch: Batch, probability: float, config: DiaConfig, generator: torch.Generator) -> Batch:
     """Puts a random code in the place of some of those that the decoder reads, each with `probability`.
 
@@ -124,6 +130,8 @@ def disturb_codes(batch: Batch, probability: float, config: DiaConfig, generator
     if not probability:
         return batch
     rows, codes = batch.rows, config.decoder.eos_token_id
-    others = torch.randint(codes, rows.shape, generator=generator).to(rows.device)
-    hit = (torch.rand(rows.shape, generator=generator) < probability).to(rows.device) & (rows < codes)
+    others = torch.randint(codes, rows.shape, generator=generator, dtype=torch.int64, device="cpu").to(rows.device)
+    hit = (torch.rand(rows.shape, generator=generator, dtype=torch.float32, device="cpu") < probability).to(
+        rows.device
+    ) & (rows < codes)
     return replace(batch, rows=torch.where(hit, others, rows))

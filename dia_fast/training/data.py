@@ -130,7 +130,7 @@ def drawn(count: int, first: int, last: int, seed: int) -> list[int]:
 
 def permutation(count: int, seed: int, purpose: str) -> list[int]:
     """`range(count)` shuffled, the same way for the same seed and purpose."""
-    return torch.randperm(count, generator=generator(seed, purpose)).tolist()
+    return torch.randperm(count, generator=generator(seed, purpose), dtype=torch.int64, device="cpu").tolist()
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:

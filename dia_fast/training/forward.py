@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dia_fast.ambient import isolated
 from dia_fast.config import DecoderConfig, EncoderConfig
 from dia_fast.model import DiaModel, rope_table
 from dia_fast.training.batch import Batch
@@ -46,6 +47,7 @@ class Loss:
         return self.total / self.weight
 
 
+@isolated(grad=True)
 def batch_loss(
     model: DiaModel,
     batch: Batch,
@@ -64,7 +66,7 @@ def batch_loss(
     x = run.hidden_states(batch)
     labels = batch.labels.flatten(0, 1)
     if channel_weights is None:
-        channel_weights = torch.ones(labels.shape[1], device=labels.device)
+        channel_weights = torch.ones(labels.shape[1], device=labels.device, dtype=torch.float32)
     counts = batch.counts()
     total, sums = linear_cross_entropy(x.flatten(0, 1), model.decoder.head, labels, channel_weights, run.ops)
     return Loss(total, (counts * channel_weights).sum(), sums, counts)
@@ -111,7 +113,7 @@ class Forward:
 
     def _decode(self, rows: Tensor, mask: Tensor, memory: Tensor, text_mask: Tensor) -> Tensor:
         config = self.model.config.decoder
-        index = rows + torch.arange(config.num_channels, device=rows.device) * config.vocab_size
+        index = rows + torch.arange(config.num_channels, device=rows.device, dtype=torch.int64) * config.vocab_size
         # Summed in the weights' own dtype and without nine times the memory.
         x = F.embedding_bag(index.flatten(0, 1), self.weights["decoder.embedding"], mode="sum")
         x = x.view(*rows.shape[:2], -1).to(self.dtype)

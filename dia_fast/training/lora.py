@@ -23,9 +23,11 @@ class LoRA(nn.Module):
 
     def __init__(self, out_features: int, in_features: int, rank: int, scale: float, name: str, seed: int) -> None:
         super().__init__()
-        drawn = torch.randn(rank, in_features, generator=generator(seed, f"adapter {name}"))
+        drawn = torch.randn(
+            rank, in_features, generator=generator(seed, f"adapter {name}"), dtype=torch.float32, device="cpu"
+        )
         self.a = nn.Parameter(drawn * in_features**-0.5)
-        self.b = nn.Parameter(torch.zeros(out_features, rank))
+        self.b = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device="cpu"))
         self.scale = scale
 
     def added(self, x: Tensor) -> Tensor:

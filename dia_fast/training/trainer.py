@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dia_fast.ambient import isolated
 from dia_fast.checkpoint import Checkpoint
 from dia_fast.errors import InputError
 from dia_fast.model import DiaModel
@@ -36,6 +37,7 @@ class Trainer:
     weights and the optimizer's moments, and nothing else.
     """
 
+    @isolated()
     def __init__(
         self, checkpoint: Checkpoint, settings: TrainSettings, device: torch.device, backend: str = "auto"
     ) -> None:
@@ -59,10 +61,12 @@ class Trainer:
         weights = settings.channel_weights or (1.0,) * channels
         if len(weights) != channels:
             raise InputError(f"channel_weights has {len(weights)} numbers; the model has {channels} channels")
-        self.channel_weights = torch.tensor(weights, device=device)
+        self.channel_weights = torch.tensor(weights, device=device, dtype=torch.float32)
         self.trained = self._trained()
         self.optimizer = self._optimizer()
 
+    @isolated(grad=True)
+    @torch.enable_grad()
     def step(self, number: int, dataset: Dataset) -> dict[str, Any]:
         """Takes one step, counted from 1; returns its line of the log. Raises InputError if the loss is not finite."""
         settings, started = self.settings, time.perf_counter()
@@ -72,7 +76,7 @@ class Trainer:
         batches = [batch.to(self.device) for batch in self._batches(number, dataset.examples)]
         weight = sum((batch.counts() * self.channel_weights).sum() for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)
-        total = sums = counts = torch.zeros((), device=self.device)
+        total = sums = counts = torch.zeros((), device=self.device, dtype=torch.float32)
         for batch in batches:
             loss = self._loss(batch)
             (loss.total / weight).backward()
@@ -98,10 +102,10 @@ class Trainer:
             "seconds": round(time.perf_counter() - started, 4),
         }
 
-    @torch.no_grad()
+    @isolated()
     def evaluate(self, number: int, dataset: Dataset) -> dict[str, Any]:
         """The loss on held-out examples, with their texts; the line of the log after step `number`."""
-        total = weight = sums = counts = torch.zeros((), device=self.device)
+        total = weight = sums = counts = torch.zeros((), device=self.device, dtype=torch.float32)
         for examples in _alike(dataset.examples, self.settings.batch_size):
             loss = self._loss(build_batch(examples, self.config).to(self.device))
             total, weight = total + loss.total, weight + loss.weight
@@ -116,7 +120,7 @@ class Trainer:
         """`(trained weights by name, the optimizer's state)`, the tensors themselves, not copies."""
         return {name: tensor.detach() for name, tensor in self.trained.items()}, self.optimizer.state_dict()
 
-    @torch.no_grad()
+    @isolated()
     def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         """Takes up a state. Raises InputError if it is of another model."""
         shapes = {name: tensor.shape for name, tensor in self.trained.items()}

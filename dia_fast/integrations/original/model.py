@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dia_fast.ambient import isolated
 from dia_fast.audio import Audio, load_audio
 from dia_fast.checkpoint import Checkpoint, open_checkpoint
 from dia_fast.config import DiaConfig
@@ -115,6 +116,7 @@ class Dia:
         checkpoint = open_checkpoint(model_name)
         return cls(checkpoint.config, compute_dtype, device, load_dac, **more)._load(checkpoint)
 
+    @isolated()
     def _load(self, checkpoint: Checkpoint) -> "Dia":
         ops = get_ops("auto", self.device)
         weights = checkpoint.load(self.compute_dtype, self.device)
@@ -199,12 +201,12 @@ class Dia:
         """Writes samples as a .wav, .flac, .ogg or .mp3 file, complete or not at all. Raises InputError."""
         Audio(audio, DEFAULT_SAMPLE_RATE).save(path)
 
-    @torch.inference_mode()
+    @isolated()
     def _encode(self, audio: Tensor) -> Tensor:
         """Samples `[1, n]` at 44.1 kHz to codes `[frames, channels]`."""
         return self._codec().encode(audio.reshape(-1).float()).to(self.device)
 
-    @torch.inference_mode()
+    @isolated()
     def _decode(self, audio_codes: Tensor) -> Tensor:
         """Codes `[frames, channels]` to samples `[n]` float32."""
         return self._codec().decode(audio_codes)
@@ -223,6 +225,7 @@ class Dia:
             self._engine = Engine(self.model)
         return self._engine
 
+    @isolated()
     def _prompts(self, given: Prompts, count: int) -> list[Tensor | None]:
         """The codes of each text's prompt, or None."""
         listed = given if isinstance(given, list) else [given] * (count if given is None else 1)
@@ -232,6 +235,7 @@ class Dia:
             self.load_audio(os.fspath(item)) if isinstance(item, str | os.PathLike) else item for item in listed
         ]  # fmt: skip
 
+    @isolated()
     def _requests(
         self, texts: list[str], prompts: list[Tensor | None], limit: int, settings: dict[str, Any], seed: Any
     ) -> list[Request]:
@@ -245,14 +249,19 @@ class Dia:
             frames = 0 if prompt is None else len(prompt)
             start: dict[str, Any] = {"prompt": None if prompt is None else prompt.long()}
             if self.quirks and frames == longest:
-                codes = torch.empty(0, config.decoder.num_channels) if prompt is None else prompt.cpu()
+                codes = (
+                    torch.empty(0, config.decoder.num_channels, dtype=torch.float32, device="cpu")
+                    if prompt is None
+                    else prompt.cpu()
+                )
                 start = {"grid": delayed_rows(codes, config.delay_pattern, self.config.bos_token_id)[:-1]}
             requests.append(Request(ids, **start, max_new_tokens=limit - frames, seed=item_seed, **settings))
         return requests
 
+    @isolated()
     def _seeds(self, seed: Any, count: int) -> list[int | None]:
         if seed is None:
-            return torch.randint(0, 2**63 - 1, (count,)).tolist()
+            return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device="cpu").tolist()
         seeds = list(seed) if isinstance(seed, list | tuple) else [seed] * count
         if len(seeds) != count:
             raise InputError(f"seed has {len(seeds)} entries for {count} texts: give one for each, or one int for all")

@@ -48,7 +48,7 @@ def embed_codes(
     r = row.clamp(min=0)
     depth = (r - first_row).long()
     in_forced = (depth >= 0) & (depth < forced.shape[1])
-    lookup = forced[torch.arange(batch, device=row.device), depth.clamp(0, forced.shape[1] - 1)]
+    lookup = forced[torch.arange(batch, device=row.device, dtype=torch.int64), depth.clamp(0, forced.shape[1] - 1)]
     code = torch.where(in_forced[:, None] & (lookup >= 0), lookup, sampled).clamp(0, vocab - 1)
 
     open_ended = active & (eos_row < 0) & (r > first_row)
@@ -59,13 +59,16 @@ def embed_codes(
     code = torch.where(ended & (past_eos == 0), eos, torch.where(ended & (past_eos > 0), pad, code))
 
     at = r.long().clamp(max=codes.shape[1] - 1)
-    lanes = torch.arange(batch, device=row.device)
+    lanes = torch.arange(batch, device=row.device, dtype=torch.int64)
     codes[lanes, at] = torch.where(active[:, None], code, codes[lanes, at])
     done = (r >= end_row) | ((eos_row >= 0) & (r >= eos_row + max_delay))
     finished.copy_(torch.where(active & done, 1, finished))
     row.copy_(torch.where(active, r + 1, row))
 
-    index = torch.where(active[:, None], code, 0).long() + torch.arange(channels, device=row.device) * vocab
+    index = (
+        torch.where(active[:, None], code, 0).long()
+        + torch.arange(channels, device=row.device, dtype=torch.int64) * vocab
+    )
     total = table[index[:, 0]].float()
     for channel in range(1, channels):
         total += table[index[:, channel]]

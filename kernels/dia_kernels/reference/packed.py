@@ -31,7 +31,7 @@ class PackedWeight:
         self.shape = weight.shape
         # What is below 2^-105 throughout keeps a power whose inverse float32 can hold.
         self._scale = 2.0 ** max(math.frexp(largest)[1] - _TOP, -120)
-        scratch = torch.empty(max(weight.numel(), _MAPPED))
+        scratch = torch.empty(max(weight.numel(), _MAPPED), dtype=torch.float32, device="cpu")
         wide = scratch[: weight.numel()].view(weight.shape).copy_(weight).mul_(1 / self._scale)
         self._packed: Any = torch.ops.quantized.linear_prepack_fp16(wide, None)
 
@@ -77,7 +77,7 @@ def _padded(x: Tensor) -> Tensor:
     count = counts[bisect_left(counts, rows)]
     if count == rows:
         return x.float()
-    wide = torch.zeros(count, x.shape[1])
+    wide = torch.zeros(count, x.shape[1], dtype=torch.float32, device="cpu")
     wide[:rows] = x
     return wide
 
@@ -90,7 +90,10 @@ def row_counts() -> tuple[int, ...]:
     orders of their own. Which counts avoid those is found out by trying: the same row, multiplied in all positions.
     """
     generator = torch.Generator().manual_seed(0)
-    weight, row = torch.randn(33, 1100, generator=generator), torch.randn(1, 1100, generator=generator)
+    weight, row = (
+        torch.randn(33, 1100, generator=generator, dtype=torch.float32, device="cpu"),
+        torch.randn(1, 1100, generator=generator, dtype=torch.float32, device="cpu"),
+    )
     groups: dict[bytes, list[int]] = {}
     try:
         packed = torch.ops.quantized.linear_prepack_fp16(weight, None)

@@ -46,7 +46,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
     vocab = scores.shape[-1]
     bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # -0.0 becomes 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers that compare as the floats do
-    keys = ordered * vocab + torch.arange(vocab - 1, -1, -1, device=scores.device)
+    keys = ordered * vocab + torch.arange(vocab - 1, -1, -1, device=scores.device, dtype=torch.int64)
     return keys.topk(min(count, vocab), dim=-1).indices
 
 
@@ -58,7 +58,7 @@ def _most_kept(top_k: Tensor, vocab: int) -> int:
 def _keep_top_k(scores: Tensor, top_k: Tensor) -> Tensor:
     """Mask of the `top_k` largest entries of the last axis; ties go to the lower id; 0 keeps all."""
     best = _best(scores, _most_kept(top_k, scores.shape[-1]))
-    within = torch.arange(best.shape[-1], device=scores.device) < top_k[:, None, None]
+    within = torch.arange(best.shape[-1], device=scores.device, dtype=torch.int64) < top_k[:, None, None]
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, within.expand_as(best))
     return kept | (top_k[:, None, None] <= 0)
 
@@ -77,7 +77,7 @@ def _candidates(logits: Tensor, guidance_scale: Tensor, top_k: Tensor, eos: int)
     channels, vocab = logits.shape[1:]
     wrong = ~(logits[:batch] < torch.inf)
     cond = _numbers(logits[:batch])
-    minus_inf = torch.tensor(-torch.inf, device=logits.device)
+    minus_inf = torch.tensor(-torch.inf, device=logits.device, dtype=torch.float32)
     scores = cond.clone()
     guided = torch.zeros(batch, dtype=torch.bool, device=logits.device)
     if logits.shape[0] == 2 * batch:
@@ -88,8 +88,8 @@ def _candidates(logits: Tensor, guidance_scale: Tensor, top_k: Tensor, eos: int)
         kept = torch.where(_keep_top_k(mixed, top_k), torch.where(top_k[:, None, None] > 0, cond, mixed), minus_inf)
         scores = torch.where(guided[:, None, None], kept, scores)
 
-    ids = torch.arange(vocab, device=logits.device)
-    limit = torch.full((channels, 1), eos, device=logits.device)
+    ids = torch.arange(vocab, device=logits.device, dtype=torch.int64)
+    limit = torch.full((channels, 1), eos, device=logits.device, dtype=torch.int64)
     limit[0] += 1
     scores = torch.where(ids < limit, scores, minus_inf)
     first = scores[:, 0]
@@ -131,7 +131,7 @@ def sample_weights(
 def _weights(scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Step 5 of `sample_weights`."""
     vocab = scores.shape[-1]
-    ids = torch.arange(vocab, device=scores.device)
+    ids = torch.arange(vocab, device=scores.device, dtype=torch.int64)
     best = scores.argmax(-1, keepdim=True)
     greedy = (temperature == 0)[:, None, None]
     heat = torch.where(greedy, 1.0, temperature[:, None, None]).reciprocal().clamp(max=torch.finfo(torch.float32).max)
@@ -178,7 +178,7 @@ def sample(
     scores, wrong = _candidates(logits, guidance_scale, top_k, eos)
     weights = _weights(scores, temperature, top_k, top_p)
     batch, channels, _ = weights.shape
-    channel = torch.arange(channels, device=logits.device).expand(batch, channels)
+    channel = torch.arange(channels, device=logits.device, dtype=torch.int64).expand(batch, channels)
     bits = philox(seed[:, None].expand(batch, channels), row[:, None].expand(batch, channels), channel)
     edges = weights.cumsum(-1)
     total = edges[..., -1]

@@ -1,0 +1,60 @@
+"""What the caller has set in torch for its own work, kept out of ours: a result depends on arguments alone.
+
+Autocast, gradients, inference mode and the default device belong to a thread, and are put back when the block ends.
+The precision of matrix products belongs to the process: it is at its highest while any block is open. The default dtype
+belongs to the process too and cannot be set for a while without others noticing, so every allocation names its dtype.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+
+_DEVICES = ("cpu", "cuda")
+_lock = threading.Lock()
+_open, _precision = 0, "highest"
+
+
+@contextlib.contextmanager
+def isolated(*, grad: bool = False) -> Iterator[None]:
+    """Run a block or a function by settings of its own: no autocast, default device CPU, exact matrix products.
+
+    Results are ordinary tensors, never inference tensors.
+
+    Args:
+        grad: Leave gradients as the caller has them. By default none are recorded.
+    """
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            if grad:  # leaving inference mode would switch gradients on, which inference mode had off
+                stack.enter_context(torch.no_grad())
+        if not grad and torch.is_grad_enabled():
+            stack.enter_context(torch.no_grad())
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(_exact_products())
+        yield
+
+
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """Float32 matrix products in float32 while any block is open; the last one to end puts the caller's choice back."""
+    global _open, _precision
+    with _lock:
+        if not _open:
+            _precision = torch.get_float32_matmul_precision()
+            if _precision != "highest":
+                torch.set_float32_matmul_precision("highest")
+        _open += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _open -= 1
+            if not _open and _precision != "highest":
+                torch.set_float32_matmul_precision(_precision)
