@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dia_fast.ambient import isolated
 from dia_fast.arguments import FRAMES_PER_SECOND, Progress, cut_remark, ids_of, make_request, progress_of
 from dia_fast.audio import Audio, Samples
 from dia_fast.config import DiaConfig
@@ -186,6 +187,7 @@ class Reading:
         """The sound, with its seed and outcome."""
         return Audio(self.sound(codec), codec.sample_rate, self.seed, self.outcome)
 
+    @isolated()
     def codes(self) -> Tensor:
         """The codes of the pieces, one after the other, `[frames, channels]` int64."""
         return torch.cat([frames for frames in self.frames if frames is not None])
@@ -245,6 +247,7 @@ class Reading:
             self.remarks += [] if remark in self.remarks else [remark]
         return best[1], best[2]
 
+    @isolated()
     def _prompted(self, choice: Sequence[int], index: int) -> tuple[Tensor, str] | None:
         """Codes of earlier pieces and the text with theirs in front; None if that leaves too little room."""
         codes = torch.cat([item for before in choice if (item := self.frames[before]) is not None])
