@@ -3,8 +3,8 @@
 `dia_fast.training.lora` writes them; here they are read.
 """
 
-import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError
+from dia_fast.files import read_json
 from dia_fast.packing import packed_shapes, pieces
 from dia_fast.tensor_files import StoredTensor, open_tensors
 
@@ -59,7 +60,7 @@ class Adapter:
 
 def is_adapter(folder: Path) -> bool:
     """True for a folder with an adapter and no model of its own."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
+    return os.path.isfile(folder / CONFIG) and not os.path.exists(folder / "config.json")
 
 
 def base_of(folder: Path) -> str:
@@ -71,7 +72,7 @@ def base_of(folder: Path) -> str:
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{folder / CONFIG} names no base_model_name_or_path: write there what it was trained on")
     beside = folder / base
-    return str(beside) if not Path(base).expanduser().exists() and beside.exists() else base
+    return str(beside) if not os.path.exists(os.path.expanduser(base)) and os.path.exists(beside) else base
 
 
 def open_adapter(folder: Path, config: DiaConfig) -> Adapter:
@@ -126,10 +127,7 @@ def _values(tensor: StoredTensor) -> Tensor:
 
 def _settings(folder: Path) -> Mapping[str, Any]:
     path = folder / CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} must be an object of named fields, not {type(settings).__name__}")
     return settings

@@ -15,7 +15,7 @@ import soxr
 from numpy.typing import NDArray
 
 from dia_fast.errors import InputError
-from dia_fast.files import replacing
+from dia_fast.files import checked_path, replacing
 from dia_fast.outcome import Outcome
 
 Samples = NDArray[np.float32]
@@ -98,7 +98,7 @@ class Audio:
         The file appears complete or not at all. Raises InputError for an unknown extension, a missing or read-only
         folder, a full disk; an existing file is untouched then.
         """
-        path = _as_path(path)
+        path = checked_path(path)
         if path.suffix.lower() not in FORMATS:
             raise InputError(f"cannot write {path}: extension {path.suffix!r} is not one of {', '.join(FORMATS)}")
         data = self.to_bytes(path.suffix)
@@ -129,7 +129,7 @@ def growing_file(path: str | os.PathLike[str], sample_rate: int) -> Iterator[Cal
 
     The file appears at the end of the block, complete; if the block raises, nothing is left behind. Raises as `save`.
     """
-    path = _as_path(path)
+    path = checked_path(path)
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"cannot write {path}: extension {path.suffix!r} is not one of {', '.join(FORMATS)}")
     container, encoding = FORMATS[path.suffix.lower()]
@@ -156,7 +156,7 @@ def load_audio(
     samples, for less than `min_seconds` or more than `max_seconds` of sound. Reading stops at `max_seconds`, whatever
     the file's header claims.
     """
-    path = _as_path(path)
+    path = checked_path(path)
     try:
         if not path.exists():
             raise InputError(f"{path}: no such file")
@@ -212,14 +212,6 @@ def convert(samples: Any, from_rate: int, to_rate: int) -> Samples:
     if from_rate != to_rate:
         wide = soxr.resample(wide, from_rate, to_rate, quality="HQ")
     return np.ascontiguousarray(wide)
-
-
-def _as_path(path: str | os.PathLike[str]) -> Path:
-    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes) or not os.fspath(path):
-        raise InputError(f"expected a path to an audio file, got {path!r}")
-    if "\0" in os.fspath(path):
-        raise InputError(f"{path!r} is not a path: it holds a null character")
-    return Path(os.path.expanduser(path))  # Path.expanduser raises on an unknown user
 
 
 def _as_float32(samples: Any) -> Samples:

@@ -4,7 +4,7 @@ Everything that can be wrong with names, shapes, dtypes and lengths is found whe
 memory is taken. Loading fills the packed weights in place: the peak is those weights and one chunk.
 """
 
-import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -18,7 +18,8 @@ from dia_fast import hub, tensor_files
 from dia_fast.adapters import Adapter, base_of, is_adapter, open_adapter
 from dia_fast.ambient import isolated
 from dia_fast.config import DiaConfig
-from dia_fast.errors import CheckpointError, InputError
+from dia_fast.errors import CheckpointError, InputError, shown
+from dia_fast.files import checked_path, read_json
 from dia_fast.layouts import Placement, detect_layout, is_derived, placements
 from dia_fast.packing import packed_shapes, parameter_count
 from dia_fast.settings import SamplingSettings, from_generation_config
@@ -81,7 +82,7 @@ class Checkpoint:
                 name: torch.empty(shape, dtype=dtype, device=device)
                 for name, shape in packed_shapes(self.config).items()
             }
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:  # on a CPU torch has no class of its own for it
             need = self.parameters * dtype.itemsize / 2**30
             raise CheckpointError(f"{device} has no room for the weights: {need:.2f} GiB in {_name(dtype)}") from error
         for name in sorted(places, key=lambda name: (self.tensors[name].path, self.tensors[name].offset)):
@@ -131,7 +132,7 @@ def open_checkpoint(
     Raises CheckpointError for whatever is missing, damaged, unsupported or does not fit together.
     """
     source = str(name_or_path)
-    path = Path(located(source)).expanduser()
+    path = checked_path(located(source), "name_or_path")
     if is_adapter(path):
         base = open_checkpoint(base_of(path), config=config, revision=revision, local_files_only=local_files_only)
         if base.adapter is not None:
@@ -148,13 +149,13 @@ def open_checkpoint(
         path = hub.download(source, find_weights, read_index, revision=revision, local_files_only=local_files_only)
     folder, entry = (path, None) if path.is_dir() else (path.parent, path.name)
     if config is None:
-        if not (folder / "config.json").is_file():
+        if not os.path.isfile(folder / "config.json"):
             raise CheckpointError(
                 f"{folder} has no config.json; it tells the sizes of the model and which generation of Dia it is"
             )
         config = DiaConfig.from_file(folder / "config.json")
     if entry is None:
-        entry = find_weights([item.name for item in folder.iterdir() if item.is_file()], str(folder))
+        entry = find_weights(_file_names(folder), str(folder))
     names = read_index(folder / entry) if entry.endswith(".index.json") else [entry]
     files = tuple(folder / name for name in names)
     tensors = _open_files(files)
@@ -168,15 +169,22 @@ def open_checkpoint(
 
 
 def _defaults(path: Path) -> SamplingSettings:
-    if not path.is_file():
+    if not os.path.exists(path):
         return SamplingSettings()
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must be an object of named fields, not {type(data).__name__}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{path} must be an object of named fields, not {type(data).__name__}")
         return from_generation_config(data)
-    except (OSError, ValueError, RecursionError) as error:
+    except InputError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def _file_names(folder: Path) -> list[str]:
+    try:
+        return [item.name for item in folder.iterdir() if item.is_file()]
+    except OSError as error:
+        raise CheckpointError(f"cannot read the folder {folder}: {error.strerror or error}") from None
 
 
 def find_weights(names: Collection[str], where: str) -> str:
@@ -197,13 +205,12 @@ def find_weights(names: Collection[str], where: str) -> str:
 def read_index(path: Path) -> list[str]:
     """The shards that an index names, each once, all of them in its own folder."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        shards = sorted(set(read_json(path)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an index of shards: it has no readable weight_map") from error
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{path} names the shard {shard!r}; shards must lie in the same folder")
+            raise CheckpointError(f"{path} names the shard {shown(shard)}; shards must lie in the same folder")
     return shards
 
 

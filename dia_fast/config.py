@@ -6,15 +6,14 @@ The files of the original package from before June 2025 are nested differently a
 something else; they are recognised and refused.
 """
 
-import json
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dia_fast.errors import CheckpointError
+from dia_fast.errors import CheckpointError, shown
+from dia_fast.files import read_json
 
 DELAY_PATTERN = (0, 8, 9, 10, 11, 12, 13, 14, 15)
 
@@ -47,8 +46,19 @@ _STACK_EXTRAS = frozenset(
     {"hidden_act", "rope_parameters", "rope_scaling", "rope_theta", "cross_attention_hidden_size"}
 )
 _TOP = {"encoder_config", "decoder_config", "delay_pattern", "norm_eps"}
-# So that a mistyped number is an error, not a list of a billion layers.
-_LARGEST = {"num_hidden_layers": 1000, "num_channels": 1000}
+# So that a mistyped number is an error, not a list of a billion layers or a table of a billion positions.
+_LARGEST = {
+    "num_hidden_layers": 1000,
+    "num_channels": 1000,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "cross_num_attention_heads": 1 << 12,
+    "cross_num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "cross_head_dim": 1 << 12,
+    "max_position_embeddings": 1 << 17,
+}
+_LARGEST_SIZE = 1 << 20
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -133,6 +143,12 @@ class DiaConfig:
                 f"delay_pattern starts with {self.delay_pattern[0]}; only patterns whose first channel has delay 0 are "
                 "supported, because the end of speech is read off channel 0"
             )
+        if max(self.delay_pattern) > self.decoder.max_position_embeddings - 2:
+            raise CheckpointError(
+                f"delay_pattern has a delay of {shown(max(self.delay_pattern))} steps: the decoder's "
+                f"{self.decoder.max_position_embeddings} positions (decoder_config.max_position_embeddings) leave no "
+                "room for a frame of sound"
+            )
         if self.decoder.cross_hidden_size != self.encoder.hidden_size:
             raise CheckpointError(
                 f"decoder_config.cross_hidden_size is {self.decoder.cross_hidden_size}, but the encoder output that "
@@ -153,7 +169,7 @@ class DiaConfig:
             raise CheckpointError(f"config: {OLD_GENERATION}")
         kind = data.get("model_type", "dia")
         if kind != "dia":
-            raise CheckpointError(f"config: model_type is {kind!r}; only 'dia' can be loaded")
+            raise CheckpointError(f"config: model_type is {shown(kind)}; only 'dia' can be loaded")
         if "model_type" not in data and not {"encoder_config", "decoder_config"} & set(data):
             raise CheckpointError(
                 "config: neither model_type nor encoder_config nor decoder_config is there: not a Dia configuration"
@@ -161,7 +177,7 @@ class DiaConfig:
         if notes := _unknown(data, _TOP | set(_TOKENS)):
             warnings.warn(
                 "config: fields that are not known here are ignored: "
-                + ", ".join(f"{name} = {data[name]!r:.60}" for name in notes),
+                + ", ".join(f"{name:.40} = {shown(data[name])}" for name in notes),
                 stacklevel=2,
             )
         encoder = _read_stack(EncoderConfig, "encoder_config", data)
@@ -172,19 +188,14 @@ class DiaConfig:
         if delays is None:
             delays = DELAY_PATTERN
         if not isinstance(delays, list | tuple):
-            raise CheckpointError(f"config: delay_pattern must be a list of integers, got {delays!r}")
+            raise CheckpointError(f"config: delay_pattern must be a list of integers, got {shown(delays)}")
         return cls(EncoderConfig(**encoder), DecoderConfig(**decoder), tuple(delays))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "DiaConfig":
         """Read a `config.json`. Raises CheckpointError, naming the file, if it is missing, broken or unsupported."""
         path = Path(path)
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"cannot read the configuration {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not a JSON file: {error}") from error
+        data = read_json(path)
         try:
             return cls.from_dict(data)
         except CheckpointError as error:
@@ -230,8 +241,8 @@ def _check_stack(where: str, stack: EncoderConfig | DecoderConfig) -> None:
             _number(f"{where}.{item.name}", value)
         else:
             _integer(f"{where}.{item.name}", value, minimum=0 if item.name in _TOKENS else 1)
-            if value > _LARGEST.get(item.name, 1 << 31):
-                raise CheckpointError(f"config: {where}.{item.name} is {value}, more than any real model has")
+            if value > _LARGEST.get(item.name, _LARGEST_SIZE):
+                raise CheckpointError(f"config: {where}.{item.name} is {shown(value)}, more than any real model has")
     if stack.head_dim % 2:
         raise CheckpointError(f"{where}.head_dim is {stack.head_dim}; rotary embeddings need an even one")
     for prefix in ("", "cross_") if isinstance(stack, DecoderConfig) else ("",):
@@ -245,13 +256,13 @@ def _check_stack(where: str, stack: EncoderConfig | DecoderConfig) -> None:
 
 def _integer(where: str, value: Any, minimum: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise CheckpointError(f"config: {where} must be an integer of at least {minimum}, got {value!r}")
+        raise CheckpointError(f"config: {where} must be an integer of at least {minimum}, got {shown(value)}")
     return value
 
 
 def _number(where: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise CheckpointError(f"config: {where} must be a positive number, got {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
+        raise CheckpointError(f"config: {where} must be a positive number, got {shown(value)}")
     return float(value)
 
 
@@ -272,15 +283,15 @@ def _read_stack(kind: type[EncoderConfig] | type[DecoderConfig], where: str, top
     if data is None:
         return {}
     if not isinstance(data, Mapping):
-        raise CheckpointError(f"config: {where} must be an object of named fields, got {data!r}")
+        raise CheckpointError(f"config: {where} must be an object of named fields, got {shown(data)}")
     names = {item.name for item in fields(kind)}
     for name in _unknown(data, names | _STACK_EXTRAS | set(_TOKENS)):
         raise CheckpointError(
-            f"config: unknown field {where}.{name} = {data[name]!r}; it may change what the model computes, so it is "
-            "not ignored. If it does not matter, take it out of config.json"
+            f"config: unknown field {where}.{name:.40} = {shown(data[name])}; it may change the result, so "
+            "it is not ignored. If it does not matter, take it out of config.json"
         )
     if data.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise CheckpointError(f"config: {where}.hidden_act is {data['hidden_act']!r}; only 'silu' is supported")
+        raise CheckpointError(f"config: {where}.hidden_act is {shown(data['hidden_act'])}; only 'silu' is supported")
     values = {name: data[name] for name in names - set(_TOKENS) if name in data}
     if data.get("num_key_value_heads", 1) is None:
         values["num_key_value_heads"] = values.get("num_attention_heads", kind.num_attention_heads)
@@ -296,11 +307,11 @@ def _read_rope(where: str, data: Mapping[str, Any]) -> dict[str, float]:
         if rope is None:
             continue
         if not isinstance(rope, Mapping):
-            raise CheckpointError(f"config: {where}.{name} must be an object or null, got {rope!r}")
+            raise CheckpointError(f"config: {where}.{name} must be an object or null, got {shown(rope)}")
         scaling = rope.get("rope_type", rope.get("type", "default"))
         if scaling != "default":
             raise CheckpointError(
-                f"config: {where}.{name} asks for RoPE of type {scaling!r}; only the plain one ('default') is supported"
+                f"config: {where}.{name} asks for RoPE of type {shown(scaling)}; only 'default' is supported"
             )
         theta = rope.get("rope_theta", theta)
     return {} if theta is None else {"rope_theta": _number(f"{where}.rope_theta", theta)}

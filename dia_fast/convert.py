@@ -22,7 +22,7 @@ from dia_fast.checkpoint import DTYPES, not_finite, open_checkpoint
 from dia_fast.codec import codec_beside
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.files import umask
+from dia_fast.files import checked_path, umask
 from dia_fast.layouts import Placement, placements
 from dia_fast.packing import packed_shapes, parameter_count
 from dia_fast.settings import SamplingSettings
@@ -134,7 +134,7 @@ def write_checkpoint(
     dtypes: of every packed weight by name. fetch: called with such a name, maybe twice; returns the packed weight, on
     the CPU, in that dtype. codec: a folder that is copied along. Otherwise as `save_pretrained` and `convert`.
     """
-    folder = Path(folder).expanduser()
+    folder = checked_path(folder, "folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not an empty folder; name a new one, nothing is overwritten")
     # Where dtypes differ, wide ones first: every tensor then starts at a multiple of its item size.

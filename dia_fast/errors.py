@@ -28,3 +28,14 @@ class SilentSpeech(DiaFastError, RuntimeError):
 
 class OutOfPages(DiaFastError, RuntimeError):
     """The key-value cache has no pages left for a request."""
+
+
+def shown(value: object) -> str:
+    """A value as a message can hold it: short, and without an error of its own."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "a number of thousands of digits"
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deep"
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -9,7 +9,7 @@ from enum import Enum
 from numbers import Real
 from typing import Any, SupportsIndex
 
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, shown
 
 MAX_SEED = 2**64 - 1
 RANDOM_SEED = -1  # as other tools write it
@@ -58,12 +58,12 @@ class SamplingSettings:
         put(self, "temperature", _number("temperature", self.temperature, 0, 100, "from 0 (greedy) to 100"))
         top_p = _real("top_p", self.top_p)
         if not 0 < top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, not {_shown(self.top_p)}; 1 keeps every candidate")
+            raise InputError(f"top_p must be above 0 and at most 1, not {shown(self.top_p)}; 1 keeps every candidate")
         put(self, "top_p", top_p)
         if self.top_k is not None:
             put(self, "top_k", _integer("top_k", self.top_k, 1, 2**31 - 1, "None keeps every candidate"))
         if not isinstance(self.do_sample, bool):
-            raise InputError(f"do_sample must be True or False, not {_shown(self.do_sample)}")
+            raise InputError(f"do_sample must be True or False, not {shown(self.do_sample)}")
         if self.seed is not None:
             seed = _integer("seed", self.seed, RANDOM_SEED, MAX_SEED, "-1 or None draws one")
             put(self, "seed", random_seed() if seed == RANDOM_SEED else seed)
@@ -112,16 +112,16 @@ def _integer(name: str, value: object, least: int, most: int | None, hint: str =
             raise TypeError
         number = operator.index(value)
     except TypeError:
-        raise InputError(f"{name} must be a whole number, not {_shown(value)}") from None
+        raise InputError(f"{name} must be a whole number, not {shown(value)}") from None
     if number < least or (most is not None and number > most):
         wanted = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"{name} must be {wanted}, not {_shown(number)}" + (f"; {hint}" if hint else ""))
+        raise InputError(f"{name} must be {wanted}, not {shown(number)}" + (f"; {hint}" if hint else ""))
     return number
 
 
 def _real(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"{name} must be a number, not {_shown(value)}")
+        raise InputError(f"{name} must be a number, not {shown(value)}")
     try:
         return float(value)
     except OverflowError:
@@ -131,14 +131,5 @@ def _real(name: str, value: object) -> float:
 def _number(name: str, value: object, least: float, most: float, wanted: str) -> float:
     number = _real(name, value)
     if not least <= number <= most:  # also catches NaN
-        raise InputError(f"{name} must be {wanted}, not {_shown(value)}")
+        raise InputError(f"{name} must be {wanted}, not {shown(value)}")
     return number
-
-
-def _shown(value: object) -> str:
-    """A value as a message can hold it."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 40 else f"{text[:37]}..."

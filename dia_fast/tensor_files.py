@@ -7,20 +7,24 @@ back once used.
 
 import ctypes
 import functools
-import json
 import math
 import mmap
+import os
 import pickle
 import re
 import sys
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dia_fast.errors import CheckpointError
+from dia_fast.errors import CheckpointError, shown
+from dia_fast.files import parse_json
 
 # https://github.com/huggingface/safetensors#format
 SAFETENSORS_DTYPES = {
@@ -110,29 +114,32 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises CheckpointError, naming the file and where possible the tensor, for a file that is missing, damaged,
     truncated, of another kind, or that would run code when it is loaded.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is {'not a file' if path.exists() else 'missing'}")
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+        raise CheckpointError(f"{path} is {'not a file' if os.path.exists(path) else 'missing'}")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     return _open_pickle(path)
 
 
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = _read_header(path, file, size)
-        start = file.tell()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = _read_header(path, file, size)
+            start = file.tell()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
             kind, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            whole = all(isinstance(n, int) and n >= 0 for n in (*shape, first, last))
+            whole = isinstance(kind, str) and all(type(n) is int and n >= 0 for n in (*shape, first, last))
         except (TypeError, KeyError, ValueError):
             whole = False
         if not whole:
-            raise CheckpointError(f"{path} is damaged: its entry for tensor {name} is {entry!r}")
+            raise CheckpointError(f"{path} is damaged: its entry for tensor {name} is {shown(entry)}")
         if kind not in SAFETENSORS_DTYPES:
             raise CheckpointError(
                 f"{path}: tensor {name} has dtype {kind}, which cannot be read; float32 and bfloat16 can"
@@ -148,6 +155,13 @@ def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
                 "Copy or download it again"
             )
         tensors[name] = SafeTensor(name, path, shape, dtype, start + first)
+    try:
+        with safe_open(path, "pt"):  # finds tensors that overlap, holes between them and bytes behind the last
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: its tensors do not fill it, each byte once ({error}). Copy or download it again"
+        ) from None
     return tensors
 
 
@@ -157,24 +171,46 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> dict[str, dict]:
         raise CheckpointError(
             f"{path} is truncated or not a safetensors file: its {size} bytes do not hold the header that they announce"
         )
-    try:
-        header = json.loads(file.read(length))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: its header is not JSON") from error
+    header = parse_json(file.read(length), f"{path} is damaged or not a safetensors file: its header")
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is damaged or not a safetensors file: its header is not a JSON object")
     return header
 
 
 def _open_pickle(path: Path) -> dict[str, StoredTensor]:
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            raise CheckpointError(
-                f"{path} is refused: it is damaged, or a bare pickle, which could run code. Only the zip archives that "
-                "torch.save writes since version 1.6 are read, and only when they hold nothing but tensors"
-            )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    if start != b"PK\x03\x04":
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or a bare pickle, which could run code. Only the zip archives that "
+            "torch.save writes since version 1.6 are read, and only when they hold nothing but tensors"
+        )
+    content = load_pickle(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected tensors by name")
+    check_stored(content, path)
+    mapped = _mapped_ranges(path)
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in content.items():
+        start_at = tensor.data_ptr()
+        stop = start_at + tensor.numel() * tensor.dtype.itemsize
+        releasable = tensor.is_contiguous() and any(low <= start_at and stop <= high for low, high in mapped)
+        tensors[str(name)] = MappedTensor(
+            str(name), path, tuple(tensor.shape), tensor.dtype, start_at, tensor.detach(), releasable
+        )
+    return tensors
+
+
+def load_pickle(path: Path) -> Any:
+    """What a `torch.save` file holds, as data only, mapped where its format allows.
+
+    Raises CheckpointError for a file that is damaged or that would run code. Its tensors are not checked yet.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(
@@ -182,24 +218,40 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
             "when it is loaded. Get the checkpoint as safetensors, or from somebody you trust"
         ) from error
     except Exception as error:  # torch has no error class of its own for a damaged archive
-        raise CheckpointError(
-            f"{path} is truncated, damaged or not a checkpoint: {str(error).splitlines()[0][:150]}"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected tensors by name")
-    mapped = _mapped_ranges(path)
-    tensors: dict[str, StoredTensor] = {}
-    for name, tensor in content.items():
-        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_quantized:
-            kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{path}: entry {name} is a {kind}; expected plain tensors by name")
-        start = tensor.data_ptr()
-        stop = start + tensor.numel() * tensor.dtype.itemsize
-        releasable = tensor.is_contiguous() and any(low <= start and stop <= high for low, high in mapped)
-        tensors[str(name)] = MappedTensor(
-            str(name), path, tuple(tensor.shape), tensor.dtype, start, tensor.detach(), releasable
-        )
-    return tensors
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        raise CheckpointError(f"{path} is truncated, damaged or not a checkpoint: {reason}") from error
+
+
+def check_stored(tensors: Mapping[Any, Any], path: Path) -> None:
+    """Raises CheckpointError for what is no plain tensor that lies in the file, byte for byte.
+
+    A pickle can also describe tensors without contents (meta), lists of tensors (nested), and views that repeat the
+    same bytes: a file of some hundred bytes may ask for terabytes.
+    """
+    size, total = path.stat().st_size, 0
+    for name, tensor in tensors.items():
+        plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_nested
+        if not plain or tensor.is_quantized or tensor.device.type != "cpu":
+            kind = type(tensor).__name__
+            if isinstance(tensor, Tensor):
+                kind = f"{tensor.device.type} tensor of layout {tensor.layout}{', nested' * tensor.is_nested}"
+            raise CheckpointError(f"{path}: entry {shown(name)} is a {kind}; expected plain tensors by name")
+        total += tensor.numel() * tensor.dtype.itemsize
+        if _repeats(tensor) or total > size:
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)} of shape {list(tensor.shape)} is a view that repeats stored bytes; "
+                f"the file has {size} bytes. Save the tensors as copies of their own"
+            )
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """True unless each element lies in a place of its own (some layouts that do are taken for ones that do not)."""
+    end = 1
+    for stride, count in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < end:
+            return tensor.numel() > 0
+        end = stride * count
+    return False
 
 
 def _mapped_ranges(path: Path) -> list[tuple[int, int]]:

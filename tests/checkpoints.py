@@ -59,12 +59,12 @@ def configs() -> st.SearchStrategy[DiaConfig]:
                 f"{prefix}head_dim": 2 * draw(st.integers(1, 12)),
             }
 
-        def sizes() -> dict[str, Any]:
+        def sizes(positions: int = 1) -> dict[str, Any]:
             return {
                 "hidden_size": draw(st.integers(1, 40)),
                 "intermediate_size": draw(st.integers(1, 40)),
                 "num_hidden_layers": draw(st.integers(1, 3)),
-                "max_position_embeddings": draw(st.integers(1, 5000)),
+                "max_position_embeddings": draw(st.integers(positions, 5000)),
                 "norm_eps": draw(st.floats(1e-8, 1e-3)),
                 "rope_theta": draw(st.floats(1.0, 1e6)),
             }
@@ -74,7 +74,7 @@ def configs() -> st.SearchStrategy[DiaConfig]:
         tokens = draw(st.lists(st.integers(0, vocab - 1), min_size=3, max_size=3, unique=True))
         encoder = EncoderConfig(**sizes(), **heads(), vocab_size=draw(st.integers(3, 30)))
         decoder = DecoderConfig(
-            **sizes(),
+            **sizes(positions=22),
             **heads(),
             **heads("cross_"),
             cross_hidden_size=encoder.hidden_size,

@@ -87,7 +87,7 @@ def truncated(path: Path) -> Path:
 BAD_FILES = {
     "missing": (lambda folder: folder / "none.wav", r"none\.wav: no such file"),
     "folder": (lambda folder: folder, "is a folder; give an audio file"),
-    "name too long": (lambda folder: folder / ("a" * 300), "cannot be read: File name too long"),
+    "name too long": (lambda folder: folder / ("a" * 300), "cannot be looked up: File name too long"),
     "empty file": (lambda folder: (folder / "e.wav").touch() or folder / "e.wav", r"e\.wav: the file is empty"),
     "text": (lambda folder: (folder / "t.wav").write_text("hello") and folder / "t.wav", "not audio, or damaged"),
     "headerless": (lambda folder: (folder / "t.raw").write_bytes(b"12") and folder / "t.raw", "not audio, or damaged"),

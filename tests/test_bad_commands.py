@@ -83,9 +83,9 @@ NORM = "model.decoder.norm.weight"
 SPOILT: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no folder", shutil.rmtree, "spoilt: no such file or folder, and not the id of a Hub repository"),
     ("no config", lambda f: (f / "config.json").unlink(), "has no config.json"),
-    ("config is no JSON", lambda f: (f / "config.json").write_text("{"), "config.json is not a JSON file"),
+    ("config is no JSON", lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
     ("config is a list", lambda f: (f / "config.json").write_text("[]"), "expected an object of named fields"),
-    ("unknown field", configured(lambda c: c.update(sliding_window=512)), "unknown field sliding_window = 512"),
+    ("unknown field", configured(lambda c: c["decoder_config"].update(window=512)), "decoder_config.window = 512"),
     (
         "unknown field of the decoder",
         configured(lambda c: c["decoder_config"].update(num_experts=8)),

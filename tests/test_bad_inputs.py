@@ -145,7 +145,7 @@ BAD_PROMPTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no sample", wav(TONE[:0]), "voice.wav: too short: 0 samples"),
     ("too long", wav(np.tile(TONE, 15)), "voice.wav: longer than 2.12"),
     ("NaN in the file", wav(np.where(np.arange(8_000) == 7, NAN, TONE)), "voice.wav: sample 7 is nan"),
-    ("empty name", lambda _: "", "expected a path to an audio file, got ''"),
+    ("empty name", lambda _: "", "path must be a path, not ''"),
     ("name with NUL", lambda _: "voice\0.wav", "is not a path: it holds a null character"),
     ("NaN samples", lambda _: (np.full(8_000, NAN, np.float32), 44_100), "sample 0 is nan"),
     ("integer samples", lambda _: (np.zeros(8_000, np.int16), 44_100), "divide int16 by 32768"),

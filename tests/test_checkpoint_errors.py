@@ -163,7 +163,7 @@ def test_shards_that_do_not_fit_together(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "part"),
     [
-        ("{", "no readable weight_map"),
+        ("{", "is not JSON"),
         ('{"weight_map": 3}', "no readable weight_map"),
         ('{"weight_map": {"a": "../../secret.safetensors"}}', "must lie in the same folder"),
         ('{"weight_map": {"a": 3}}', "shard 3"),
@@ -223,8 +223,8 @@ def test_pickles_of_something_else(copy: Path) -> None:
     path = copy / "dia.pth"
     for content, part in (
         ([torch.ones(2)], "holds a list; expected tensors by name"),
-        ({"encoder.norm.weight": 3}, "entry encoder.norm.weight is a int"),
-        ({"encoder.norm.weight": torch.ones(2).to_sparse()}, "is a torch.sparse_coo"),
+        ({"encoder.norm.weight": 3}, "entry 'encoder.norm.weight' is a int"),
+        ({"encoder.norm.weight": torch.ones(2).to_sparse()}, "layout torch.sparse_coo"),
         ({"encoder.norm.weight": torch.ones(32)}, "is missing, though config.json asks for it".replace("is ", "")),
     ):
         torch.save(content, path)

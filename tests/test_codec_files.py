@@ -172,7 +172,7 @@ def test_tensors_that_do_not_fit(folder: Path, case: str) -> None:
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model_type": "dia"}, "model_type is 'dia'; only 'dac'"),
-    "text for a number": ({"n_codebooks": "9"}, "n_codebooks must be a whole number of at least 1, not '9'"),
+    "text for a number": ({"n_codebooks": "9"}, "n_codebooks must be a whole number from 1 to 128, not '9'"),
     "zero": ({"codebook_size": 0}, "codebook_size must be .* not 0"),
     "a fraction": ({"codebook_dim": 1.5}, "codebook_dim must be .* not 1.5"),
     "truth": ({"encoder_hidden_size": True}, "encoder_hidden_size must be .* not True"),
@@ -199,7 +199,7 @@ def test_configurations_that_cannot_work(folder: Path, case: str) -> None:
 @pytest.mark.parametrize("contents", ["", "{", "[]", "null", "\udcff"])
 def test_configurations_that_are_not_objects(folder: Path, contents: str) -> None:
     (folder / "config.json").write_bytes(contents.encode("utf-8", "surrogateescape"))
-    with pytest.raises(CheckpointError, match="config.json: not readable as JSON|expected an object"):
+    with pytest.raises(CheckpointError, match="config.json is not JSON|expected an object"):
         load_codec(folder)
 
 
@@ -208,7 +208,7 @@ def test_damaged_and_missing_files(folder: Path) -> None:
     whole = weights.read_bytes()
     for contents in (whole[:-100], whole[:50], b"", b"not tensors" * 100):
         weights.write_bytes(contents)
-        with pytest.raises(CheckpointError, match="model.safetensors: not a whole safetensors file"):
+        with pytest.raises(CheckpointError, match="model.safetensors is truncated"):
             load_codec(folder)
     weights.unlink()
     with pytest.raises(CheckpointError, match="model.safetensors: missing"):
@@ -244,7 +244,7 @@ def test_files_that_are_not_codecs(tmp_path: Path, codec: Codec) -> None:
     whole = save_official(codec, path, "old").read_bytes()
     for contents in (whole[: len(whole) // 2], whole[:100], b"", b"junk" * 500, pickle.dumps([1, 2], 2)):
         path.write_bytes(contents)
-        with pytest.raises(CheckpointError, match="weights.pth: (not a|refused)"):
+        with pytest.raises(CheckpointError, match="weights.pth(: not a| is refused| is truncated)"):
             load_codec(path)
     for wrong in ([1], {"state_dict": {}}, {"state_dict": 3, "metadata": {}}, {"metadata": {"kwargs": {}}}):
         torch.save(wrong, path)
@@ -254,18 +254,18 @@ def test_files_that_are_not_codecs(tmp_path: Path, codec: Codec) -> None:
     with pytest.raises(CheckpointError, match="metadata.kwargs"):
         load_codec(path)
     torch.save({"state_dict": {"encoder.block.0.weight_g": 3}, "metadata": {"kwargs": SMALL.to_official()}}, path)
-    with pytest.raises(CheckpointError, match="tensor encoder.conv1.weight_g is missing"):
+    with pytest.raises(CheckpointError, match="entry 'encoder.block.0.weight_g' is a int"):
         load_codec(path)
 
 
 def test_codebooks_of_several_widths_are_refused() -> None:
     kwargs = SMALL.to_official() | {"codebook_dim": [4, 4, 8]}
-    with pytest.raises(CheckpointError, match=r"codebook_dim must be a whole number of at least 1, not \[4, 4, 8\]"):
+    with pytest.raises(CheckpointError, match=r"codebook_dim must be a whole number from 1 to 4096, not \[4, 4, 8\]"):
         CodecConfig.from_official(kwargs)
     assert CodecConfig.from_official(kwargs | {"codebook_dim": [4, 4, 4]}) == SMALL
 
 
-@pytest.mark.parametrize("name", ["no-such-codec", "./none/here", "a/b/c", "/none/here", ""])
+@pytest.mark.parametrize("name", ["no-such-codec", "./none/here", "a/b/c", "/none/here"])
 def test_names_that_are_neither_paths_nor_repositories(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -275,10 +275,10 @@ def test_nonsense_is_refused_or_read(data: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not a JSON file"),
+        ("{", "is not JSON"),
         ("[]", "expected an object"),
         ("{}", "not a Dia configuration"),
-        (b"\xff\xfe", "not a JSON"),
+        (b"\xff\xfe", "is not JSON"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, content: str | bytes, message: str) -> None:
@@ -290,7 +290,7 @@ def test_a_broken_file_is_named(tmp_path: Path, content: str | bytes, message: s
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot read the configuration .*nothing\.json"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*nothing\.json: No such file"):
         DiaConfig.from_file(tmp_path / "nothing.json")
 
 

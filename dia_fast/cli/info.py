@@ -3,12 +3,12 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from dia_fast import hub
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError, InputError
+from dia_fast.files import checked_path
 from dia_fast.packing import parameter_count
 from dia_fast.voice import located
 
@@ -120,7 +120,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     """
     from dia_fast.checkpoint import open_checkpoint
 
-    local = Path(located(args.model)).expanduser().exists()
+    local = checked_path(located(args.model), "model").exists()
     try:
         checkpoint = open_checkpoint(args.model, revision=args.revision, local_files_only=not local)
     except CheckpointError:

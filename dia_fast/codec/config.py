@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dia_fast.errors import CheckpointError
+from dia_fast.audio import HIGHEST_RATE, LOWEST_RATE
+from dia_fast.errors import CheckpointError, shown
 
 # A block has one residual unit for each of these dilations, with a convolution of this width in it.
 DILATIONS = (1, 3, 9)
@@ -22,6 +23,17 @@ _OFFICIAL = {
     "codebook_size": "codebook_size",
     "codebook_dim": "codebook_dim",
     "sampling_rate": "sample_rate",
+}
+
+# No real codec comes near; what is larger is a mistake, and would hang or fill the memory before a tensor is read.
+_WIDEST, _MOST_BLOCKS, _LONGEST_HOP = 1 << 16, 16, 1 << 16
+_BOUNDS = {
+    "encoder_hidden_size": (1, _WIDEST),
+    "decoder_hidden_size": (1, _WIDEST),
+    "n_codebooks": (1, 128),
+    "codebook_size": (1, 1 << 20),
+    "codebook_dim": (1, 1 << 12),
+    "sampling_rate": (LOWEST_RATE, HIGHEST_RATE),
 }
 
 
@@ -50,12 +62,17 @@ class CodecConfig:
         put(self, "downsampling_ratios", _ratios("downsampling_ratios", self.downsampling_ratios))
         upsampling = self.upsampling_ratios or self.downsampling_ratios[::-1]
         put(self, "upsampling_ratios", _ratios("upsampling_ratios", upsampling))
-        for name in ("encoder_hidden_size", "decoder_hidden_size", "n_codebooks", "codebook_size", "codebook_dim"):
-            _require_positive(name, getattr(self, name))
-        _require_positive("sampling_rate", self.sampling_rate)
+        for name, (least, most) in _BOUNDS.items():
+            _require_within(name, getattr(self, name), least, most)
         if self.hidden_size == 0:
             put(self, "hidden_size", self.encoder_hidden_size * 2 ** len(self.downsampling_ratios))
-        _require_positive("hidden_size", self.hidden_size)
+        _require_within("hidden_size", self.hidden_size, 1, _WIDEST)
+        _require_within(
+            "encoder_hidden_size * 2 ** len(downsampling_ratios)",
+            self.encoder_hidden_size * 2 ** len(self.downsampling_ratios),
+            1,
+            _WIDEST,
+        )
         if math.prod(self.upsampling_ratios) != self.hop_length:
             raise CheckpointError(
                 f"codec config: upsampling_ratios {list(self.upsampling_ratios)} do not undo downsampling_ratios "
@@ -108,14 +125,20 @@ class CodecConfig:
             raise CheckpointError(f"codec config: expected an object with named fields, got {type(data).__name__}")
         kind = data.get("model_type", "dac")
         if kind != "dac":
-            raise CheckpointError(f"codec config: model_type is {kind!r}; only 'dac' is a codec that can be loaded")
+            raise CheckpointError(
+                f"codec config: model_type is {shown(kind)}; only 'dac' is a codec that can be loaded"
+            )
         values = {name: data[name] for name in _OFFICIAL if data.get(name) is not None}
-        if isinstance(preprocessor, Mapping) and preprocessor.get("sampling_rate") is not None:
+        if preprocessor is not None and not isinstance(preprocessor, Mapping):
+            raise CheckpointError(
+                f"codec config: the preprocessor's must be an object with named fields, got {shown(preprocessor)}"
+            )
+        if preprocessor is not None and preprocessor.get("sampling_rate") is not None:
             values["sampling_rate"] = preprocessor["sampling_rate"]
         config = cls(**values)
         if data.get("hop_length", config.hop_length) != config.hop_length:
             raise CheckpointError(
-                f"codec config: hop_length is {data['hop_length']!r}, but downsampling_ratios "
+                f"codec config: hop_length is {shown(data['hop_length'])}, but downsampling_ratios "
                 f"{list(config.downsampling_ratios)} multiply to {config.hop_length}"
             )
         return config
@@ -127,7 +150,12 @@ class CodecConfig:
             raise CheckpointError("codec file: metadata.kwargs, the sizes of the network, is missing")
         values = {name: kwargs[other] for name, other in _OFFICIAL.items() if kwargs.get(other) is not None}
         width = values.get("codebook_dim")
-        if isinstance(width, list | tuple) and len(set(width)) == 1 and len(width) == values.get("n_codebooks", 9):
+        if (
+            isinstance(width, list | tuple)
+            and width
+            and all(item == width[0] for item in width)
+            and len(width) == values.get("n_codebooks", 9)
+        ):
             values["codebook_dim"] = width[0]
         return cls(**values)
 
@@ -158,13 +186,16 @@ class CodecConfig:
         }
 
 
-def _require_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"codec config: {name} must be a whole number of at least 1, not {value!r}")
+def _require_within(name: str, value: Any, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise CheckpointError(f"codec config: {name} must be a whole number from {least} to {most}, not {shown(value)}")
 
 
 def _ratios(name: str, value: Any) -> tuple[int, ...]:
     whole = isinstance(value, list | tuple) and all(isinstance(ratio, int) and ratio >= 2 for ratio in value)
-    if not whole or not value:
-        raise CheckpointError(f"codec config: {name} must be a list of whole numbers of at least 2, not {value!r}")
+    if not whole or not 1 <= len(value) <= _MOST_BLOCKS or math.prod(value) > _LONGEST_HOP:
+        raise CheckpointError(
+            f"codec config: {name} must be a list of 1 to {_MOST_BLOCKS} whole numbers of at least 2 whose product is "
+            f"at most {_LONGEST_HOP}, not {shown(value)}"
+        )
     return tuple(value)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from dia_fast.codec.codec import Codec
 from dia_fast.codec.config import CodecConfig
-from dia_fast.codec.weights import fold_weight_norm, load_pickle, rename_official
+from dia_fast.codec.weights import fold_weight_norm, rename_official
 from dia_fast.errors import CheckpointError
+from dia_fast.files import checked_path
+from dia_fast.tensor_files import check_stored, load_pickle
 
 
 class DescriptNetwork(nn.Module):
@@ -45,12 +47,13 @@ def load_descript(weights: str | os.PathLike[str] | None, device: torch.device, 
             f'codec="descript" needs the package descript-audio-codec ({error}): pip install "dia-fast[dac]", or leave '
             "the codec at its default, which needs nothing"
         ) from error
-    path = Path(os.path.expanduser(weights)) if weights is not None else _downloaded(download)
+    path = checked_path(weights, "codec") if weights is not None else _downloaded(download)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; a .pth file of descript-audio-codec is needed")
     contents = load_pickle(path)
     try:
         config = CodecConfig.from_official(contents["metadata"]["kwargs"])
+        check_stored(contents["state_dict"], path)
         with torch.device("meta"):  # spares it drawing random weights
             model = dac.DAC(**config.to_official())
         model.load_state_dict(contents["state_dict"], assign=True)

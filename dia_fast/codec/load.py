@@ -13,6 +13,7 @@ from dia_fast.ambient import isolated
 from dia_fast.codec.codec import Codec, build_codec
 from dia_fast.codec.weights import CONFIG, PREPROCESSOR, WEIGHTS, read_codec_files
 from dia_fast.errors import CheckpointError
+from dia_fast.files import checked_path
 from dia_fast.voice import located
 
 DESCRIPT = "descript"
@@ -33,7 +34,7 @@ def codec_for(model: str | os.PathLike[str], codec: str | os.PathLike[str] = AUT
 
 def codec_beside(model: str | os.PathLike[str]) -> Path | None:
     """The folder `codec` beside a model's weights, or None. model: a folder, a file of weights, an adapter, a name."""
-    path = Path(os.path.expanduser(located(model)))
+    path = checked_path(located(model), "model")
     folder = path.parent if path.is_file() else path
     if (folder / "codec").is_dir():
         return folder / "codec"
@@ -64,7 +65,7 @@ def load_codec(
         from dia_fast.codec.descript import load_descript
 
         return load_descript(name.removeprefix(DESCRIPT).removeprefix(":") or None, device, dtype)
-    path = Path(os.path.expanduser(name))
+    path = checked_path(name, "codec")
     if not path.exists():
         path = _download(name, revision, local_files_only)
     config, tensors = read_codec_files(path)

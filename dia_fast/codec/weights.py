@@ -2,8 +2,6 @@
 
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from torch import Tensor
 
 from dia_fast.codec.config import CodecConfig
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.files import replacing
+from dia_fast.files import read_json, replacing
+from dia_fast.tensor_files import check_stored, load_pickle, open_tensors
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 
@@ -48,8 +47,8 @@ def read_codec_files(path: Path) -> tuple[CodecConfig, dict[str, Tensor]]:
 
 
 def _read_transformers(folder: Path) -> tuple[CodecConfig, dict[str, Tensor]]:
-    preprocessor = _read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else None
-    contents = _read_json(folder / CONFIG)
+    preprocessor = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else None
+    contents = read_json(folder / CONFIG)
     try:
         config = CodecConfig.from_transformers(contents, preprocessor)
     except CheckpointError as error:
@@ -57,9 +56,10 @@ def _read_transformers(folder: Path) -> tuple[CodecConfig, dict[str, Tensor]]:
     path = folder / WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; it holds the codec's weights")
+    open_tensors(path)  # says what is wrong with the file
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
     return config, fold_weight_norm(tensors, path)
 
@@ -74,20 +74,8 @@ def _read_official(path: Path) -> tuple[CodecConfig, dict[str, Tensor]]:
         config = CodecConfig.from_official(metadata.get("kwargs"))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    check_stored(tensors, path)
     return config, fold_weight_norm(rename_official(tensors, config), path)
-
-
-def load_pickle(path: Path) -> Any:
-    """A torch file that holds data only; memory-mapped where its format allows. Raises CheckpointError otherwise."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused: it is damaged, or a pickle that holds more than tensors and plain values and could run "
-            f"code when opened ({str(error).splitlines()[0]}); convert it to safetensors with the program that wrote it"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a whole torch file: {error}") from error
 
 
 def rename_official(tensors: Mapping[str, Any], config: CodecConfig) -> dict[str, Tensor]:
@@ -138,7 +126,7 @@ def fold_weight_norm(tensors: Mapping[str, Tensor], source: Path) -> dict[str, T
                 if not isinstance(folded.get(stem + end), Tensor):
                     raise CheckpointError(f"{source}: tensor {stem + end} is missing; weight norm needs it")
             g, v = folded.pop(stem + magnitude), folded.pop(stem + direction)
-            if v.dim() < 2 or g.numel() != v.shape[0]:
+            if v.dim() < 2 or g.numel() != v.shape[0] or not (g.is_floating_point() and v.is_floating_point()):
                 raise CheckpointError(
                     f"{source}: {stem + magnitude} of shape {list(g.shape)} does not fit {stem + direction} of shape "
                     f"{list(v.shape)}"
@@ -183,10 +171,3 @@ def write_transformers(folder: str | os.PathLike[str], config: CodecConfig, tens
         with replacing(folder / name) as temporary:
             temporary.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error

@@ -1,7 +1,6 @@
 """What vendors publish about their GPUs, and reading the same from a user's file."""
 
 import difflib
-import json
 import math
 import os
 import re
@@ -9,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, shown
+from dia_fast.files import read_json
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,9 @@ def read(path: Path) -> Device:
     Raises InputError naming the field that is missing, unknown or cannot be.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--gpu: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"--gpu: {path} is not JSON: {error}") from None
+        data = read_json(path, InputError)
+    except InputError as error:
+        raise InputError(f"--gpu: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"--gpu: {path} holds {type(data).__name__}, not an object such as {EXAMPLE}")
     allowed = {*NUMBERS, "name", "target", "like"}
@@ -162,7 +160,7 @@ def read(path: Path) -> Device:
         if field not in allowed:
             close = difflib.get_close_matches(field, allowed, 1)
             hint = f"did you mean {close[0]}?" if close else f"fields are {', '.join(sorted(allowed))}"
-            raise InputError(f"--gpu: {path}: unknown field {field!r}; {hint}")
+            raise InputError(f"--gpu: {path}: unknown field {shown(field)}; {hint}")
     base = _base(path, data)
     given: dict[str, Any] = {}
     for name, (field, factor) in NUMBERS.items():
@@ -203,11 +201,11 @@ def _base(path: Path, data: dict[str, Any]) -> Device:
 
 def _number(path: Path, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9 or not math.isfinite(value):
-        raise InputError(f"--gpu: {path}: {name} must be a positive number below 1e9, not {value!r}")
+        raise InputError(f"--gpu: {path}: {name} must be a positive number below 1e9, not {shown(value)}")
     return float(value)
 
 
 def _text(path: Path, name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise InputError(f"--gpu: {path}: {name} must be a text, not {value!r}")
+        raise InputError(f"--gpu: {path}: {name} must be a text, not {shown(value)}")
     return value

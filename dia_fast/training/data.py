@@ -6,7 +6,6 @@ a renamed file is encoded again, and a changed one is.
 
 import hashlib
 import io
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from dia_fast.audio import FORMATS, load_audio
 from dia_fast.codec import Codec
 from dia_fast.config import DiaConfig
 from dia_fast.errors import InputError
-from dia_fast.files import replacing
+from dia_fast.files import checked_path, parse_json, replacing
 from dia_fast.text import TextWarning, encode_text, text_warnings
 from dia_fast.training.batch import Example, check_example, longest_speech
 
@@ -63,7 +62,7 @@ def read_recordings(source: str | os.PathLike[str]) -> list[Recording]:
     JSONL file: one object a line with `audio`, a path relative to the file, and `text`.
     Raises InputError for a missing transcript, a line that is not such an object, or nothing at all.
     """
-    path = Path(source).expanduser()
+    path = checked_path(source, "data")
     if path.is_dir():
         found = _read_folder(path)
     elif path.is_file():
@@ -214,15 +213,13 @@ def _read_lines(path: Path) -> list[Recording]:
             continue
         where = f"{path}:{number}"
         try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise InputError(
-                f'{where}: not JSON ({error}); expected {{"audio": "a.wav", "text": "[S1] ..."}}'
-            ) from None
+            entry = parse_json(line, where, InputError)
+        except InputError as error:
+            raise InputError(f'{error}; expected {{"audio": "a.wav", "text": "[S1] ..."}}') from None
         for name in ("audio", "text"):
             if not isinstance(entry, dict) or not isinstance(entry.get(name), str) or not entry[name].strip():
                 raise InputError(f'{where}: no "{name}"; expected {{"audio": "a.wav", "text": "[S1] ..."}}')
-        found.append(Recording(path.parent / Path(entry["audio"]).expanduser(), entry["text"].strip(), where))
+        found.append(Recording(path.parent / os.path.expanduser(entry["audio"]), entry["text"].strip(), where))
     return found
 
 

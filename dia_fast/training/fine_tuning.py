@@ -17,6 +17,7 @@ from dia_fast.codec import Codec, codec_for, load_codec
 from dia_fast.codec.load import AUTO
 from dia_fast.convert import write_checkpoint
 from dia_fast.errors import CheckpointError, InputError
+from dia_fast.files import checked_path
 from dia_fast.placement import choose_device
 from dia_fast.training.data import Dataset, Recording, default_cache, load_dataset, read_recordings, split
 from dia_fast.training.lora import save_adapters
@@ -49,14 +50,14 @@ def finetune(
     Raises InputError and CheckpointError for what cannot be used, KeyboardInterrupt when it was asked to stop, with a
     state saved from which `resume` goes on to the same end.
     """
-    folder, place = Path(output).expanduser(), choose_device(device)
+    folder, place = checked_path(output, "output"), choose_device(device)
     named = _absolute(settings)
     run = Run.reopen(folder, named) if resume else Run.create(folder, TrainSettings.from_dict(named))
     chosen = run.settings
     if run.model.is_dir():
         return _with_codec(run.model, chosen)
     checkpoint = open_checkpoint(chosen.model, local_files_only=offline)
-    store = default_cache() if cache is None else Path(cache).expanduser()
+    store = default_cache() if cache is None else checked_path(cache, "cache")
     training, held_out = _datasets(chosen, checkpoint, place, store, offline, quiet)
     trainer = Trainer(checkpoint, chosen, place, backend)
     run.begin(f"{training.digest} {held_out.digest}")

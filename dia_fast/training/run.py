@@ -22,8 +22,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from dia_fast.errors import InputError
-from dia_fast.files import replacing
+from dia_fast.errors import InputError, shown
+from dia_fast.files import parse_json, read_json, replacing
 from dia_fast.training.settings import FREE, TrainSettings
 
 _STATE = re.compile(r"step-(\d{8,})\.pt")
@@ -61,9 +61,9 @@ class Run:
         if not path.is_file():
             raise InputError(f"{folder} holds no run to resume: it has no run.json")
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = read_json(path, InputError)
             before, digest = TrainSettings.from_dict(stored["settings"]), stored["data"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is damaged, the run cannot be resumed: {error}") from error
         settings = TrainSettings.from_dict(before.to_dict() | dict(given))
         for name, value in settings.to_dict().items():
@@ -118,11 +118,14 @@ class Run:
     def lines(self) -> Iterator[dict[str, Any]]:
         """The lines of the log; a last one that was cut off in the middle is left out."""
         path = self.folder / "log.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
             try:
-                yield json.loads(line)
-            except ValueError:
+                entry = parse_json(line, str(path), InputError)
+            except InputError:
                 return
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+                raise InputError(f"{path} is damaged: {shown(entry)} is no line of a log")
+            yield entry
 
     def save(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
         """Writes the state after a step and removes the oldest ones beyond `settings.keep`."""
@@ -143,6 +146,9 @@ class Run:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch has no error class of its own for a damaged file
             raise InputError(f"{path} is damaged ({error}); delete it to go on from the state before it") from error
+        kinds = {"step": int, "weights": dict, "optimizer": dict}
+        if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+            raise InputError(f"{path} is no state of a run; delete it to go on from the state before it")
         return state
 
     def close(self) -> None:

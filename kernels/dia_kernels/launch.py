@@ -101,7 +101,7 @@ def read_table(path: str) -> dict[str, list[dict[str, Any]]]:
             table = json.load(file)
     except OSError as error:
         raise ValueError(f"DIA_KERNELS_TABLE: cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     groups = list(table.values()) if isinstance(table, dict) else [None]
     if not all(isinstance(group, list) and all(map(_is_entry, group)) for group in groups):

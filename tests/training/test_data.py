@@ -154,7 +154,7 @@ def test_transcripts_that_cannot_be_read(kind: str, message: str, tmp_path: Path
     ("lines", "message"),
     [
         ("", "nothing to train on: the file is empty"),
-        ("\n[1, 2\n", r"data.jsonl:2: not JSON .*expected \{"),
+        ("\n[1, 2\n", r"data.jsonl:2 is not JSON: .*expected \{"),
         ('{"audio": "a.wav"}', 'data.jsonl:1: no "text"'),
         ('{"text": "[S1] Hm."}', 'data.jsonl:1: no "audio"'),
         ('{"audio": "a.wav", "text": 3}', 'data.jsonl:1: no "text"'),
