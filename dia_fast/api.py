@@ -38,7 +38,7 @@ from dia_fast.checkpoint import open_checkpoint
 from dia_fast.config import DiaConfig
 from dia_fast.convert import save_pretrained
 from dia_fast.engine import MAX_BATCH, Engine
-from dia_fast.errors import CheckpointError, InputError
+from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.model import DiaModel
 from dia_fast.packing import packed_shapes
 from dia_fast.placement import choose_device, choose_dtype
@@ -101,7 +101,7 @@ class Dia:
         Raises InputError for an argument, CheckpointError for a checkpoint that cannot be used.
         """
         if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
-            raise InputError(f"name_or_path must be a Hub repository or a path, not {name_or_path!r}")
+            raise InputError(f"name_or_path must be a Hub repository or a path, not {shown(name_or_path)}")
         check_codec(codec)
         limits = engine_limits(max_batch, memory)
         place = choose_device(device)
@@ -367,7 +367,7 @@ class Dia:
         texts = texts_of(text)
         grid = checked_rows(self.config, rows, len(texts))
         if not isinstance(guidance, bool):
-            raise InputError(f"guidance must be True or False, not {guidance!r}")
+            raise InputError(f"guidance must be True or False, not {shown(guidance)}")
         return self.model.forward_logits([ids_of(self.config, item) for item in texts], grid, guidance)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:

@@ -14,11 +14,12 @@ from torch import Tensor
 from dia_fast.ambient import isolated
 from dia_fast.config import DiaConfig
 from dia_fast.engine import MAX_BATCH, Request
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, shown
 from dia_fast.progress import StepBar
 from dia_fast.prompts import AudioPrompt
 from dia_fast.settings import SamplingSettings, random_seed
 from dia_fast.text import CHARACTERS_PER_SECOND, encode_text, warn_about
+from dia_fast.values import tensor_of
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -42,7 +43,7 @@ def check_codec(codec: object) -> None:
     from dia_fast.codec import Codec
 
     if not isinstance(codec, Codec):
-        raise InputError(f"codec must be the name or path of one, a loaded Codec, or None, not {codec!r:.40}")
+        raise InputError(f"codec must be the name or path of one, a loaded Codec, or None, not {shown(codec)}")
 
 
 def is_list(text: Texts) -> bool:
@@ -161,7 +162,7 @@ def make_request(ids: list[int], seed: int | None, prompt: Tensor | None, settin
 def checked_rows(config: DiaConfig, rows: Any, count: int) -> Tensor:
     """Rows of the delayed grid for each of `count` texts, `[count, steps, channels]` integers."""
     decoder = config.decoder
-    grid = torch.as_tensor(rows)
+    grid = tensor_of("rows", rows)
     wanted = f"[{count}, steps, {decoder.num_channels}]"
     if grid.ndim != 3 or grid.shape[0] != count or grid.shape[2] != decoder.num_channels:
         raise InputError(f"rows must have shape {wanted}, not {list(grid.shape)}")
@@ -188,7 +189,7 @@ def cut_remark(config: DiaConfig, limit: int, given: int) -> str:
 def engine_limits(max_batch: int, memory: Memory) -> dict[str, Any]:
     """Checked arguments of an `Engine`: memory in bytes, from a number of them or a text such as "4GB" or "512 MiB"."""
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or not 1 <= max_batch <= MAX_BATCH:
-        raise InputError(f"max_batch must be from 1 to {MAX_BATCH}, not {max_batch!r:.40}")
+        raise InputError(f"max_batch must be from 1 to {MAX_BATCH}, not {shown(max_batch)}")
     return {"max_batch": max_batch, "memory": _bytes(memory)}
 
 
@@ -200,5 +201,5 @@ def _bytes(memory: Memory) -> int | None:
         if found and (found[2] or not found[3]):
             memory = int(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS.index(found[2]))
     if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1:
-        raise InputError(f'memory must be a number of bytes, or a text such as "4GB" or "512MB", not {memory!r:.40}')
+        raise InputError(f'memory must be a number of bytes, or a text such as "4GB" or "512MB", not {shown(memory)}')
     return memory

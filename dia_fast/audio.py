@@ -14,7 +14,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, shown
 from dia_fast.files import checked_path, replacing
 from dia_fast.outcome import Outcome
 
@@ -74,6 +74,8 @@ class Audio:
 
         Raises InputError for another format, for one that cannot hold this sample rate, and for no samples at all.
         """
+        if not isinstance(format, str):
+            raise InputError(f"format must be one of {', '.join(FORMATS)}, not {shown(format)}")
         extension = "." + format.lower().removeprefix(".")
         if extension not in FORMATS:
             raise InputError(f"unknown audio format {format!r}; supported: {', '.join(FORMATS)}")
@@ -215,7 +217,10 @@ def convert(samples: Any, from_rate: int, to_rate: int) -> Samples:
 
 
 def _as_float32(samples: Any) -> Samples:
-    array = np.asarray(samples)
+    try:
+        array = np.asarray(samples)
+    except (TypeError, ValueError, RuntimeError):  # lists of several lengths, tensors that are not dense
+        raise InputError(f"samples must be an array of numbers, not {shown(samples)}") from None
     if not np.issubdtype(array.dtype, np.floating):
         raise InputError(f"samples must be floating point from -1 to 1, not {array.dtype}; divide int16 by 32768")
     with np.errstate(over="ignore"):  # becomes infinity, which is refused with its position
@@ -225,7 +230,7 @@ def _as_float32(samples: Any) -> Samples:
 def _checked_rate(rate: Any, name: str) -> int:
     if not isinstance(rate, int | np.integer) or not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise InputError(
-            f"{name}: sample rate {rate!r} is not a whole number of Hz from {LOWEST_RATE} to {HIGHEST_RATE}"
+            f"{name}: sample rate {shown(rate)} is not a whole number of Hz from {LOWEST_RATE} to {HIGHEST_RATE}"
         )
     return int(rate)
 

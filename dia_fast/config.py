@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dia_fast.errors import CheckpointError, shown
-from dia_fast.files import read_json
+from dia_fast.files import checked_path, read_json
 
 DELAY_PATTERN = (0, 8, 9, 10, 11, 12, 13, 14, 15)
 
@@ -131,6 +131,9 @@ class DiaConfig:
     delay_pattern: tuple[int, ...] = DELAY_PATTERN
 
     def __post_init__(self) -> None:
+        for name, kind in (("encoder", EncoderConfig), ("decoder", DecoderConfig), ("delay_pattern", tuple)):
+            if not isinstance(getattr(self, name), kind):
+                raise CheckpointError(f"{name} must be a {kind.__name__}, not {shown(getattr(self, name))}")
         if len(self.delay_pattern) != self.decoder.num_channels:
             raise CheckpointError(
                 f"delay_pattern has {len(self.delay_pattern)} entries, but decoder_config.num_channels is "
@@ -194,7 +197,7 @@ class DiaConfig:
     @classmethod
     def from_file(cls, path: str | Path) -> "DiaConfig":
         """Read a `config.json`. Raises CheckpointError, naming the file, if it is missing, broken or unsupported."""
-        path = Path(path)
+        path = checked_path(path)
         data = read_json(path)
         try:
             return cls.from_dict(data)

@@ -21,7 +21,7 @@ from dia_fast.ambient import isolated
 from dia_fast.checkpoint import DTYPES, not_finite, open_checkpoint
 from dia_fast.codec import codec_beside
 from dia_fast.config import DiaConfig
-from dia_fast.errors import CheckpointError, InputError
+from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.files import checked_path, umask
 from dia_fast.layouts import Placement, placements
 from dia_fast.packing import packed_shapes, parameter_count
@@ -90,10 +90,12 @@ def convert(
     along. Values are exact unless `dtype` is narrower.
     Raises CheckpointError as `open_checkpoint` and `save_pretrained` do.
     """
-    if layout not in ("transformers", "original"):
-        raise InputError(f"layout {layout!r} is unknown; 'transformers' and 'original' can be written")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"weights cannot be written as {dtype}; float32, float16 and bfloat16 can")
+    if not isinstance(layout, str) or layout not in ("transformers", "original"):
+        raise InputError(f"layout {shown(layout)} is unknown; 'transformers' and 'original' can be written")
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in DTYPES):
+        raise InputError(f"weights cannot be written as {shown(dtype)}; float32, float16 and bfloat16 can")
+    if not isinstance(pickled, bool):
+        raise InputError(f"pickled must be True or False, not {shown(pickled)}")
     if pickled and layout != "original":
         raise InputError("only the original layout can be written as a pickle")
     checkpoint = open_checkpoint(source, revision=revision, local_files_only=local_files_only)

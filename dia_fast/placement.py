@@ -2,7 +2,7 @@
 
 import torch
 
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, shown
 
 DTYPES = {
     "float32": torch.float32,
@@ -24,7 +24,7 @@ def choose_device(device: torch.device | str | int | None) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
-        raise InputError(f"device {device!r} is unknown; use 'cpu', 'cuda', 'cuda:1' and so on") from None
+        raise InputError(f"device {shown(device)} is unknown; use 'cpu', 'cuda', 'cuda:1' and so on") from None
     if chosen.type == "cpu":
         return torch.device("cpu")
     if chosen.type == "cuda" and not torch.cuda.is_available():
@@ -55,6 +55,6 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
         narrow = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if narrow else torch.float16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        raise InputError(f"dtype {dtype!r} is not supported; use float32, bfloat16 or float16 (fp32, bf16, fp16)")
+    if not isinstance(chosen, torch.dtype) or chosen not in DTYPES.values():
+        raise InputError(f"dtype {shown(dtype)} is not supported; use float32, bfloat16 or float16 (fp32, bf16, fp16)")
     return chosen

@@ -15,7 +15,8 @@ from torch import Tensor
 from dia_fast.ambient import isolated
 from dia_fast.audio import Audio, convert, load_audio
 from dia_fast.config import DiaConfig
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, shown
+from dia_fast.values import tensor_of
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -99,7 +100,7 @@ def _is_codes(prompt: object) -> bool:
 
 
 def _checked_codes(prompt: Any, channels: int, codes: int, max_frames: int) -> Tensor:
-    tensor = torch.as_tensor(prompt).detach().cpu()
+    tensor = tensor_of("audio_prompt", prompt).cpu()
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise InputError(
             f"audio_prompt is a {tensor.dtype} array: codes are integers; sound needs its rate: (samples, sample_rate)"
@@ -118,4 +119,4 @@ def _checked_codes(prompt: Any, channels: int, codes: int, max_frames: int) -> T
 
 
 def _describe(value: object) -> str:
-    return f"{type(value).__name__}" + (f" {value!r:.40}" if isinstance(value, int | float | bytes) else "")
+    return f"{type(value).__name__}" + (f" {shown(value)}" if isinstance(value, int | float | bytes) else "")

@@ -5,6 +5,7 @@ sentence ends; a sentence that is too long for a piece at commas, a clause at sp
 without spaces) between characters. Nothing is cut inside a tag or a sound such as `(laughs)`.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from dia_fast.audio import Samples
 from dia_fast.errors import InputError
 from dia_fast.text import MAX_BYTES, TAG, checked_text, spoken_seconds
+from dia_fast.values import real_number, whole_number
 
 PIECE_SECONDS = 12.0
 """Longest piece. Two of them, one as the voice of the other, must fit in the model's 35 s even if spoken slowly."""
@@ -51,7 +53,8 @@ def split_script(
     one with the most even pieces and the least harm is taken. Raises InputError as `checked_text` does, and for limits
     that no piece could keep to.
     """
-    if not max_seconds >= LEAST_SECONDS or max_bytes < 16:
+    max_seconds, max_bytes = real_number("max_seconds", max_seconds), whole_number("max_bytes", max_bytes, 0)
+    if not LEAST_SECONDS <= max_seconds < math.inf or max_bytes < 16:
         raise InputError(f"pieces of {max_seconds:.2f} s and {max_bytes} bytes: no word fits; at least 0.33 s and 16")
     turns = _turns(checked_text(text))
     limit = _Limit(max_seconds, max_bytes)

@@ -1,15 +1,13 @@
 """How to sample: the settings of one generation, checked in one place for every door."""
 
-import math
-import operator
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from numbers import Real
-from typing import Any, SupportsIndex
+from typing import Any
 
 from dia_fast.errors import InputError, shown
+from dia_fast.values import real_number, whole_number
 
 MAX_SEED = 2**64 - 1
 RANDOM_SEED = -1  # as other tools write it
@@ -51,23 +49,23 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         put = object.__setattr__
-        put(self, "max_new_tokens", _integer("max_new_tokens", self.max_new_tokens, 1, None))
+        put(self, "max_new_tokens", whole_number("max_new_tokens", self.max_new_tokens, 1, None))
         if self.guidance_scale is not None:
             wanted = "None (no guidance) or from 1 to 100"
             put(self, "guidance_scale", _number("guidance_scale", self.guidance_scale, 1, 100, wanted))
         put(self, "temperature", _number("temperature", self.temperature, 0, 100, "from 0 (greedy) to 100"))
-        top_p = _real("top_p", self.top_p)
+        top_p = real_number("top_p", self.top_p)
         if not 0 < top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, not {shown(self.top_p)}; 1 keeps every candidate")
         put(self, "top_p", top_p)
         if self.top_k is not None:
-            put(self, "top_k", _integer("top_k", self.top_k, 1, 2**31 - 1, "None keeps every candidate"))
+            put(self, "top_k", whole_number("top_k", self.top_k, 1, 2**31 - 1, "None keeps every candidate"))
         if not isinstance(self.do_sample, bool):
             raise InputError(f"do_sample must be True or False, not {shown(self.do_sample)}")
         if self.seed is not None:
-            seed = _integer("seed", self.seed, RANDOM_SEED, MAX_SEED, "-1 or None draws one")
+            seed = whole_number("seed", self.seed, RANDOM_SEED, MAX_SEED, "-1 or None draws one")
             put(self, "seed", random_seed() if seed == RANDOM_SEED else seed)
-        put(self, "retries", _integer("retries", self.retries, 0, 100, "0 for none"))
+        put(self, "retries", whole_number("retries", self.retries, 0, 100, "0 for none"))
 
     def given(self, **values: Any) -> "SamplingSettings":
         """These settings with other values; `CHECKPOINT` leaves one as it is. Raises InputError."""
@@ -103,33 +101,8 @@ def random_seed() -> int:
     return secrets.randbits(32)
 
 
-def _integer(name: str, value: object, least: int, most: int | None, hint: str = "") -> int:
-    """`value` as a Python int; integers of numpy and torch count, and whole floats such as 300.0; bools do not."""
-    try:
-        if isinstance(value, Real) and not isinstance(value, SupportsIndex) and float(value).is_integer():
-            value = int(value)  # type: ignore[call-overload]
-        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise InputError(f"{name} must be a whole number, not {shown(value)}") from None
-    if number < least or (most is not None and number > most):
-        wanted = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"{name} must be {wanted}, not {shown(number)}" + (f"; {hint}" if hint else ""))
-    return number
-
-
-def _real(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"{name} must be a number, not {shown(value)}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
 def _number(name: str, value: object, least: float, most: float, wanted: str) -> float:
-    number = _real(name, value)
+    number = real_number(name, value)
     if not least <= number <= most:  # also catches NaN
         raise InputError(f"{name} must be {wanted}, not {shown(value)}")
     return number

@@ -12,7 +12,6 @@ import warnings
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -22,10 +21,11 @@ from dia_fast.arguments import Progress, cut_remark, expected_of, progress_of
 from dia_fast.audio import Audio
 from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Generation, Handle, Request
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, shown
 from dia_fast.outcome import Outcome, Segment, attempt_seed, finish_reason, silence
 from dia_fast.settings import SamplingSettings
 from dia_fast.text import TextWarning, checked_text
+from dia_fast.values import real_number
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 def checked_seconds(chunk_seconds: Any) -> float:
     """Raises InputError unless it is a positive number."""
-    seconds = float(chunk_seconds) if isinstance(chunk_seconds, Real) and not isinstance(chunk_seconds, bool) else 0.0
+    seconds = real_number("chunk_seconds", chunk_seconds)
     if not 0 < seconds < math.inf:
-        raise InputError(f"chunk_seconds must be a number above 0, such as 0.5, not {chunk_seconds!r:.40}")
+        raise InputError(f"chunk_seconds must be a number above 0, such as 0.5, not {shown(chunk_seconds)}")
     return seconds
 
 

@@ -8,6 +8,7 @@ import re
 import warnings
 
 from dia_fast.errors import InputError
+from dia_fast.values import real_number, whole_number
 
 SPEAKER_IDS = {"[S1]": 1, "[S2]": 2}
 MAX_BYTES = 1024
@@ -38,7 +39,7 @@ def encode_text(text: str | bytes, *, max_length: int = MAX_BYTES) -> list[int]:
     data = checked_text(text).encode()
     for tag, number in SPEAKER_IDS.items():
         data = data.replace(tag.encode(), bytes([number]))
-    return list(data[:max_length])
+    return list(data[: whole_number("max_length", max_length, 1)])
 
 
 def checked_text(text: str | bytes) -> str:
@@ -82,7 +83,8 @@ def text_warnings(text: str | bytes, *, max_length: int = MAX_BYTES, prompt_seco
     prompt_seconds: length of the audio prompt whose transcript the text begins with; that part is not spoken again.
     Raises InputError as `encode_text` does.
     """
-    text = checked_text(text)
+    text, max_length = checked_text(text), whole_number("max_length", max_length, 1)
+    prompt_seconds = real_number("prompt_seconds", prompt_seconds)
     tags = TAG.findall(text)
     found = []
     if not TAG.match(text.lstrip()):

@@ -15,6 +15,7 @@ from dia_fast.codec.config import CodecConfig
 from dia_fast.codec.network import DacNetwork
 from dia_fast.codec.weights import check_tensors, write_transformers
 from dia_fast.errors import InputError, NumericError
+from dia_fast.values import tensor_of, whole_number
 from dia_kernels import reference
 
 _HELP = (
@@ -77,7 +78,7 @@ class Codec:
         """
         if not isinstance(samples, Tensor | np.ndarray):
             raise InputError(f"samples: expected a torch tensor or numpy array, got {type(samples).__name__}")
-        wave = torch.as_tensor(samples).detach()
+        wave = tensor_of("samples", samples)
         if not wave.is_floating_point():
             raise InputError(f"samples: expected floating point from -1 to 1, got {wave.dtype}")
         if wave.dim() != 1 or not len(wave):
@@ -114,6 +115,8 @@ class Codec:
         A span is final as soon as `codes` holds `decode_context_frames` frames beyond `stop`, or all there will be.
         Raises InputError for a span outside `codes`, and as `decode` does.
         """
+        self._check_codes(codes)
+        start, stop = whole_number("start", start, -(1 << 63)), whole_number("stop", stop, -(1 << 63))
         if not 0 <= start <= stop <= len(codes):
             raise InputError(f"frames {start} to {stop} are not a span of the {len(codes)} frames in codes")
         first = max(0, start - self.decode_context_frames)
@@ -134,6 +137,7 @@ class Codec:
         ):
             kind = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
             raise InputError(f"codes: expected an integer tensor, got {kind}")
+        codes = tensor_of("codes", codes)
         if codes.dim() != 2 or codes.shape[1] != self.num_codebooks:
             raise InputError(f"codes: expected shape [frames, {self.num_codebooks}], got {list(codes.shape)}")
         outside = (codes < 0) | (codes >= self.codebook_size)

@@ -60,11 +60,12 @@ class CodecConfig:
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "downsampling_ratios", _ratios("downsampling_ratios", self.downsampling_ratios))
-        upsampling = self.upsampling_ratios or self.downsampling_ratios[::-1]
+        given = self.upsampling_ratios
+        upsampling = self.downsampling_ratios[::-1] if isinstance(given, list | tuple) and not given else given
         put(self, "upsampling_ratios", _ratios("upsampling_ratios", upsampling))
         for name, (least, most) in _BOUNDS.items():
             _require_within(name, getattr(self, name), least, most)
-        if self.hidden_size == 0:
+        if isinstance(self.hidden_size, int) and self.hidden_size == 0:
             put(self, "hidden_size", self.encoder_hidden_size * 2 ** len(self.downsampling_ratios))
         _require_within("hidden_size", self.hidden_size, 1, _WIDEST)
         _require_within(

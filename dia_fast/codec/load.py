@@ -12,8 +12,9 @@ from dia_fast.adapters import base_of, is_adapter
 from dia_fast.ambient import isolated
 from dia_fast.codec.codec import Codec, build_codec
 from dia_fast.codec.weights import CONFIG, PREPROCESSOR, WEIGHTS, read_codec_files
-from dia_fast.errors import CheckpointError
+from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.files import checked_path
+from dia_fast.placement import choose_device
 from dia_fast.voice import located
 
 DESCRIPT = "descript"
@@ -60,7 +61,9 @@ def load_codec(
     Raises CheckpointError for files that are missing, damaged, unsafe or do not fit together, and if `dac` is not
     installed where it is asked for.
     """
-    name, device = os.fspath(name_or_path), torch.device(device)
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise InputError(f"the codec must be a name or a path, not {shown(name_or_path)}")
+    name, device = os.fspath(name_or_path), choose_device(device)
     if name == DESCRIPT or name.startswith(DESCRIPT + ":"):
         from dia_fast.codec.descript import load_descript
 

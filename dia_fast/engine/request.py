@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dia_fast.config import DiaConfig
 from dia_fast.delay import FREE, delayed_rows
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, shown
 from dia_fast.settings import SamplingSettings, random_seed
+from dia_fast.values import tensor_of
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Request:
 
     def __post_init__(self) -> None:
         self.settings  # noqa: B018 - checks them
+        for name in ("prompt", "grid"):
+            codes = getattr(self, name)
+            if codes is not None and (not isinstance(codes, Tensor) or codes.dtype == torch.bool or codes.is_complex()):
+                raise InputError(f"{name} must be an integer tensor, not {shown(codes)}")
+            if codes is not None:
+                tensor_of(name, codes)
+        if not isinstance(self.text_ids, Sequence) or not all(type(item) is int for item in self.text_ids):
+            raise InputError(f"text_ids must be a sequence of integers, not {shown(self.text_ids)}")
 
     @property
     def settings(self) -> SamplingSettings:
