@@ -167,7 +167,7 @@ def test_no_requests_no_work() -> None:
         ({"top_k": 0}, "top_k"),
         ({"guidance_scale": 0.5}, "guidance_scale"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"seed": -1}, "seed"),
+        ({"seed": 1 << 64}, "seed"),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(arguments: dict[str, Any], message: str) -> None:
