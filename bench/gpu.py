@@ -146,8 +146,8 @@ def run(parts: Sequence[Part], report: Report, budget: float, hidden: Mapping[Pa
         if isinstance(stop, Interrupted):
             results[[part.name for part in parts].index(stop.result.name)] = stop.result
     finally:
-        for file in report.folder.rglob(".*.part"):  # of parts that were ended before they could clean up
-            file.unlink(missing_ok=True)
+        for left in list(report.folder.rglob(".*.part")):  # of parts that were ended before they could clean up
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         clean(report.folder, hidden)
         report.seconds = round(time.monotonic() - started, 1)
         report.write()

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ import soxr
 from numpy.typing import NDArray
 
 from dia_fast.errors import InputError, shown
-from dia_fast.files import checked_path, replacing
+from dia_fast.files import LARGEST_SOUND, NotingFile, checked_path, open_regular, replacing, uninterrupted
 from dia_fast.outcome import Outcome
+from dia_fast.truncation import cut_off
 
 Samples = NDArray[np.float32]
 
@@ -33,6 +35,10 @@ FORMATS = {
     ".ogg": ("OGG", "VORBIS"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
+
+
+class AudioWarning(UserWarning):
+    """A recording can be used, but not as it was meant to be."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,7 +91,10 @@ class Audio:
         clipped = np.clip(self.samples, -1.0, 1.0)
         buffer = io.BytesIO()
         try:
-            with soundfile.SoundFile(buffer, "w", self.sample_rate, 1, encoding, format=container) as file:
+            with (
+                uninterrupted(),
+                soundfile.SoundFile(buffer, "w", self.sample_rate, 1, encoding, format=container) as file,
+            ):
                 for start in range(0, len(clipped), BLOCK):
                     file.write(clipped[start : start + BLOCK])
         except soundfile.LibsndfileError as error:
@@ -118,9 +127,8 @@ class Audio:
 def pcm16(samples: Samples) -> bytes:
     """Samples `[n]` as 16-bit little-endian integers, without a header: what a `.wav` file of them holds."""
     buffer = io.BytesIO()
-    with soundfile.SoundFile(
-        buffer, "w", LOWEST_RATE, 1, "PCM_16", "LITTLE", "RAW"
-    ) as file:  # raw samples tell no rate
+    # Raw samples tell no rate.
+    with uninterrupted(), soundfile.SoundFile(buffer, "w", LOWEST_RATE, 1, "PCM_16", "LITTLE", "RAW") as file:
         file.write(np.clip(samples, -1.0, 1.0))
     return buffer.getvalue()
 
@@ -135,17 +143,29 @@ def growing_file(path: str | os.PathLike[str], sample_rate: int) -> Iterator[Cal
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"cannot write {path}: extension {path.suffix!r} is not one of {', '.join(FORMATS)}")
     container, encoding = FORMATS[path.suffix.lower()]
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, temporary.open("wb", buffering=0) as opened:
+        noting = NotingFile(opened)
         try:
-            with soundfile.SoundFile(temporary, "w", sample_rate, 1, encoding, format=container) as file:
+            with uninterrupted():
+                file = soundfile.SoundFile(noting, "w", sample_rate, 1, encoding, format=container)
 
-                def write(samples: Samples) -> None:
-                    clipped = np.clip(samples, -1.0, 1.0)
+            def write(samples: Samples) -> None:
+                clipped = np.clip(samples, -1.0, 1.0)
+                with uninterrupted():
                     for start in range(0, len(clipped), BLOCK):
                         file.write(clipped[start : start + BLOCK])
+                noting.check()
 
+            try:
                 yield write
-        except soundfile.LibsndfileError as error:
+            finally:
+                with uninterrupted():
+                    file.close()
+            noting.check()
+        except (soundfile.LibsndfileError, AssertionError) as error:
+            noting.check()
+            if isinstance(error, AssertionError):
+                raise
             raise InputError(f"cannot write {path} ({sample_rate} Hz {container}): {error.error_string}") from error
 
 
@@ -155,32 +175,37 @@ def load_audio(
     """Reads an audio file as mono float32 `[n]` at `sample_rate`: channels are averaged, other rates resampled by soxr.
 
     Raises InputError for a path that is missing, a folder, unreadable, empty, not audio or damaged, for NaN or infinite
-    samples, for less than `min_seconds` or more than `max_seconds` of sound. Reading stops at `max_seconds`, whatever
-    the file's header claims.
+    samples, for less than `min_seconds` or more than `max_seconds` of sound. Warns of a file that is cut off.
+    Reading stops at `max_seconds`, whatever the file's header claims.
     """
     path = checked_path(path)
     try:
-        if not path.exists():
-            raise InputError(f"{path}: no such file")
-        if not path.is_file():
-            raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'not a regular file'}; give an audio file")
-        if not path.stat().st_size:
-            raise InputError(f"{path}: the file is empty")
-        with path.open("rb") as file:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; give an audio file")
+        with open_regular(path, LARGEST_SOUND) as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise InputError(f"{path}: the file is empty")
+            lack = cut_off(file)
+            file.seek(0)
             mono, rate = _read_mono(file, path, max_seconds)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     _require_finite(mono, str(path))
     if len(mono) < max(min_seconds * rate, 1):
         seconds = f"{len(mono)} samples at {rate} Hz are {len(mono) / rate:.4f} s"
         raise InputError(f"{path}: too short: {seconds}; at least {min_seconds:g} s are needed")
+    if lack is not None:
+        told = f"{path}: the file is cut off: {lack}; the {len(mono) / rate:.2f} s that are left are used"
+        warnings.warn(told, AudioWarning, stacklevel=2)
     return convert(mono, rate, sample_rate)
 
 
 def _read_mono(file: Any, path: Path, max_seconds: float | None) -> tuple[Samples, int]:
     # TypeError: libsndfile takes a .raw name for headerless data and wants to be told its rate.
     try:
-        with soundfile.SoundFile(file) as sound:
+        with uninterrupted(), soundfile.SoundFile(file) as sound:
             rate = _checked_rate(sound.samplerate, str(path))
             # Block by block: the length in a damaged header may be anything.
             blocks: list[Samples] = []

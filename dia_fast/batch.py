@@ -7,7 +7,6 @@ the same bytes as one that was not.
 
 import contextlib
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from dia_fast.arguments import settings_for
 from dia_fast.audio import Audio, load_audio
 from dia_fast.batch_items import Failed, Item
 from dia_fast.errors import DiaFastError, InputError
+from dia_fast.files import sweep
 from dia_fast.manifest import Manifest, done_entry, failed_entry
 from dia_fast.prompts import MIN_SECONDS, encode_prompt
 from dia_fast.reading import Reading, Voice, cut, longest_prompt, read_all
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from dia_fast.api import Dia
 
-_LEFT_OVER = re.compile(r"\.[0-9a-f]{16}\.part")  # what `replacing` leaves behind when the process is killed
 _PROMPTS_KEPT = 64
 _RATE, _MOST_SECONDS = 44_100, 35.0  # of the official model
 
@@ -112,7 +111,7 @@ class Batch:
         with _held(self.folder):
             self._look()  # another run may have ended since
             totals.before = self.before
-            _sweep(self.folder)
+            sweep(self.folder)
             with self.manifest:
                 for failed in self.failed:
                     close(failed_entry(failed.line, failed.id, failed.error))
@@ -200,14 +199,6 @@ def _encoded(dia: "Dia", item: Item, known: "dict[str, Tensor]") -> "Tensor":
 
 def _said(error: Exception) -> str:
     return str(error) if isinstance(error, DiaFastError) else f"{type(error).__name__}: {error}"
-
-
-def _sweep(folder: Path) -> None:
-    """Removes what a killed run was writing."""
-    for path in folder.iterdir():
-        if _LEFT_OVER.fullmatch(path.name):
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,11 @@ from dia_fast.checkpoint import DTYPES, not_finite, open_checkpoint
 from dia_fast.codec import codec_beside
 from dia_fast.config import DiaConfig
 from dia_fast.errors import CheckpointError, InputError, shown
-from dia_fast.files import checked_path, umask
+from dia_fast.files import checked_path, replacing_folder
 from dia_fast.layouts import Placement, placements
 from dia_fast.packing import packed_shapes, parameter_count
 from dia_fast.settings import SamplingSettings
-from dia_fast.tensor_files import SAFETENSORS_DTYPES
+from dia_fast.tensor_files import SAFETENSORS_DTYPES, save_torch
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -143,11 +142,7 @@ def write_checkpoint(
     order = {name: i for i, name in enumerate(packed_shapes(config))}
     entries = [_Entry(name, place, dtypes[place.packed]) for name, place in placements(config, layout).items()]
     entries.sort(key=lambda entry: (-entry.dtype.itemsize, order[entry.place.packed], entry.place.first))
-    partial = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-        partial.chmod(0o777 & ~umask())
+    with replacing_folder(folder, CheckpointError, called="the checkpoint ") as partial:
         if pickled:
             _save_pickle({entry.name: piece for entry, piece in _cut(entries, fetch)}, partial / "pytorch_model.bin")
         else:
@@ -156,14 +151,6 @@ def write_checkpoint(
             _write_json(partial / name, content)
         if codec is not None:
             shutil.copytree(codec, partial / "codec")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as error:  # shutil.Error is one, with a list for a message
-        raise CheckpointError(f"cannot write the checkpoint {folder}: {error.strerror or error}") from error
-    finally:
-        if partial is not None and partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -220,10 +207,8 @@ def _write_safetensors(path: Path, entries: list[_Entry], fetch: Callable[[str],
 
 
 def _save_pickle(state: dict[str, Tensor], path: Path) -> None:
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # what torch raises when the disk is full
-        raise OSError(str(error)) from error
+    with path.open("wb", buffering=0) as file:
+        save_torch(state, file)
 
 
 def _cut(entries: list[_Entry], fetch: Callable[[str], Tensor]) -> Iterator[tuple[_Entry, Tensor]]:

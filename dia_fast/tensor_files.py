@@ -17,14 +17,15 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dia_fast.errors import CheckpointError, shown
-from dia_fast.files import parse_json
+from dia_fast.files import NotingFile, open_regular, parse_json
 
 # https://github.com/huggingface/safetensors#format
 SAFETENSORS_DTYPES = {
@@ -44,6 +45,26 @@ SAFETENSORS_DTYPES = {
 # Elements at a time; large enough for fast reads and copies, small beside any real model.
 CHUNK = 1 << 22
 _MAX_HEADER = 100_000_000
+
+
+def save_torch(state: Mapping[str, Any], file: BinaryIO) -> None:
+    """Write a `torch.save` file. Raises the OSError that a write has met, such as a full disk's."""
+    noting = NotingFile(file)
+    try:
+        torch.save(state, cast(IO[bytes], noting))
+    except RuntimeError:  # what torch makes of it
+        noting.check()
+        raise
+    noting.check()
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file as transformers does, from tensors in memory. Raises OSError."""
+    try:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # safetensors' own class for a full disk and the like
 
 
 @dataclass(frozen=True)
@@ -124,7 +145,7 @@ def open_tensors(path: Path) -> dict[str, StoredTensor]:
 def _open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             header = _read_header(path, file, size)
             start = file.tell()
     except OSError as error:
@@ -179,7 +200,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> dict[str, dict]:
 
 def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(4)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None

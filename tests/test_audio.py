@@ -137,7 +137,7 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # root may read anything, so file modes prove nothing
+    monkeypatch.setattr(os, "open", refuse)  # root may read anything, so file modes prove nothing
     with pytest.raises(InputError, match=r"a\.wav: cannot be read: Permission denied"):
         load_audio(path, RATE)
 

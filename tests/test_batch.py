@@ -220,7 +220,7 @@ def test_a_torn_manifest_goes_on_and_a_damaged_one_is_refused(
     whole, before = tree(tmp_path / "out"), times(tmp_path)
     path = tmp_path / "out" / "manifest.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    (tmp_path / "out" / ".0123456789abcdef.part").write_bytes(b"half")
+    (tmp_path / "out" / ".dia-fast-0123456789abcdef.part").write_bytes(b"half")
     assert batch(lines, "-q") == 0
     assert tree(tmp_path / "out") == whole
     assert {name for name, time in times(tmp_path).items() if before[name] != time} == {"b.wav"}

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dia_fast.codec.config import CodecConfig
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.files import read_json, replacing
-from dia_fast.tensor_files import check_stored, load_pickle, open_tensors
+from dia_fast.tensor_files import check_stored, load_pickle, open_tensors, save_safetensors
 
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 
@@ -162,11 +162,7 @@ def write_transformers(folder: str | os.PathLike[str], config: CodecConfig, tens
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
     with replacing(folder / WEIGHTS) as temporary:
-        try:
-            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, temporary, {"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error  # safetensors' own class for a full disk and the like
+        save_safetensors(tensors, temporary)
     for name, contents in ((PREPROCESSOR, config.to_preprocessor()), (CONFIG, config.to_transformers())):
         with replacing(folder / name) as temporary:
             temporary.write_text(json.dumps(contents, indent=2, sort_keys=True) + "\n", encoding="utf-8")

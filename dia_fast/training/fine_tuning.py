@@ -3,9 +3,8 @@
 import contextlib
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from dia_fast.codec import Codec, codec_for, load_codec
 from dia_fast.codec.load import AUTO
 from dia_fast.convert import write_checkpoint
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.files import checked_path
+from dia_fast.files import checked_path, replacing_folder
 from dia_fast.placement import choose_device
 from dia_fast.training.data import Dataset, Recording, default_cache, load_dataset, read_recordings, split
 from dia_fast.training.lora import save_adapters
@@ -73,9 +72,13 @@ def finetune(
 
     try:
         train_steps(trainer, run, training, held_out, look)
+    except BaseException:
+        with contextlib.suppress(InputError):  # what ended the run is to be told, not that its picture failed, too
+            plot_losses(run.lines(), folder / "loss.png")
+        raise
     finally:
         run.close()
-        plot_losses(run.lines(), folder / "loss.png")
+    plot_losses(run.lines(), folder / "loss.png")
     return _with_codec(_write(trainer, run, checkpoint), chosen)
 
 
@@ -115,30 +118,14 @@ def _with_codec(model: Path, settings: TrainSettings) -> Path:
     """The finished model, and beside it the codec that lay beside the one it began with."""
     codec = Path(codec_for(settings.model, settings.codec))
     if settings.codec == AUTO and codec.is_dir() and not (model / "codec").is_dir():
-        with _whole(model / "codec", model.parent) as partial:
-            shutil.copytree(codec, partial)
+        with replacing_folder(model / "codec") as partial:
+            shutil.copytree(codec, partial, dirs_exist_ok=True)
     return model
 
 
 def _write_adapters(trainer: Trainer, folder: Path, base: str) -> None:
-    with _whole(folder, folder.parent) as partial:
+    with replacing_folder(folder, over=True) as partial:  # over that of a run that was killed before its model came
         save_adapters(partial, trainer.config, trainer.adapters, base)
-
-
-@contextlib.contextmanager
-def _whole(folder: Path, near: Path) -> Iterator[Path]:
-    """Yields a path, in a new folder in `near`, of what becomes `folder` when it is complete; replaces an older one."""
-    try:
-        partial = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=near))
-        try:
-            yield partial / folder.name
-            if folder.exists():
-                shutil.rmtree(folder)  # of a run that was killed before its model was written
-            (partial / folder.name).rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def _check_codec(codec: Codec, checkpoint: Checkpoint) -> None:

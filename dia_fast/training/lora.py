@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dia_fast.config import DiaConfig
 from dia_fast.packing import packed_shapes, pieces
+from dia_fast.tensor_files import save_safetensors
 from dia_fast.training.data import generator
 
 
@@ -72,5 +72,5 @@ def save_adapters(folder: Path, config: DiaConfig, adapters: Mapping[str, LoRA],
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_safetensors(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -11,10 +11,10 @@ Every file appears complete or not at all. A state is written after the log line
 so a run that was killed has at worst too many lines: they are cut off when it goes on.
 """
 
+import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dia_fast.errors import InputError, shown
-from dia_fast.files import parse_json, read_json, replacing
+from dia_fast.files import LARGEST_TEXT, parse_json, read_json, read_regular, replacing, sweep
+from dia_fast.tensor_files import save_torch
 from dia_fast.training.settings import FREE, TrainSettings
 
 _STATE = re.compile(r"step-(\d{8,})\.pt")
@@ -98,8 +99,8 @@ class Run:
             (self.folder / "states").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to {self.folder}: {error.strerror}") from error
-        for left in (*self.folder.glob(".*.part*"), *self.folder.glob("states/.*.part")):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for folder in (self.folder, self.folder / "states"):
+            sweep(folder)
         with replacing(self.folder / "run.json") as temporary:
             stored = {"settings": self.settings.to_dict(), "data": digest}
             temporary.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
@@ -112,13 +113,16 @@ class Run:
     def log(self, line: Mapping[str, Any]) -> None:
         """Appends one line, after `begin`."""
         assert self._log is not None
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+        try:
+            self._log.write(json.dumps(line) + "\n")
+            self._log.flush()
+        except OSError as error:
+            raise InputError(f"cannot write {self.folder / 'log.jsonl'}: {error.strerror or error}") from error
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The lines of the log; a last one that was cut off in the middle is left out."""
         path = self.folder / "log.jsonl"
-        for line in path.read_bytes().splitlines() if path.is_file() else ():
+        for line in read_regular(path, LARGEST_TEXT).splitlines() if path.is_file() else ():
             try:
                 entry = parse_json(line, str(path), InputError)
             except InputError:
@@ -130,12 +134,12 @@ class Run:
     def save(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
         """Writes the state after a step and removes the oldest ones beyond `settings.keep`."""
         if self._log is not None:
-            os.fsync(self._log.fileno())
-        with replacing(self._path(step)) as temporary:
             try:
-                torch.save({"step": step, "weights": dict(weights), "optimizer": dict(optimizer)}, temporary)
-            except RuntimeError as error:  # what torch raises when the disk is full
-                raise InputError(f"cannot write {self._path(step)}: {error}") from error
+                os.fsync(self._log.fileno())
+            except OSError as error:
+                raise InputError(f"cannot write {self.folder / 'log.jsonl'}: {error.strerror or error}") from error
+        with replacing(self._path(step)) as temporary, temporary.open("wb", buffering=0) as file:
+            save_torch({"step": step, "weights": dict(weights), "optimizer": dict(optimizer)}, file)
         for old in sorted(self._states())[: -self.settings.keep]:
             self._path(old).unlink()
 
@@ -154,7 +158,8 @@ class Run:
     def close(self) -> None:
         """Closes the log."""
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):  # `log` has flushed every line, or said that it could not
+                self._log.close()
 
     def _states(self) -> list[int]:
         found = (_STATE.fullmatch(path.name) for path in self.folder.glob("states/*.pt"))

@@ -111,7 +111,7 @@ def test_a_log_ahead_of_its_state_and_cut_in_the_middle(home: Path, tmp_path: Pa
         path.unlink()
     (output / "model").rmdir()
     (output / "states" / "step-00000012.pt").unlink()
-    (output / "states" / ".0123.part").write_bytes(b"half a state")
+    (output / "states" / ".dia-fast-0123456789abcdef.part").write_bytes(b"half a state")
     log = (output / "log.jsonl").read_bytes()
     (output / "log.jsonl").write_bytes(log[:-20])
     train(home, output, resume=True)
