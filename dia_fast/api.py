@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dia_fast import streaming
 from dia_fast.arguments import (
+    FRAMES_PER_SECOND,
     AnyCodec,
     Memory,
     Progress,
@@ -306,7 +307,9 @@ class Dia:
         progress_of(progress, 1)
         codec = self.codec
         [codes] = self._codes(prompt_for_each(audio_prompt, 1, False))
-        request = request_of(self.config, text, ids, drawn, codes, settings, stacklevel=2)
+        request = request_of(
+            self.config, text, ids, drawn, codes, settings, frames_per_second=codec.frames_per_second, stacklevel=2
+        )
         attempts = streaming.Attempts(self.config, text, settings, request)
         return streaming.Stream(attempts, streaming.stream(self.engine, codec, attempts, seconds, progress))
 
@@ -349,7 +352,9 @@ class Dia:
 
         async def chunks() -> AsyncGenerator[Audio, None]:
             running, codec, [codes] = await asyncio.to_thread(lambda: (self.engine, self.codec, self._codes(prompts)))
-            request = request_of(self.config, text, ids, drawn, codes, settings, stacklevel=2)
+            request = request_of(
+                self.config, text, ids, drawn, codes, settings, frames_per_second=codec.frames_per_second, stacklevel=2
+            )
             attempts.request = request
             async with aclosing(streaming.astream(running, codec, attempts, seconds)) as pieces:
                 async for piece in pieces:
@@ -398,9 +403,14 @@ class Dia:
         for item in texts:
             ids_of(self.config, item)
         codes = self._codes(prompt_for_each(prompts, len(texts), is_list(text)))
-        readings = readings_of(self.config, texts, codes, prompt_text, split, settings, seeds)
+        readings = readings_of(self.config, texts, codes, prompt_text, split, settings, seeds, self._rate())
         speak_scripts(self.engine, readings, progress, stacklevel=3)
         return readings
+
+    def _rate(self) -> float:
+        """Frames per second: of the codec, or of Dia's own where none is loaded."""
+        codec = self._codec
+        return FRAMES_PER_SECOND if codec is None or isinstance(codec, str | os.PathLike) else codec.frames_per_second
 
     def _codes(self, prompts: list[AudioPrompt]) -> list[Tensor | None]:
         return encode_prompts(self.config, prompts, lambda: self.codec)

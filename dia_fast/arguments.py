@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from dia_fast.ambient import isolated
-from dia_fast.config import DiaConfig
+from dia_fast.config import DecoderConfig, DiaConfig
 from dia_fast.engine import MAX_BATCH, Request
 from dia_fast.errors import InputError, shown
 from dia_fast.progress import StepBar
 from dia_fast.prompts import AudioPrompt
 from dia_fast.settings import SamplingSettings, random_seed
-from dia_fast.text import CHARACTERS_PER_SECOND, encode_text, warn_about
-from dia_fast.values import tensor_of
+from dia_fast.text import CHARACTERS_PER_SECOND, SHORT_SECONDS, encode_text, warn_about
+from dia_fast.values import tensor_of, whole_number
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -77,13 +77,18 @@ def seeds_of(seed: Seeds, count: int, settings: SamplingSettings) -> list[int]:
     return [item for item in checked if item is not None]
 
 
-def progress_of(progress: Progress, total: int) -> Any:
+def least_seconds(config: DiaConfig) -> float:
+    """Below which it sounds unnatural. The advice is about Dia-1.6B; models of fewer positions learnt shorter texts."""
+    return SHORT_SECONDS if config.decoder.max_position_embeddings >= DecoderConfig.max_position_embeddings else 0.0
+
+
+def progress_of(progress: Progress, total: int, frames_per_second: float = FRAMES_PER_SECOND) -> Any:
     """A context whose value is what to call with the number of steps so far, or None. total: steps expected."""
     if callable(progress):
         return nullcontext(progress)
     if not isinstance(progress, bool):
         raise InputError(f"progress must be True, False or a function of the number of steps, not {progress!r}")
-    return StepBar(total, FRAMES_PER_SECOND) if progress else nullcontext(None)
+    return StepBar(total, frames_per_second) if progress else nullcontext(None)
 
 
 def expected_steps(config: DiaConfig, seconds: float, limit: int, frames_per_second: float = FRAMES_PER_SECOND) -> int:
@@ -93,14 +98,15 @@ def expected_steps(config: DiaConfig, seconds: float, limit: int, frames_per_sec
     return max(1, min(math.ceil(seconds * frames_per_second) + max(config.delay_pattern), most)) + 1
 
 
-def expected_of(config: DiaConfig, requests: Sequence[Request]) -> int:
+def expected_of(config: DiaConfig, requests: Sequence[Request], frames_per_second: float = FRAMES_PER_SECOND) -> int:
     """Steps that the longest of some requests takes, as far as the length of its text tells."""
     return max(
         expected_steps(
             config,
             len(item.text_ids) / CHARACTERS_PER_SECOND
-            - (0 if item.prompt is None else len(item.prompt)) / FRAMES_PER_SECOND,
+            - (0 if item.prompt is None else len(item.prompt)) / frames_per_second,
             item.max_new_tokens,
+            frames_per_second,
         )
         for item in requests
     )
@@ -135,12 +141,15 @@ def request_of(
     prompt: Tensor | None,
     settings: SamplingSettings,
     *,
+    frames_per_second: float = FRAMES_PER_SECOND,
     stacklevel: int = 1,
 ) -> Request:
     """Warns about a text and makes a request of it; `stacklevel` 1 blames the caller, 2 its caller."""
-    seconds = 0.0 if prompt is None else len(prompt) / FRAMES_PER_SECOND
+    seconds = 0.0 if prompt is None else len(prompt) / frames_per_second
     longest = config.encoder.max_position_embeddings
-    warn_about(text, max_length=longest, prompt_seconds=seconds, stacklevel=stacklevel + 1)
+    warn_about(
+        text, max_length=longest, prompt_seconds=seconds, least_seconds=least_seconds(config), stacklevel=stacklevel + 1
+    )
     return make_request(ids, seed, prompt, settings)
 
 
@@ -188,9 +197,7 @@ def cut_remark(config: DiaConfig, limit: int, given: int) -> str:
 
 def engine_limits(max_batch: int, memory: Memory) -> dict[str, Any]:
     """Checked arguments of an `Engine`: memory in bytes, from a number of them or a text such as "4GB" or "512 MiB"."""
-    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or not 1 <= max_batch <= MAX_BATCH:
-        raise InputError(f"max_batch must be from 1 to {MAX_BATCH}, not {shown(max_batch)}")
-    return {"max_batch": max_batch, "memory": _bytes(memory)}
+    return {"max_batch": whole_number("max_batch", max_batch, 1, MAX_BATCH), "memory": _bytes(memory)}
 
 
 def _bytes(memory: Memory) -> int | None:
@@ -200,6 +207,9 @@ def _bytes(memory: Memory) -> int | None:
         found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", memory.upper())
         if found and (found[2] or not found[3]):
             memory = int(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS.index(found[2]))
-    if not isinstance(memory, int) or isinstance(memory, bool) or memory < 1:
-        raise InputError(f'memory must be a number of bytes, or a text such as "4GB" or "512MB", not {shown(memory)}')
-    return memory
+    try:
+        return whole_number("memory", memory, 1)
+    except InputError:
+        raise InputError(
+            f'memory must be a number of bytes, or a text such as "4GB" or "512MB", not {shown(memory)}'
+        ) from None

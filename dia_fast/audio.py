@@ -25,6 +25,7 @@ Samples = NDArray[np.float32]
 # Outside this range encoders fail (libvorbis crashes the process at 0 Hz) and resampling may need any amount of memory.
 LOWEST_RATE, HIGHEST_RATE = 2_000, 768_000
 MAX_CHANNELS = 64
+LOUDEST = 100.0  # of full scale: a file of floats may be too loud, but not by 40 dB
 # libsndfile's Vorbis encoder overflows its stack on one very long write.
 BLOCK = 1 << 16
 
@@ -236,9 +237,16 @@ def convert(samples: Any, from_rate: int, to_rate: int) -> Samples:
             f"{list(wide.shape)}"
         )
     _require_finite(wide, "samples")
+    peak = np.abs(wide).max(initial=0)
+    if peak > LOUDEST:
+        raise InputError(
+            f"samples reach {peak:.6g}, and full scale is -1 to 1: if they are on the scale of 16-bit integers, divide "
+            "them by 32768"
+        )
     if from_rate != to_rate:
         wide = soxr.resample(wide, from_rate, to_rate, quality="HQ")
-    return np.ascontiguousarray(wide)
+    wide = np.ascontiguousarray(wide)
+    return wide if wide.flags.writeable else wide.copy()  # torch warns of memory that it may not write to
 
 
 def _as_float32(samples: Any) -> Samples:
@@ -253,6 +261,8 @@ def _as_float32(samples: Any) -> Samples:
 
 
 def _checked_rate(rate: Any, name: str) -> int:
+    if isinstance(rate, float | np.floating) and float(rate).is_integer():
+        rate = int(rate)
     if not isinstance(rate, int | np.integer) or not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise InputError(
             f"{name}: sample rate {shown(rate)} is not a whole number of Hz from {LOWEST_RATE} to {HIGHEST_RATE}"

@@ -145,12 +145,13 @@ class Batch:
 
     def _readings(self, dia: "Dia", close: Callable[[dict[str, Any]], None]) -> Iterator[Reading]:
         prompts: dict[str, Tensor] = {}
+        rate = dia.codec.frames_per_second
         for item in self.pending:
             try:
                 settings_for(dia.config, dia.defaults, **asdict(item.settings))
                 voice = None if item.prompt is None else Voice(_encoded(dia, item, prompts), item.prompt_text or "")
-                pieces = cut(item.text, dia.config, voice) if item.split else [item.text]
-                reading = Reading(dia.config, pieces, item.settings, voice, item.id)
+                pieces = cut(item.text, dia.config, voice, rate) if item.split else [item.text]
+                reading = Reading(dia.config, pieces, item.settings, voice, item.id, rate)
             except Exception as error:
                 close(failed_entry(item.line, item.id, _said(error)))
                 continue

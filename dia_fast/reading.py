@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 
 from dia_fast.ambient import isolated
-from dia_fast.arguments import FRAMES_PER_SECOND, Progress, cut_remark, ids_of, make_request, progress_of
+from dia_fast.arguments import FRAMES_PER_SECOND, Progress, cut_remark, ids_of, least_seconds, make_request, progress_of
 from dia_fast.audio import Audio, Samples
 from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Generation, Handle, Request
 from dia_fast.errors import InputError
 from dia_fast.outcome import Outcome, Segment, attempt_seed, finish_reason, silence
 from dia_fast.progress import StepBar
-from dia_fast.script import LEAST_SECONDS, PIECE_SECONDS, continued, join_pieces, split_script
+from dia_fast.script import LEAST_SECONDS, PIECE_SECONDS, continued, join_pieces, speakers, split_script
 from dia_fast.settings import SamplingSettings
 from dia_fast.text import (
     ABSURD_BYTES,
     GOOD_SECONDS,
-    TAG,
     TextWarning,
     checked_text,
     encode_text,
@@ -52,7 +51,9 @@ def longest_prompt(config: DiaConfig) -> int:
     return config.decoder.max_position_embeddings - max(config.delay_pattern) - 2
 
 
-def cut(text: str | bytes, config: DiaConfig, voice: Voice | None = None) -> list[str]:
+def cut(
+    text: str | bytes, config: DiaConfig, voice: Voice | None = None, frames_per_second: float = FRAMES_PER_SECOND
+) -> list[str]:
     """The text itself, if the model takes it well in one piece (20 s, its bytes); else pieces of it.
 
     voice: the one that each piece is to be spoken in; without it there is room for one more piece as the voice.
@@ -64,7 +65,7 @@ def cut(text: str | bytes, config: DiaConfig, voice: Voice | None = None) -> lis
     if voice is not None:
         frames -= len(voice.codes)
         size -= len(encode_text(voice.text, max_length=ABSURD_BYTES)) + 1 if voice.text else 0
-    seconds = frames / FRAMES_PER_SECOND / _SLACK
+    seconds = frames / frames_per_second / _SLACK
     longest = GOOD_SECONDS if voice is None else min(GOOD_SECONDS, seconds)
     if spoken_seconds(text) <= longest and len(encode_text(text, max_length=ABSURD_BYTES)) <= size:
         return [text]
@@ -95,8 +96,9 @@ class Reading:
     serve as a voice, since text and sound must match: none that the length limit has cut, and none that leaves no room.
 
     config: of the model. pieces: as from `cut`. settings: for every piece; with a seed. name: the caller's own.
-    A silent piece is tried again, `settings.retries` times, before anything goes on in its voice. `frames` are the
-    codes of each piece, `remarks` what the user should hear about, `error` what ended it, if anything.
+    frames_per_second: of the codec. A silent piece is tried again, `settings.retries` times, before anything goes on in
+    its voice. `frames` are the codes of each piece, `remarks` what the user should hear about, `error` what ended it,
+    if anything.
     Raises InputError for a text that cannot be spoken.
     """
 
@@ -107,7 +109,9 @@ class Reading:
         settings: SamplingSettings,
         voice: Voice | None = None,
         name: str = "",
+        frames_per_second: float = FRAMES_PER_SECOND,
     ) -> None:
+        self.frames_per_second = frames_per_second
         assert settings.seed is not None
         self.config, self.pieces, self.settings, self.voice, self.name = config, pieces, settings, voice, name
         self.seed = settings.seed
@@ -195,7 +199,7 @@ class Reading:
     def expected_steps(self) -> int:
         """About how many steps all pieces take: one after the other, or at once in a voice of their own."""
         rows = max(self.config.delay_pattern) + 2
-        steps = (math.ceil(spoken_seconds(piece) * FRAMES_PER_SECOND) + rows for piece in self.pieces)
+        steps = (math.ceil(spoken_seconds(piece) * self.frames_per_second) + rows for piece in self.pieces)
         counts = [min(count, self.settings.max_new_tokens + 1) for count in steps]
         return max(counts) if self.voice else sum(counts)
 
@@ -205,14 +209,16 @@ class Reading:
             texts = [self.pieces[0], *map(continued, self.pieces[1:])]
             each = (text_warnings(text, max_length=ABSURD_BYTES, prompt_seconds=math.inf) for text in texts)
             found = list(dict.fromkeys(sentence for sentences in each for sentence in sentences))
-            known = set(TAG.findall(self.voice.text)) if self.voice else set()
-            missing = sorted(set(TAG.findall(" ".join(self.pieces))) - known) if self.voice else []
+            known = speakers(self.voice.text) if self.voice else set()
+            missing = sorted(set[str]().union(*map(speakers, self.pieces)) - known) if self.voice else []
             if missing:
                 found.append(f"{missing[0]} is not heard in the audio prompt: its voice will differ between pieces")
             return found
-        seconds = len(self.voice.codes) / FRAMES_PER_SECOND if self.voice else 0.0
+        seconds = len(self.voice.codes) / self.frames_per_second if self.voice else 0.0
         size = self.config.encoder.max_position_embeddings
-        return text_warnings(self.text, max_length=size, prompt_seconds=seconds)
+        return text_warnings(
+            self.text, max_length=size, prompt_seconds=seconds, least_seconds=least_seconds(self.config)
+        )
 
     def _in_voice(self, index: int) -> tuple[Tensor | None, str]:
         """The audio prompt of a piece, and the text to read."""
@@ -228,17 +234,17 @@ class Reading:
 
     def _carried_on(self, index: int) -> tuple[Tensor | None, str]:
         """As `_in_voice`, with what was spoken before as the voice: the choice that has most of the speakers needed."""
-        needed = set(TAG.findall(self.pieces[index]))
+        needed = speakers(self.pieces[index])
         latest: dict[frozenset[str], int] = {}
         for before in range(index):
             frames = self.frames[before]
             if frames is not None and len(frames) and not self.truncated[before]:
-                latest[frozenset(TAG.findall(self.pieces[before]))] = before
+                latest[frozenset(speakers(self.pieces[before]))] = before
         usable = sorted(latest.values())
         choices = [(one,) for one in reversed(usable)] + [(one, usable[-1]) for one in reversed(usable[:-1])]
         best: tuple[int, Tensor | None, str] = (0, None, continued(self.pieces[index]))
         for choice in choices:
-            heard = needed & {tag for before in choice for tag in TAG.findall(self.pieces[before])}
+            heard = needed & set[str]().union(*(speakers(self.pieces[before]) for before in choice))
             found = self._prompted(choice, index)
             if found is not None and len(heard) + 1 > best[0]:
                 best = (len(heard) + 1, *found)
@@ -252,7 +258,7 @@ class Reading:
         """Codes of earlier pieces and the text with theirs in front; None if that leaves too little room."""
         codes = torch.cat([item for before in choice if (item := self.frames[before]) is not None])
         text = continued(*(self.pieces[before] for before in choice), self.pieces[index])
-        wanted = math.ceil(spoken_seconds(self.pieces[index]) * FRAMES_PER_SECOND * _SLACK)
+        wanted = math.ceil(spoken_seconds(self.pieces[index]) * self.frames_per_second * _SLACK)
         fits = len(codes) + wanted <= longest_prompt(self.config)
         size = len(encode_text(text, max_length=ABSURD_BYTES))
         return (codes, text) if fits and size <= self.config.encoder.max_position_embeddings else None
@@ -336,6 +342,7 @@ def readings_of(
     split: str | None,
     settings: SamplingSettings,
     seeds: Sequence[int],
+    frames_per_second: float = FRAMES_PER_SECOND,
 ) -> list[Reading]:
     """One for each text, with its prompt's codes and its seed. split: "auto" or None. Raises InputError."""
     if split not in (None, "auto"):
@@ -347,8 +354,8 @@ def readings_of(
     found = []
     for text, prompt, seed in zip(texts, prompts, seeds, strict=True):
         voice = None if prompt is None else Voice(prompt, prompt_text or "")
-        pieces = cut(text, config, voice) if split else [checked_text(text)]
-        found.append(Reading(config, pieces, replace(settings, seed=seed), voice))
+        pieces = cut(text, config, voice, frames_per_second) if split else [checked_text(text)]
+        found.append(Reading(config, pieces, replace(settings, seed=seed), voice, "", frames_per_second))
     return found
 
 
@@ -363,7 +370,7 @@ def speak_scripts(engine: Engine, readings: Sequence[Reading], progress: Progres
         known.append(_warn(reading, index, len(readings), 0, stacklevel))
     count, total = sum(len(reading.pieces) for reading in readings), max(item.expected_steps() for item in readings)
     start = engine.stats.steps
-    with progress_of(progress, total) as report:
+    with progress_of(progress, total, readings[0].frames_per_second) as report:
 
         def stepped() -> None:
             if isinstance(report, StepBar) and count > len(readings):

@@ -23,6 +23,10 @@ PIECE_SECONDS = 12.0
 LEAST_SECONDS = 1.0 / 3
 """Shortest limit that a piece can be given: five characters."""
 FADE_SECONDS = 0.01
+TRAILING = re.compile(rf"(?:\s*{TAG.pattern})+\s*\Z")
+"""Tags after the last word."""
+
+_OTHER = {"[S1]": "[S2]", "[S2]": "[S1]"}
 
 _GOAL = 0.75  # of the longest: pieces of about 9 s
 _SHORT = 0.4  # of the longest: what is shorter sounds hurried
@@ -50,16 +54,30 @@ def split_script(
     All words are there, in their order; a run of white space becomes one space. Words before the first tag are given
     to [S1]. Turns of the same speaker that follow each other become one, so tags alternate within a piece. Each piece
     takes at most `max_seconds` (by `spoken_seconds`) and `max_bytes` of the model's text; among the ways to cut, the
-    one with the most even pieces and the least harm is taken. Raises InputError as `checked_text` does, and for limits
-    that no piece could keep to.
+    one with the most even pieces and the least harm is taken. A tag that ends the script, so that its last words are
+    not clipped, ends each piece: that of the piece's last speaker if it is the script's, else the other one.
+    Raises InputError as `checked_text` does, and for limits that no piece could keep to.
     """
     max_seconds, max_bytes = real_number("max_seconds", max_seconds), whole_number("max_bytes", max_bytes, 0)
     if not LEAST_SECONDS <= max_seconds < math.inf or max_bytes < 16:
         raise InputError(f"pieces of {max_seconds:.2f} s and {max_bytes} bytes: no word fits; at least 0.33 s and 16")
-    turns = _turns(checked_text(text))
+    text = checked_text(text)
+    turns, trailing = _turns(text), TRAILING.search(text)
+    same = trailing is not None and TAG.findall(trailing[0])[-1] == turns[-1][0]
     limit = _Limit(max_seconds, max_bytes)
+    if trailing is not None:
+        limit = _Limit(max_seconds - spoken_seconds(" "), max_bytes - 2)
     blocks = [block for number, (_, words) in enumerate(turns) for block in _blocks(number, words, limit)]
-    return [_text(turns, blocks[first:last]) for first, last in _best_cuts(turns, blocks, limit)]
+    pieces = [_text(turns, blocks[first:last]) for first, last in _best_cuts(turns, blocks, limit)]
+    if trailing is None:
+        return pieces
+    last = [TAG.findall(piece)[-1] for piece in pieces]
+    return [f"{piece} {tag if same else _OTHER[tag]}" for piece, tag in zip(pieces, last, strict=True)]
+
+
+def speakers(text: str) -> set[str]:
+    """The tags of those who say something; a tag that ends the text is none."""
+    return set(TAG.findall(TRAILING.sub("", text)))
 
 
 def continued(*parts: str) -> str:
@@ -69,13 +87,14 @@ def continued(*parts: str) -> str:
     knows them by the order in which they appear, and has only read texts that begin with [S1].
     """
     joined = ""
-    for part in map(str.strip, parts):
+    *before, last = map(str.strip, parts)
+    for part in [*(TRAILING.sub("", part) for part in before), last]:
         tags = TAG.findall(joined)
         if tags and part.startswith(tags[-1]):
             part = part.removeprefix(tags[-1]).lstrip()
         joined = f"{joined} {part}".strip()
     if joined.startswith("[S2]"):
-        joined = TAG.sub(lambda tag: "[S1]" if tag[0] == "[S2]" else "[S2]", joined)
+        joined = TAG.sub(lambda tag: _OTHER[tag[0]], joined)
     return joined
 
 
@@ -191,6 +210,7 @@ def _letter_cuts(
     words: str, start: int, end: int, together: list[tuple[int, int]], limit: _Limit
 ) -> Iterator[tuple[int, int]]:
     """Cuts of one endless word: as late as possible, between characters as a reader sees them if there are any."""
+    end = start + len(words[start:end].rstrip())  # a space alone is no piece
     sounds = {index for first, last in together for index in range(first + 1, last)}
     while not limit.holds(words[start:end]):
         low, high = start + 1, end

@@ -130,10 +130,10 @@ def stream(
 ) -> Generator[Audio, None, None]:
     """Speaks a request chunk by chunk. However the generator ends, nothing of the request is left in the engine."""
     chunks = _Chunks(codec, chunk_seconds)
-    request = attempts.next_request()
+    request, rate = attempts.next_request(), codec.frames_per_second
     handle = engine.submit(request, stream=True)
     try:
-        with progress_of(progress, expected_of(engine.model.config, [request])) as report:
+        with progress_of(progress, expected_of(engine.model.config, [request], rate), rate) as report:
             start = engine.steps
             while True:
                 while not handle.done:

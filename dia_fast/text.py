@@ -4,6 +4,7 @@
 what is known to sound bad is a `TextWarning` and goes on.
 """
 
+import math
 import re
 import warnings
 
@@ -20,8 +21,15 @@ GOOD_SECONDS = 20
 """The authors' advice; longer texts are spoken hastily and stray from the script."""
 TAG = re.compile(r"\[S[12]\]")
 
+SHORT_SECONDS = 5
+"""The authors' advice; shorter texts sound unnatural."""
+MOST_SOUNDS = 2  # in brackets, in one sentence
+
 CHARACTERS_PER_SECOND = 15  # unhurried English
 _LOOKS_LIKE_TAG = re.compile(r"\[\s*[sS](?:peaker)?\s*\d+\s*\]")
+_URL = re.compile(r"(?:https?://|www\.)\S+")
+_EMOJI = re.compile("[\u2600-\u27bf\U0001f000-\U0001faff]")
+_SOUND = re.compile(r"\([^()]{1,40}\)")
 _RESERVED = {0: "padding", 1: "[S1]", 2: "[S2]"}
 
 
@@ -53,6 +61,8 @@ def checked_text(text: str | bytes) -> str:
                 f"text is not valid UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} "
                 f"({error.reason}); decode it with its own encoding first and pass a str"
             ) from None
+    if isinstance(text, str):
+        text = text.removeprefix("\ufeff")  # the byte order mark that some editors put in front
     if not isinstance(text, str):
         raise InputError(f"text must be a str (or UTF-8 bytes), not {type(text).__name__}")
     _check_size(len(text))
@@ -77,14 +87,22 @@ def checked_text(text: str | bytes) -> str:
     return text
 
 
-def text_warnings(text: str | bytes, *, max_length: int = MAX_BYTES, prompt_seconds: float = 0.0) -> list[str]:
+def text_warnings(
+    text: str | bytes,
+    *,
+    max_length: int = MAX_BYTES,
+    prompt_seconds: float = 0.0,
+    least_seconds: float = SHORT_SECONDS,
+) -> list[str]:
     """What is known to sound bad about a text, one sentence each; an empty list if nothing is.
 
     prompt_seconds: length of the audio prompt whose transcript the text begins with; that part is not spoken again.
+    least_seconds: below which speech sounds unnatural.
     Raises InputError as `encode_text` does.
     """
     text, max_length = checked_text(text), whole_number("max_length", max_length, 1)
     prompt_seconds = real_number("prompt_seconds", prompt_seconds)
+    least_seconds = real_number("least_seconds", least_seconds)
     tags = TAG.findall(text)
     found = []
     if not TAG.match(text.lstrip()):
@@ -108,14 +126,40 @@ def text_warnings(text: str | bytes, *, max_length: int = MAX_BYTES, prompt_seco
             f"the text is about {seconds:.0f} s of speech, and beyond {GOOD_SECONDS} s it is spoken hastily and "
             "words get lost: split it"
         )
+    elif seconds < least_seconds and prompt_seconds < math.inf:
+        found.append(
+            f"the text is about {max(seconds, 0):.1f} s of speech, and below {least_seconds:g} s it sounds unnatural: "
+            "write more"
+        )
+    return found + _unspeakable(_LOOKS_LIKE_TAG.sub("", spoken))
+
+
+def _unspeakable(spoken: str) -> list[str]:
+    """What the model was not taught to read, one sentence each."""
+    found = []
+    if url := _URL.search(spoken):
+        found.append(f"{url[0][:40]} is a web address, which is read badly: write it as it is said")
+        spoken = _URL.sub("", spoken)
+    if digits := re.search(r"\d+", spoken):
+        found.append(f"{digits[0][:40]} is written in digits, which are read badly: write numbers as words")
+    if emoji := _EMOJI.search(spoken):
+        found.append(f"{emoji[0]!r} is a symbol that the model cannot read: leave it out")
+    if any(len(_SOUND.findall(sentence)) > MOST_SOUNDS for sentence in re.split(r"[.!?\n]", spoken)):
+        found.append(f"a sentence has more than {MOST_SOUNDS} sounds in brackets, which sounds unnatural: use fewer")
     return found
 
 
 def warn_about(
-    text: str | bytes, *, max_length: int = MAX_BYTES, prompt_seconds: float = 0.0, stacklevel: int = 2
+    text: str | bytes,
+    *,
+    max_length: int = MAX_BYTES,
+    prompt_seconds: float = 0.0,
+    least_seconds: float = SHORT_SECONDS,
+    stacklevel: int = 2,
 ) -> None:
     """Issues each of `text_warnings` as a `TextWarning`; `stacklevel` 1 blames the caller, 2 its caller."""
-    for sentence in text_warnings(text, max_length=max_length, prompt_seconds=prompt_seconds):
+    known = {"max_length": max_length, "prompt_seconds": prompt_seconds, "least_seconds": least_seconds}
+    for sentence in text_warnings(text, **known):  # type: ignore[arg-type]
         warnings.warn(sentence, TextWarning, stacklevel=stacklevel + 1)
 
 
@@ -126,8 +170,7 @@ def spoken_seconds(text: str) -> float:
 
 def join_prompt(prompt_text: str, text: str) -> str:
     """The text to speak in the voice of an audio prompt: the prompt's transcript, a space, the new words."""
-    checked_text(prompt_text)
-    checked_text(text)
+    prompt_text, text = checked_text(prompt_text), checked_text(text)
     return f"{prompt_text.rstrip()} {text.lstrip()}"
 
 

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 
 
 def whole_number(name: str, value: object, least: int, most: int | None = None, hint: str = "") -> int:
-    """`value` as a Python int; numpy and torch integers count, bools and floats do not. Raises InputError."""
+    """`value` as a Python int; integers of numpy and torch count, so does 300.0, and no bool. Raises InputError."""
     try:
+        if isinstance(value, Real) and not isinstance(value, SupportsIndex) and float(value).is_integer():
+            value = int(float(value))
         if isinstance(value, bool) or not isinstance(value, SupportsIndex):
             raise TypeError
         number = operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # the latter two from arrays and tensors
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # arrays, tensors, a fraction beyond all floats
         raise InputError(f"{name} must be a whole number, not {shown(value)}") from None
     if number < least or (most is not None and number > most):
         wanted = f"at least {least}" if most is None else f"from {least} to {most}"
@@ -36,9 +38,12 @@ def real_number(name: str, value: object) -> float:
 
 
 def tensor_of(name: str, value: Any) -> "Tensor":
-    """`value` as a dense tensor; on the device it is on, and without a copy where it can be. Raises InputError."""
-    import torch  # settings and texts are checked without it
+    """`value` as a dense tensor; on the device it is on, and without a copy if it can be. Raises InputError."""
+    import numpy as np  # settings and texts are checked without them
+    import torch
 
+    if isinstance(value, np.ndarray) and not value.flags.writeable:
+        value = value.copy()  # torch warns of memory that it may not write to
     try:
         tensor = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError):

@@ -182,6 +182,7 @@ def test_convert_gives_the_length_that_the_rates_say(samples: np.ndarray, rates:
         (np.zeros((2, 2, 2), np.float32), r"got \[2, 2, 2\]"),
         (np.zeros((2, MAX_CHANNELS + 1), np.float32), r"\[samples, channels\] .* got \[2, 65\]"),
         (np.float32(1), r"got \[\]"),
+        (np.array([0.0, -12_000.0], np.float32), r"samples reach 12000, and .* divide them by 32768"),
         (np.zeros(4, np.int16), "not int16; divide int16 by 32768"),
         (np.zeros(4, complex), "not complex128"),
         (["a"], "not <U1"),
@@ -193,7 +194,7 @@ def test_arrays_that_are_not_sound(samples: object, message: str) -> None:
         convert(samples, RATE, RATE)
 
 
-@pytest.mark.parametrize("rate", [0, -44_100, 1_999, 768_001, 44_100.0, "44100", True, None])
+@pytest.mark.parametrize("rate", [0, -44_100, 1_999, 768_001, 44_100.5, "44100", True, None])
 def test_impossible_rates(rate: object) -> None:
     for attempt in (lambda: convert(tone(RATE), rate, RATE), lambda: convert(tone(RATE), RATE, rate)):  # type: ignore[arg-type]
         with pytest.raises(InputError, match="sample rate"):

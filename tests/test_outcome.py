@@ -14,9 +14,11 @@ import torch
 
 from dia_fast import Dia, Outcome, TextWarning
 from dia_fast.cli import main
+from dia_fast.config import DiaConfig
 from dia_fast.engine import slots
 from dia_fast.outcome import Segment, attempt_seed, silence
-from dia_fast.reading import piece_seed
+from dia_fast.reading import Reading, cut, piece_seed
+from dia_fast.settings import SamplingSettings
 from tests.front import TINY, make_codec, make_model
 
 TEXT = "[S1] One of the words. [S2] Two of the words. [S1] Three of the words. [S2] Four of the words in all."
@@ -183,3 +185,38 @@ def test_seeds_of_64_bits_are_taken_and_minus_one_draws(dia: Dia) -> None:
     drawn = dia.generate([TEXT, TEXT], seed=[-1, -1], **SHORT)
     assert drawn[0].seed is not None and drawn[0].seed >= 0 and drawn[0].seed != drawn[1].seed
     assert np.array_equal(dia.generate(TEXT, seed=drawn[0].seed, **SHORT).samples, drawn[0].samples)
+
+
+def test_counts_and_arrays_as_numpy_gives_them(dia: Dia, home: Path) -> None:
+    expected = dia.generate_codes(TEXT, seed=5, **SHORT)[0]
+    assert torch.equal(expected, dia.generate_codes(TEXT, seed=np.uint64(5), max_new_tokens=30.0)[0])
+    assert torch.equal(expected, dia.generate_codes(TEXT, seed=5.0, max_new_tokens=np.int64(30))[0])
+    loaded = Dia.from_pretrained(
+        home / "model", device="cpu", codec=None, max_batch=np.int64(2), memory=np.int64(10**8)
+    )
+    assert torch.equal(expected, loaded.generate_codes(TEXT, seed=5, **SHORT)[0])
+    codes, sound = np.ones((20, 9), np.int64), np.sin(np.arange(9_000, dtype=np.float32) / 20)
+    for array, prompt in ((codes, codes), (sound, (sound, 44_100.0))):
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            warnings.simplefilter("ignore", TextWarning)
+            writable = dia.generate_codes(TEXT, audio_prompt=prompt, seed=5, **SHORT)[0]
+            array.flags.writeable = False
+            assert torch.equal(writable, dia.generate_codes(TEXT, audio_prompt=prompt, seed=5, **SHORT)[0])
+
+
+def test_frames_per_second_are_those_of_the_codec() -> None:
+    text = "[S1] " + "a " * 140
+    slow, fast = (cut(text, ROOMY, None, rate) for rate in (20.0, 86.0))
+    assert len(slow) == 1 and len(cut(text * 2, ROOMY, None, 20.0)) < len(cut(text * 2, ROOMY, None, 86.0))
+    assert (
+        Reading(ROOMY, fast, SamplingSettings(seed=1), None, "", 20.0).expected_steps() < 20 * 20 + 17 * len(fast) + 2
+    )
+
+
+def test_short_texts_are_warned_of_where_the_advice_holds(dia: Dia) -> None:
+    assert any(
+        "below 5 s" in remark for remark in Reading(DiaConfig(), ["[S1] Hello."], SamplingSettings(seed=1)).remarks
+    )
+    assert not Reading(ROOMY, ["[S1] Hello."], SamplingSettings(seed=1)).remarks, (
+        "of shorter texts, like the demo voice"
+    )

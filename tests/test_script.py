@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dia_fast import InputError
-from dia_fast.script import continued, join_pieces, split_script
+from dia_fast.script import LEAST_SECONDS, TRAILING, continued, join_pieces, split_script
 from dia_fast.text import TAG, encode_text, spoken_seconds, text_warnings
 
 LONG = (
@@ -103,7 +103,7 @@ def test_a_sound_is_never_cut() -> None:
 
 def test_turns_of_one_speaker_become_one_and_empty_ones_go() -> None:
     assert split_script("Hello. [S1] Again. [S1] And [S2] [S1] again. [S2] Bye. [S1]", max_seconds=30) == [
-        "[S1] Hello. Again. And again. [S2] Bye."
+        "[S1] Hello. Again. And again. [S2] Bye. [S1]"
     ]
     assert split_script("[S2] Second first.") == ["[S2] Second first."]
 
@@ -187,3 +187,24 @@ def test_a_single_piece_is_left_alone() -> None:
     piece = np.linspace(-1, 1, 100, dtype=np.float32)
     assert np.array_equal(join_pieces([piece, np.zeros(0, np.float32)], 44_100), piece)
     assert len(join_pieces([], 44_100)) == 0
+
+
+@settings(max_examples=150)
+@given(scripts, st.floats(LEAST_SECONDS, 2), st.integers(16, 60), st.sampled_from(["", " [S1]", "[S2]"]))
+def test_no_piece_is_without_words_however_scarce_the_room(text: str, seconds: float, size: int, end: str) -> None:
+    pieces = split_script(text + end, max_seconds=seconds, max_bytes=size)
+    assert "".join(TAG.sub("", "".join(pieces)).split()) == "".join(TAG.sub("", text).split())
+    for piece in pieces:
+        assert len(encode_text(piece)) <= size
+        assert bool(end) == bool(TRAILING.search(piece))
+
+
+@pytest.mark.parametrize(("end", "ends"), [("[S1]", ["[S1]", "[S2]"]), ("[S2]", ["[S2]", "[S1]"]), ("", ["", ""])])
+def test_a_tag_at_the_end_is_kept_for_every_piece(end: str, ends: list[str]) -> None:
+    """The last speaker is [S2]; the pieces end with the words of [S2] and of [S1]."""
+    turn = "some words that somebody says. " * 4
+    pieces = split_script(f"[S1] {turn} [S2] {turn} {end}")
+    last = {piece.split()[0]: piece.rpartition("says.")[2].strip() for piece in pieces}
+    assert last == dict(zip(["[S2]", "[S1]"], ends, strict=True))
+    assert all(spoken_seconds(piece) <= 12 for piece in pieces)
+    assert continued("[S1] A. [S2]", "[S1] B. [S2]") == "[S1] A. B. [S2]"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dia_fast.errors import InputError
 from dia_fast.text import ABSURD_BYTES, MAX_BYTES, TextWarning, encode_text, join_prompt, text_warnings, warn_about
 
+MORE = " And some more words, so that it takes more than five seconds to say all of them."
 GOOD = "[S1] Dia is a text to dialogue model. [S2] You get full control over scripts and voices. [S1] Wow."
 
 # Characters of every UTF-8 length; no surrogates, and none of the three that mean something else inside the model.
@@ -57,21 +58,26 @@ def test_any_bytes_are_encoded_or_refused(data: bytes) -> None:
     except InputError as error:
         assert len(str(error)) > 20
     else:
-        assert bytes(ids) == data.replace(b"[S1]", b"\x01").replace(b"[S2]", b"\x02")
+        assert bytes(ids) == data.removeprefix("\ufeff".encode()).replace(b"[S1]", b"\x01").replace(b"[S2]", b"\x02")
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("Hello there.", "does not begin with a speaker tag"),
-        ("(sighs) [S1] Hello there.", "does not begin with a speaker tag"),
-        ("[S2] Hello there.", "begins with [S2]"),
-        ("[S1] Hello. [S1] It is me again.", "[S1] is followed by [S1]"),
-        ("[S1] Hello. [S3] Hi.", "[S3] is not a speaker tag"),
-        ("[S1] Hello. [s2] Hi.", "[s2] is not a speaker tag"),
-        ("[S1] Hello. [S 2] Hi.", "[S 2] is not a speaker tag"),
+        ("Hello there." + MORE, "does not begin with a speaker tag"),
+        ("(sighs) [S1] Hello there." + MORE, "does not begin with a speaker tag"),
+        ("[S2] Hello there." + MORE, "begins with [S2]"),
+        ("[S1] Hello. [S1] It is me again." + MORE, "[S1] is followed by [S1]"),
+        ("[S1] Hello. [S3] Hi." + MORE, "[S3] is not a speaker tag"),
+        ("[S1] Hello. [s2] Hi." + MORE, "[s2] is not a speaker tag"),
+        ("[S1] Hello. [S 2] Hi." + MORE, "[S 2] is not a speaker tag"),
         ("[S1] " + "word " * 300, "takes 1502 bytes and the model reads 1024"),
         ("[S1] " + "word " * 100, "about 33 s of speech"),
+        ("[S1] Hello.", "about 0.5 s of speech, and below 5 s"),
+        (GOOD + " There are 12 of them.", "12 is written in digits"),
+        (GOOD + " See https://example.org/a1 for more.", "https://example.org/a1 is a web address"),
+        (GOOD + " Well \U0001f642 then.", "is a symbol that the model cannot read"),
+        (GOOD + " (laughs) No (coughs) more (sighs) please.", "more than 2 sounds in brackets"),
     ],
 )
 def test_what_sounds_bad_is_said_once(text: str, expected: str) -> None:
@@ -80,7 +86,9 @@ def test_what_sounds_bad_is_said_once(text: str, expected: str) -> None:
     assert expected in found[0]
 
 
-@pytest.mark.parametrize("text", [GOOD, "\n [S1] Leading space.", GOOD + " [S2]", "[S1] One [speaker] (laughs) alone."])
+@pytest.mark.parametrize(
+    "text", [GOOD, "\n [S1] Leading space." + MORE, GOOD + " [S2]", "[S1] One [speaker] (laughs) alone." + MORE]
+)
 def test_good_texts_pass_in_silence(text: str) -> None:
     assert text_warnings(text) == []
 
@@ -109,3 +117,11 @@ def test_a_clone_speaks_the_transcript_first() -> None:
     assert join_prompt("[S1] This is me. ", " [S2] And you?") == "[S1] This is me. [S2] And you?"
     with pytest.raises(InputError, match="empty"):
         join_prompt("", "[S1] Hello.")
+
+
+def test_a_byte_order_mark_is_no_text() -> None:
+    for text in ("\ufeff" + GOOD, ("\ufeff" + GOOD).encode()):
+        assert encode_text(text) == encode_text(GOOD) and text_warnings(text) == []
+    with pytest.raises(InputError, match="empty"):
+        encode_text("\ufeff")
+    assert join_prompt("\ufeff[S1] A.", "\ufeffB.") == "[S1] A. B."

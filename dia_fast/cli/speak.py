@@ -314,7 +314,7 @@ def at_once(args: argparse.Namespace, text: str) -> int:
 
 def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
     from dia_fast.api import Dia
-    from dia_fast.arguments import FRAMES_PER_SECOND, expected_steps
+    from dia_fast.arguments import expected_steps
     from dia_fast.packing import parameter_count
     from dia_fast.progress import StepBar
 
@@ -332,10 +332,8 @@ def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
     settings = settings_from(args, dia.defaults)
     set_threads(args.threads, parameter_count(dia.config))
     dia.codec, dia.engine  # noqa: B018 (made now, so that the clock below does not count it)
-    total = expected_steps(
-        dia.config, spoken_seconds(text), settings.max_new_tokens, dia.codec.sample_rate / dia.codec.hop_length
-    )
-    with StepBar(total, FRAMES_PER_SECOND, hidden=args.quiet or not sys.stderr.isatty()) as bar:
+    total = expected_steps(dia.config, spoken_seconds(text), settings.max_new_tokens, dia.codec.frames_per_second)
+    with StepBar(total, dia.codec.frames_per_second, hidden=args.quiet or not sys.stderr.isatty()) as bar:
         made = (_speak_piecewise if args.stream else _speak_at_once)(dia, args, settings, text, output, bar)
     if not args.quiet:
         print(

@@ -48,6 +48,10 @@ class Codec:
         return self.config.hop_length
 
     @property
+    def frames_per_second(self) -> float:
+        return self.sample_rate / self.hop_length
+
+    @property
     def num_codebooks(self) -> int:
         """Codes per frame."""
         return self.config.n_codebooks

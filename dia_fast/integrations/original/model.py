@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dia_fast.ambient import isolated
+from dia_fast.arguments import least_seconds
 from dia_fast.audio import Audio, load_audio
 from dia_fast.checkpoint import Checkpoint, open_checkpoint
 from dia_fast.config import DiaConfig
@@ -25,6 +26,7 @@ from dia_fast.outcome import silence
 from dia_fast.progress import StepBar
 from dia_fast.settings import SamplingSettings
 from dia_fast.text import TextWarning, encode_text, warn_about
+from dia_fast.values import whole_number
 from dia_kernels import get_ops
 
 DEFAULT_SAMPLE_RATE = 44100
@@ -175,7 +177,8 @@ class Dia:
         if isinstance(cfg_scale, int | float) and 0 < cfg_scale < 1:
             raise InputError(f"cfg_scale must be 0 (no guidance) or from 1 to 100, not {cfg_scale}")
         for item in texts:
-            warn_about(item, max_length=self.config.encoder_config.max_position_embeddings, stacklevel=2)
+            longest = self.config.encoder_config.max_position_embeddings
+            warn_about(item, max_length=longest, least_seconds=least_seconds(self.config.native), stacklevel=2)
         requests = self._requests(texts, prompts, limit, settings, seed)
         start = time.perf_counter()
         with StepBar(limit, DEFAULT_SAMPLE_RATE / SAMPLE_RATE_RATIO, hidden=not verbose) as bar:
@@ -241,7 +244,8 @@ class Dia:
     ) -> list[Request]:
         config = self.config.native
         longest = max(0 if prompt is None else len(prompt) for prompt in prompts)
-        if not isinstance(limit, int) or limit < longest + 1:
+        limit = whole_number("max_tokens", limit, 0, None)
+        if limit < longest + 1:
             raise InputError(f"max_tokens must be more than the {longest} frames of the audio prompt, not {limit}")
         requests = []
         for text, prompt, item_seed in zip(texts, prompts, self._seeds(seed, len(texts)), strict=True):
