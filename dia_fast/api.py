@@ -307,9 +307,7 @@ class Dia:
         progress_of(progress, 1)
         codec = self.codec
         [codes] = self._codes(prompt_for_each(audio_prompt, 1, False))
-        request = request_of(
-            self.config, text, ids, drawn, codes, settings, frames_per_second=codec.frames_per_second, stacklevel=2
-        )
+        request = request_of(self.config, text, ids, drawn, codes, settings, frames_per_second=codec.frames_per_second)
         attempts = streaming.Attempts(self.config, text, settings, request)
         return streaming.Stream(attempts, streaming.stream(self.engine, codec, attempts, seconds, progress))
 
@@ -353,7 +351,7 @@ class Dia:
         async def chunks() -> AsyncGenerator[Audio, None]:
             running, codec, [codes] = await asyncio.to_thread(lambda: (self.engine, self.codec, self._codes(prompts)))
             request = request_of(
-                self.config, text, ids, drawn, codes, settings, frames_per_second=codec.frames_per_second, stacklevel=2
+                self.config, text, ids, drawn, codes, settings, frames_per_second=codec.frames_per_second
             )
             attempts.request = request
             async with aclosing(streaming.astream(running, codec, attempts, seconds)) as pieces:
@@ -404,7 +402,7 @@ class Dia:
             ids_of(self.config, item)
         codes = self._codes(prompt_for_each(prompts, len(texts), is_list(text)))
         readings = readings_of(self.config, texts, codes, prompt_text, split, settings, seeds, self._rate())
-        speak_scripts(self.engine, readings, progress, stacklevel=3)
+        speak_scripts(self.engine, readings, progress)
         return readings
 
     def _rate(self) -> float:

@@ -142,14 +142,11 @@ def request_of(
     settings: SamplingSettings,
     *,
     frames_per_second: float = FRAMES_PER_SECOND,
-    stacklevel: int = 1,
 ) -> Request:
-    """Warns about a text and makes a request of it; `stacklevel` 1 blames the caller, 2 its caller."""
+    """Warn about a text and make a request of it."""
     seconds = 0.0 if prompt is None else len(prompt) / frames_per_second
     longest = config.encoder.max_position_embeddings
-    warn_about(
-        text, max_length=longest, prompt_seconds=seconds, least_seconds=least_seconds(config), stacklevel=stacklevel + 1
-    )
+    warn_about(text, max_length=longest, prompt_seconds=seconds, least_seconds=least_seconds(config))
     return make_request(ids, seed, prompt, settings)
 
 

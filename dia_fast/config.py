@@ -6,7 +6,6 @@ The files of the original package from before June 2025 are nested differently a
 something else; they are recognised and refused.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from dia_fast.errors import CheckpointError, shown
 from dia_fast.files import checked_path, read_json
+from dia_fast.warn import warn
 
 DELAY_PATTERN = (0, 8, 9, 10, 11, 12, 13, 14, 15)
 
@@ -178,10 +178,10 @@ class DiaConfig:
                 "config: neither model_type nor encoder_config nor decoder_config is there: not a Dia configuration"
             )
         if notes := _unknown(data, _TOP | set(_TOKENS)):
-            warnings.warn(
+            warn(
                 "config: fields that are not known here are ignored: "
                 + ", ".join(f"{name:.40} = {shown(data[name])}" for name in notes),
-                stacklevel=2,
+                UserWarning,
             )
         encoder = _read_stack(EncoderConfig, "encoder_config", data)
         decoder = _read_stack(DecoderConfig, "decoder_config", data)

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from dia_fast.text import (
     spoken_seconds,
     text_warnings,
 )
+from dia_fast.warn import warn
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -359,15 +359,12 @@ def readings_of(
     return found
 
 
-def speak_scripts(engine: Engine, readings: Sequence[Reading], progress: Progress, *, stacklevel: int = 1) -> None:
+def speak_scripts(engine: Engine, readings: Sequence[Reading], progress: Progress) -> None:
     """Speaks all readings at once. Warns of what there is to remark.
 
-    progress: as in `Dia.generate`; a bar counts pieces too. stacklevel: 1 blames the caller of this. Raises what ended
-    one of the readings.
+    progress: as in `Dia.generate`; a bar counts pieces too. Raises what ended one of the readings.
     """
-    known = []
-    for index, reading in enumerate(readings):  # a comprehension would be a frame of its own in Python 3.11
-        known.append(_warn(reading, index, len(readings), 0, stacklevel))
+    known = [_warn(reading, index, len(readings), 0) for index, reading in enumerate(readings)]
     count, total = sum(len(reading.pieces) for reading in readings), max(item.expected_steps() for item in readings)
     start = engine.stats.steps
     with progress_of(progress, total, readings[0].frames_per_second) as report:
@@ -384,12 +381,12 @@ def speak_scripts(engine: Engine, readings: Sequence[Reading], progress: Progres
                 if reading.error is not None:
                     raise reading.error
     for index, (reading, before) in enumerate(zip(readings, known, strict=True)):
-        _warn(reading, index, len(readings), before, stacklevel)
+        _warn(reading, index, len(readings), before)
 
 
-def _warn(reading: Reading, index: int, count: int, first: int, stacklevel: int) -> int:
+def _warn(reading: Reading, index: int, count: int, first: int) -> int:
     """Warns of a reading's remarks from the `first` on; returns how many there are."""
     which = f"text {index}: " if count > 1 else ""
     for remark in reading.remarks[first:]:
-        warnings.warn(which + remark, TextWarning, stacklevel=stacklevel + 2)
+        warn(which + remark, TextWarning)
     return len(reading.remarks)

@@ -8,7 +8,6 @@ just so many on either side, and the chunks joined are what one decode of all fr
 import asyncio
 import math
 import threading
-import warnings
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncGenerator, Generator
 from dataclasses import replace
@@ -26,6 +25,7 @@ from dia_fast.outcome import Outcome, Segment, attempt_seed, finish_reason, sile
 from dia_fast.settings import SamplingSettings
 from dia_fast.text import TextWarning, checked_text
 from dia_fast.values import real_number
+from dia_fast.warn import warn
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -70,10 +70,10 @@ class Attempts:
         self.outcome = Outcome((Segment(self.text, reason, len(result.frames), self.seeds),), told)
         return True
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         assert self.outcome is not None
         for remark in self.outcome.warnings:
-            warnings.warn(remark, TextWarning, stacklevel=stacklevel + 1)
+            warn(remark, TextWarning)
 
 
 class Stream(Generator[Audio, None, None]):
@@ -149,7 +149,7 @@ def stream(
                 handle = engine.submit(attempts.next_request(), stream=True)
         while span := chunks.cut(handle):
             yield chunks.decode(span, request.seed)
-        attempts.warn(stacklevel=3)
+        attempts.warn()
     finally:
         handle.cancel()
 
@@ -173,7 +173,7 @@ async def astream(
                 break
         while span := chunks.cut(handle):
             yield await asyncio.to_thread(chunks.decode, span, seed)
-        attempts.warn(stacklevel=3)
+        attempts.warn()
     finally:
         # Handed to a thread at once: a task of its own could be cancelled before it begins, when the loop ends.
         await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, submission.withdraw))

@@ -6,10 +6,10 @@ what is known to sound bad is a `TextWarning` and goes on.
 
 import math
 import re
-import warnings
 
 from dia_fast.errors import InputError
 from dia_fast.values import real_number, whole_number
+from dia_fast.warn import warn
 
 SPEAKER_IDS = {"[S1]": 1, "[S2]": 2}
 MAX_BYTES = 1024
@@ -155,12 +155,11 @@ def warn_about(
     max_length: int = MAX_BYTES,
     prompt_seconds: float = 0.0,
     least_seconds: float = SHORT_SECONDS,
-    stacklevel: int = 2,
 ) -> None:
-    """Issues each of `text_warnings` as a `TextWarning`; `stacklevel` 1 blames the caller, 2 its caller."""
+    """Issue each of `text_warnings` as a `TextWarning`."""
     known = {"max_length": max_length, "prompt_seconds": prompt_seconds, "least_seconds": least_seconds}
     for sentence in text_warnings(text, **known):  # type: ignore[arg-type]
-        warnings.warn(sentence, TextWarning, stacklevel=stacklevel + 1)
+        warn(sentence, TextWarning)
 
 
 def spoken_seconds(text: str) -> float:

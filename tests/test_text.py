@@ -106,7 +106,7 @@ def test_a_full_text_is_not_called_too_long() -> None:
 
 def test_warnings_carry_their_category_and_blame_the_caller() -> None:
     with pytest.warns(TextWarning, match="begin with") as record:
-        warn_about("Hello.", stacklevel=1)
+        warn_about("Hello.")
     assert record[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,7 +8,6 @@ import struct
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from dia_fast.errors import InputError, SilentSpeech
 from dia_fast.settings import CHECKPOINT, SamplingSettings, random_seed
 from dia_fast.text import ABSURD_BYTES, TextWarning, checked_text, join_prompt, spoken_seconds
+from dia_fast.warn import warn
 
 if TYPE_CHECKING:
     from dia_fast.api import Dia
@@ -261,10 +261,9 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt_text is not None and args.prompt is None:
         raise InputError("--prompt-text needs --prompt: the recording in which it is said")
     if args.prompt is not None and args.prompt_text is None:
-        warnings.warn(
+        warn(
             "--prompt without --prompt-text: TEXT must then begin with what is said in the recording",
             TextWarning,
-            stacklevel=1,
         )
     if args.prompt_text is not None:
         whole = join_prompt(args.prompt_text, text)
@@ -300,7 +299,7 @@ def _tell_demo_voice(text: str, *, quiet: bool) -> None:
     if unknown := unknown_words(text):
         few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         told = f"the demo voice never learnt: {few}; its words: {folder / 'vocabulary.txt'}"
-        warnings.warn(told, TextWarning, stacklevel=1)
+        warn(told, TextWarning)
 
 
 def at_once(args: argparse.Namespace, text: str) -> int:

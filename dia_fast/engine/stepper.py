@@ -1,6 +1,5 @@
 """One decode step of as many slots as are in use: on which buffers, and on a GPU by which captured graph."""
 
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,6 +10,7 @@ import torch
 from dia_fast.errors import InputError
 from dia_fast.model import DiaModel
 from dia_fast.state import DecodeState
+from dia_fast.warn import warn
 
 Capture: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes a step that has been called before on the same buffers, returns what repeats its launches."""
@@ -54,11 +54,10 @@ class Stepper:
                 try:
                     self._replays[count, guided] = self.capture(partial(self.model.decode_step, view))
                 except Exception as error:
-                    warnings.warn(
+                    warn(
                         f"the decode step for {count} requests could not be captured as a graph "
                         f"({type(error).__name__}: {error}); steps run launch by launch instead, which is slower",
                         RuntimeWarning,
-                        stacklevel=2,
                     )
                     self.capture = None
                     self._replays.clear()

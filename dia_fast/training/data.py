@@ -7,7 +7,6 @@ a renamed file is encoded again, and a changed one is.
 import hashlib
 import io
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from dia_fast.errors import InputError
 from dia_fast.files import checked_path, parse_json, replacing
 from dia_fast.text import TextWarning, encode_text, text_warnings
 from dia_fast.training.batch import Example, check_example, longest_speech
+from dia_fast.warn import warn
 
 SHOWN = 3  # sentences about data before "and n more"
 
@@ -241,4 +241,4 @@ def _codec_key(codec: Codec) -> str:
 def _warn(about: str, sentences: list[str]) -> None:
     if sentences:
         more = f"; and {len(sentences) - SHOWN} more" if len(sentences) > SHOWN else ""
-        warnings.warn(f"{about}: {'; '.join(sentences[:SHOWN])}{more}", TextWarning, stacklevel=3)
+        warn(f"{about}: {'; '.join(sentences[:SHOWN])}{more}", TextWarning)

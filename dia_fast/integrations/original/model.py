@@ -2,7 +2,6 @@
 
 import os
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +26,7 @@ from dia_fast.progress import StepBar
 from dia_fast.settings import SamplingSettings
 from dia_fast.text import TextWarning, encode_text, warn_about
 from dia_fast.values import whole_number
+from dia_fast.warn import warn
 from dia_kernels import get_ops
 
 DEFAULT_SAMPLE_RATE = 44100
@@ -78,7 +78,7 @@ class Dia:
         if self.dac_model is not None:
             as_codec(self.dac_model)
         elif not load_dac:
-            warnings.warn("load_dac=False: generate returns codes instead of sound", UserWarning, stacklevel=2)
+            warn("load_dac=False: generate returns codes instead of sound", UserWarning)
 
     @classmethod
     def from_local(
@@ -159,10 +159,10 @@ class Dia:
         used, CheckpointError (a RuntimeError) if the weights were not loaded.
         """
         if audio_prompt_path is not None:
-            warnings.warn("audio_prompt_path is deprecated: use audio_prompt", FutureWarning, stacklevel=2)
+            warn("audio_prompt_path is deprecated: use audio_prompt", FutureWarning)
             audio_prompt = audio_prompt_path
         if use_cfg_filter is not None:
-            warnings.warn("use_cfg_filter is deprecated and does nothing", FutureWarning, stacklevel=2)
+            warn("use_cfg_filter is deprecated and does nothing", FutureWarning)
         if self.model is None:
             raise CheckpointError("this Dia has no weights: make it with from_pretrained or from_local")
         texts = text if isinstance(text, list) else [text]
@@ -178,7 +178,7 @@ class Dia:
             raise InputError(f"cfg_scale must be 0 (no guidance) or from 1 to 100, not {cfg_scale}")
         for item in texts:
             longest = self.config.encoder_config.max_position_embeddings
-            warn_about(item, max_length=longest, least_seconds=least_seconds(self.config.native), stacklevel=2)
+            warn_about(item, max_length=longest, least_seconds=least_seconds(self.config.native))
         requests = self._requests(texts, prompts, limit, settings, seed)
         start = time.perf_counter()
         with StepBar(limit, DEFAULT_SAMPLE_RATE / SAMPLE_RATE_RATIO, hidden=not verbose) as bar:
@@ -188,7 +188,7 @@ class Dia:
             print(f"generate: avg steps={steps:.1f}, total duration={time.perf_counter() - start:.3f}s")
         for result in spoken:
             if not len(result.frames):
-                warnings.warn(silence(1), TextWarning, stacklevel=2)
+                warn(silence(1), TextWarning)
         outputs = [self._output(item) for item in spoken]
         return outputs if len(outputs) > 1 else outputs[0]
 

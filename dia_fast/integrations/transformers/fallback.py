@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from transformers import DiaForConditionalGeneration, GenerationConfig
 
 from dia_fast.errors import InputError
+from dia_fast.warn import warn
 
 # Inputs that the engine takes; every other one of `forward` asks for something that only the model itself can do.
 INPUTS = {"inputs", "input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
@@ -54,11 +54,9 @@ def asks_for_more_in_settings(config: GenerationConfig) -> str | None:
     return None
 
 
-def say(reason: str, stacklevel: int) -> None:
+def say(reason: str) -> None:
     """Warns that a call goes the model's own way."""
-    warnings.warn(
-        f"generate runs as transformers' own, not on dia-fast: {reason}", FallbackWarning, stacklevel=stacklevel + 1
-    )
+    warn(f"generate runs as transformers' own, not on dia-fast: {reason}", FallbackWarning)
 
 
 @contextlib.contextmanager

@@ -213,7 +213,7 @@ def _generate(self: Any, *args: Any, seed: int | list[int] | None = None, **kwar
     with state.lock:
         reason = fallback.asks_for_more(bound) or state.obstacle(self)
     if reason is not None:
-        fallback.say(reason, stacklevel=2)
+        fallback.say(reason)
         with fallback.own_random_numbers(self, seed):
             return own(self, *args, **kwargs)
     token = _CALL.set(_Call(seed))
@@ -265,7 +265,7 @@ def _sample(
             raise calls.NotOurs(reason)
         rows = _speak(self, call, *arguments, streamer, model_kwargs)
     except calls.NotOurs as error:
-        fallback.say(str(error), stacklevel=6)
+        fallback.say(str(error))
         if "encoder" in call.postponed:
             model_kwargs["encoder_outputs"] = call.postponed["encoder"]()["encoder_outputs"]
         if "cache" in call.postponed:
