@@ -4,7 +4,6 @@ import base64
 import contextlib
 import io
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from dia_fast.errors import InputError, shown
 from dia_fast.files import LARGEST_SOUND, NotingFile, checked_path, open_regular, replacing, uninterrupted
 from dia_fast.outcome import Outcome
 from dia_fast.truncation import cut_off
+from dia_fast.warn import warn
 
 Samples = NDArray[np.float32]
 
@@ -199,7 +199,7 @@ def load_audio(
         raise InputError(f"{path}: too short: {seconds}; at least {min_seconds:g} s are needed")
     if lack is not None:
         told = f"{path}: the file is cut off: {lack}; the {len(mono) / rate:.2f} s that are left are used"
-        warnings.warn(told, AudioWarning, stacklevel=2)
+        warn(told, AudioWarning)
     return convert(mono, rate, sample_rate)
 
 
