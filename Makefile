@@ -14,7 +14,8 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-voice eval-voice test test-slow test-emulated bench bench-check bench-suite bench-gpu lint clean
+.PHONY: help demo demo-voice eval-voice test test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures \
+	package-test lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +41,11 @@ $(VENV)/.dev: $(VENV)/.base
 $(VENV)/.voice: $(VENV)/.base
 	@echo "installing what makes speech and listens to it into $(VENV)"
 	@$(INSTALL) -e '.[voice]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	@echo "installing what builds the documentation into $(VENV)"
+	@$(INSTALL) -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.base ## speak a short dialogue with the voice that comes with the package (downloads no weights)
@@ -85,6 +91,20 @@ bench-suite: $(VENV)/.dev ## time every kernel and stage on every backend; JSON 
 GPU_ARGS ?=
 bench-gpu: $(VENV)/.dev ## check and measure everything on a GPU, in 10 minutes; report in bench/results/gpu (GPU_ARGS=)
 	$(PY) -m bench.gpu $(GPU_ARGS)
+
+CODEGEN_ARGS ?=
+codegen: $(VENV)/.dev ## compile every kernel for eight GPUs; tables and figures in bench/results (no GPU needed, CODEGEN_ARGS=)
+	@mkdir -p bench/results
+	$(PY) -m bench.codegen --markdown bench/results/codegen.md --json bench/results/codegen.json $(CODEGEN_ARGS)
+
+docs: $(VENV)/.docs ## build the documentation into build/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+
+pictures: $(VENV)/.dev ## draw the pictures of the README again, and speak its sample
+	$(PY) -m bench.readme
+
+package-test: $(VENV)/.dev ## build wheel and sdist, install them into clean environments and speak there
+	$(PY) .ci/package_test.py
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(PY) -m ruff check .

@@ -4,7 +4,7 @@
 
 `make bench-gpu` runs it. Each part is a process with a time limit of its own: one that fails, hangs or crashes is
 reported as such and the others go on. Where a check finds wrong results, the report says so and no speed is given for
-them. The weights are random, made here: only their sizes matter for time. See bench/README.md for how to read it.
+them. The weights are random, made here: only their sizes matter for time. See docs/benchmarks.md for how to read it.
 """
 
 import argparse

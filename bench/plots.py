@@ -3,7 +3,7 @@
     python -m bench.plots [--suite suite.json] [--traffic traffic.json] [--throughput throughput.csv] [--out FOLDER]
 
 `bench.suite` and `bench.throughput` draw theirs by themselves; `bench.traffic --json` writes what the third needs.
-bench/README.md says how to read them.
+docs/benchmarks.md says how to read them.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Dia's encoder and decoder over the op set of `dia_kernels`. DIA.md of the design says what is computed.
+"""Dia's encoder and decoder over the op set of `dia_kernels`. docs/dia.md says what is computed.
 
 Two ways through the decoder. `decode_step` is the one that costs: one row of every request, all of its work in
 `8 * layers + 3` op calls on buffers of a `DecodeState`, so that it can be captured in a graph. The others, `encode`,

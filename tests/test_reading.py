@@ -1,7 +1,6 @@
 """Long scripts spoken: every piece in the right voice, with its own seed, and the same as if asked for by itself."""
 
 import math
-import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dia_fast import Audio, Dia, InputError, TextWarning
+from dia_fast import Dia, InputError, TextWarning
 from dia_fast.cli import main
 from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Generation
@@ -294,20 +293,6 @@ def test_speak_splits_a_file(home: Path, tmp_path: Path, capfd: pytest.CaptureFi
     with warnings.catch_warnings(action="ignore"):
         assert split.read_bytes() == dia.generate(LONG, split="auto", seed=5, **SHORT).to_bytes()
         assert whole.read_bytes() == dia.generate(LONG, seed=5, **SHORT).to_bytes()
-
-
-def test_the_examples_of_the_readme_run(
-    dia: Dia, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silence: pytest.WarningsRecorder
-) -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Long scripts\n")[2].partition("\n## ")[0]
-    [example] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    Audio(np.zeros(9_000, np.float32), 44_100).save(tmp_path / "voice.wav")
-    monkeypatch.chdir(tmp_path)
-    real = Dia.generate
-    monkeypatch.setattr(Dia, "generate", lambda dia, text, **options: real(dia, text, **options, **SHORT))
-    found: dict[str, Any] = {"dia": dia, "script": LONG}
-    exec(compile(example, "README.md", "exec"), found)
-    assert isinstance(found["audio"], Audio)
 
 
 def test_expected_steps_are_near() -> None:

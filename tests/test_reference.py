@@ -61,7 +61,7 @@ class Choice:
 def naive_probabilities(
     cond: list[float], uncond: list[float] | None, channel: int, choice: Choice, eos: int
 ) -> list[float]:
-    """One slot and channel in Python floats, step by step as DIA.md tells it. Needs scores without ties."""
+    """One slot and channel in Python floats, step by step as docs/dia.md tells it. Needs scores without ties."""
     candidates = dict(enumerate(cond))
     if uncond is not None and choice.scale != 1:
         guided = {i: c + choice.scale * (c - u) for i, (c, u) in enumerate(zip(cond, uncond, strict=True))}
@@ -204,7 +204,7 @@ def test_sampled_frequencies() -> None:
 
 
 class Grid:
-    """One slot of the delayed grid, told row by row from DIA.md: what each row holds and when it ends."""
+    """One slot of the delayed grid, told row by row from docs/dia.md: what each row holds and when it ends."""
 
     def __init__(
         self, delay: list[int], first_row: int, end_row: int, forced: list[list[int]], eos: int, pad: int

@@ -1,8 +1,10 @@
 """The prediction: its bytes, its bounds, and that it never promises what cannot be."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -48,14 +50,12 @@ def usual(**changes: object) -> Settings:
     return replace(Settings(CONFIG, "bfloat16", 1, 860, 200), **changes)  # type: ignore[arg-type]
 
 
-def test_bytes_at_full_size_are_those_of_the_published_table() -> None:
-    """bench/README.md has what the meter counted at the shapes of Dia-1.6B."""
-    text = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
-    line = re.compile(r"^\| (\d+) \| (\d+) \| `(\w+)` \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|", re.M)
-    steps: dict[tuple[int, int], list[tuple[str, ...]]] = {}
-    for rows, context, *cells in line.findall(text):
-        steps.setdefault((int(rows), int(context)), []).append(tuple(cells))
-    assert steps, "the table has moved"
+def test_bytes_at_full_size_are_those_that_were_counted() -> None:
+    """`bench/traffic.json` has what the meter counted at the shapes of Dia-1.6B."""
+    steps: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for counted in json.loads((ROOT / "bench" / "traffic.json").read_text()):
+        steps.setdefault((counted["rows"], counted["context"]), []).append(counted)
+    assert sorted(steps) == [(rows, context) for rows in (1, 2, 8) for context in (64, 1024, 3072)]
     names = {1: ["self_attention"], 11: list(work.LAUNCHES)}
     # The meter takes the rule of no particular GPU.
     tiles = work.Tiles(lambda name, count: 16, work.SELF_SPLIT, work.split(128, 2, "none", work.CROSS_SPLIT), False)
@@ -63,10 +63,9 @@ def test_bytes_at_full_size_are_those_of_the_published_table() -> None:
         batch = max(rows // 2, 1)
         step = work.Step(batch, context, 256, 2, rows > 1, batch, 3073, 256, mixes=False)
         found = {item.name: item for item in work.launches(CONFIG, step, tiles)}
-        for name, (kernel, *numbers) in zip(names[len(lines)], lines, strict=True):
-            item = found[name]
-            weights, kv, other, again = (int(number.replace(",", "")) for number in numbers)
-            assert (item.kernel, item.weights, item.kv) == (kernel, weights, kv), name
+        for name, counted in zip(names[len(lines)], lines, strict=True):
+            item, other, again = found[name], counted["other"], counted["again"]
+            assert (item.kernel, item.weights, item.kv) == (counted["kernel"], counted["weights"], counted["kv"]), name
             if name == "embed":  # the meter's slots all choose the same codes
                 assert item.other + item.again == other + again
             else:
@@ -214,10 +213,9 @@ def test_a_drivers_name_is_recognised_or_not_guessed(name: str, key: str | None)
     assert named_like(name) == (DEVICES[key] if key else None)
 
 
-def test_the_table_of_the_readme_is_what_is_predicted() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text[text.index("## Plan") : text.index("## Training")]
-    lines = re.findall(r"^\| (\w+) \| ([\d. |-]+) \|$", section, re.M)
+def test_the_published_table_is_what_is_predicted() -> None:
+    text = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (\w+) \| ([\d. |-]+) \|$", text, re.M)
     assert len(lines) >= 5
     for key, cells in lines:
         expected = []

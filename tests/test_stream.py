@@ -1,6 +1,5 @@
 """Streams: the chunks are the sound of one call, they come as early as they can, and nothing is left when they end."""
 
-import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -323,12 +322,3 @@ def test_handles_know_what_they_have(dia: Dia) -> None:
         assert (handle.has(count) or not count) and not handle.has(count + 1)
         dia.engine.advance()
     assert handle.has(len(handle.result().frames)) and not handle.has(len(handle.result().frames) + 1)
-
-
-def test_the_examples_of_the_readme_run(dia: Dia, capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("\n## Streaming\n")[2].partition("\n## ")[0]
-    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), {"dia": dia})
-    assert len(examples) == 2 and len(capsys.readouterr().out.splitlines()) >= 2

@@ -1,7 +1,7 @@
 """codebook_logits: `out = (rms_norm(x) @ weight.T)` as float32: the final norm and the heads of all channels at once.
 
-The product is rounded to the dtype of x before it is stored as float32 (DIA.md: the head's result is rounded, all that
-follows is float32). Otherwise `rms_norm_linear`: see there and `gemv.project`.
+The product is rounded to the dtype of x before it is stored as float32 (docs/dia.md: the head's result is rounded, all
+that follows is float32). Otherwise `rms_norm_linear`: see there and `gemv.project`.
 """
 
 import triton

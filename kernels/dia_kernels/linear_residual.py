@@ -1,7 +1,7 @@
 """linear_residual: `residual[:m] += x @ weight.T`, and `residual[m:] += constant`: the O and down projections.
 
 The sum is formed in fp32 and rounded once. Rows without an input (`m` and up) get a vector instead: the unconditional
-rows' cross-attention, which is the same for every token (DIA.md). See `gemv.project`.
+rows' cross-attention, which is the same for every token (docs/dia.md). See `gemv.project`.
 """
 
 import triton

@@ -1,11 +1,11 @@
 """Every example and every block of the guide is run, as a user would: in a process of its own, offline."""
 
-import re
 from pathlib import Path
 
 import pytest
 
 from tests.integrations import hub
+from tests.test_docs import blocks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -45,14 +45,11 @@ def test_single_kernels(tmp_path: Path) -> None:
     assert text.count("compiled whole") == len(ops)
 
 
-def blocks(path: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
 def test_the_guide(tmp_path: Path) -> None:
     """The blocks of docs/migrating.md in their order, in one program, with stand-ins under the official names."""
     cache = hub.make_hub(tmp_path / "hub")
-    program = "\n".join(blocks(ROOT / "docs" / "migrating.md"))
+    found = blocks(ROOT / "docs" / "migrating.md")
+    program = "\n".join(block.code for block in found if block.kind == "python" and block.needs is None)
     assert program.count("accelerate(") >= 2 and "original.install()" in program
     # The official weights end a speech by themselves; these do so late.
     program = program.replace("max_new_tokens=3072", "max_new_tokens=60").replace("max_tokens=3072", "max_tokens=60")

@@ -1,4 +1,4 @@
-"""Attention over pages and over packed sequences, with RoPE. The scale is 1.0 throughout (DIA.md).
+"""Attention over pages and over packed sequences, with RoPE. The scale is 1.0 throughout (docs/dia.md).
 
 A page pool is `[pages, kv_heads, page_size, head_dim]`, one for K and one for V; token `t` of a sequence lives in
 page `block_table[sequence, t // page_size]` at offset `t % page_size`.
@@ -73,7 +73,7 @@ def rope_attention(
     `positions[row] + 1` tokens. At -1 the row is inert: nothing is written and its `out` is 0.
     out: `[rows, heads * head_dim]`. q and k are rotated in fp32 and rounded once to their dtype; scores, softmax
     and the weighted sum are accumulated in fp32. settled: the caller's word that nothing but qkv comes from
-    a launch that may still run when this one begins (see kernels/README.md): a kernel may then read the rest early.
+    a launch that may still run when this one begins (see docs/kernels.md): a kernel may then read the rest early.
     """
     kv_heads, page_size, head_dim = k_pages.shape[1:]
     heads = out.shape[1] // head_dim

@@ -39,7 +39,7 @@ def embed_codes(
     row, first_row, end_row, eos_row, finished: `[batch]` int32; delay: `[channels]` int32, `delay[0] == 0`;
     table: `[channels * vocab, hidden]`; codes: `[batch, capacity, channels]` int32 with `capacity > end_row`;
     positions: `[rows]` int32; x: `[rows, hidden]`; rows is batch or 2 * batch. Returns `x`.
-    Source: the delay pattern of MusicGen (Copet et al. 2023) with Dia's EOS countdown (DIA.md, "Delay pattern").
+    Source: the delay pattern of MusicGen (Copet et al. 2023) with Dia's EOS countdown (docs/dia.md, "Delay pattern").
     """
     batch, channels = sampled.shape
     vocab = table.shape[0] // channels

@@ -63,7 +63,7 @@ def linear_residual(x: Tensor, weight: Weight, residual: Tensor, constant: Tenso
     """`residual[:m] += x @ weight.T`; rows from `m` on, if any, get `constant` added instead. In place.
 
     x: `[m, in_features]`; weight: `[hidden, in_features]`; residual: `[rows, hidden]`, `rows >= m`;
-    constant: `[hidden]`, required exactly when `rows > m` (the unconditional rows' cross-attention, DIA.md).
+    constant: `[hidden]`, required exactly when `rows > m` (the unconditional rows' cross-attention, docs/dia.md).
     """
     m = x.shape[0]
     residual[:m] += _linear(x, weight)
@@ -95,6 +95,6 @@ def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float, 
     """Final RMSNorm and the heads of all channels: `out = (rms_norm(x) @ weight.T)` as float32.
 
     x: `[rows, hidden]`; weight: `[channels * vocab, hidden]`; out: `[rows, channels, vocab]` float32, holding
-    values rounded to `x.dtype` (DIA.md: the head's result is rounded, all that follows is float32).
+    values rounded to `x.dtype` (docs/dia.md: the head's result is rounded, all that follows is float32).
     """
     return out.copy_(_normed_linear(x, norm_weight, weight, eps).to(x.dtype).view(out.shape))

@@ -111,7 +111,7 @@ def sample_weights(
 ) -> Tensor:
     """The distribution that `sample` draws from, as integer weights `[batch, channels, vocab]` (int64).
 
-    An id's probability is its weight divided by the sum over `vocab`. Arguments as in `sample`. Steps, as in DIA.md:
+    An id's probability is its weight divided by the sum over `vocab`. Arguments as in `sample`. Steps (docs/dia.md):
 
     1. guided slots (`rows == 2 * batch` and `guidance_scale != 1`): `guided = cond + scale * (cond - uncond)`; with
        `top_k > 0` the conditional logits of the `top_k` best guided ids stay, without it `guided` itself goes on;
