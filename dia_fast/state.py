@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from dia_fast.ambient import isolated
 from dia_fast.cache import NOBODY, BlockTable, PagePool, PageShape
 from dia_fast.config import DiaConfig
 from dia_fast.delay import FREE
@@ -63,6 +64,7 @@ class DecodeState:
     its slot. At first slot `b` shows lane `b`; `show` changes that.
     """
 
+    @isolated()
     def __init__(
         self, config: DiaConfig, ops: ModuleType, sizes: Sizes, dtype: torch.dtype, device: torch.device
     ) -> None:

@@ -45,7 +45,8 @@ def tensor_of(name: str, value: Any) -> "Tensor":
     if isinstance(value, np.ndarray) and not value.flags.writeable:
         value = value.copy()  # torch warns of memory that it may not write to
     try:
-        tensor = torch.as_tensor(value).detach()
+        # A caller's default device would move even a tensor.
+        tensor = (value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")).detach()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name} must be a tensor or an array of numbers, not {shown(value)}") from None
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type == "meta":

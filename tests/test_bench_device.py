@@ -61,7 +61,7 @@ def test_work_goes_to_the_gpu_that_was_named(two_gpus: list[int], monkeypatch: p
     assert [measure.use(torch.device(name)).type for name in ("cpu", "cuda", "cuda:1")] == ["cpu", "cuda", "cuda"]
     assert two_gpus == [1]
     assert Device(torch.device("cuda:1")).gpu and two_gpus == [1, 1]
-    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
     monkeypatch.setattr(parity, "get_ops", lambda backend, device: reference)
     monkeypatch.setattr(parity, "check", lambda *given: iter(()))
     assert parity.main(["--device", "cuda:1", "--dtypes", "fp32"]) == 0 and two_gpus == [1, 1, 1]

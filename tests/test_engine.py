@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dia_fast import engine
 from dia_fast.config import DiaConfig
 from dia_fast.engine import Generation, Request, generate
-from dia_fast.errors import InputError, OutOfPages
+from dia_fast.errors import InputError, NumericError, OutOfPages
 from dia_fast.model import DiaModel
 from dia_fast.packing import packed_shapes
 from dia_fast.state import DecodeState, Sizes
@@ -119,7 +119,13 @@ def test_another_seed_gives_other_codes_and_no_seed_a_reported_one() -> None:
 )
 def test_whatever_the_settings_only_sounds_come_out(limit: int, scale: float | None, **chosen: Any) -> None:
     request = random_request(max_new_tokens=limit, guidance_scale=scale, **chosen)
-    (result,) = generate(random_model(), [request])
+    try:
+        (result,) = generate(random_model(), [request])
+    except NumericError as error:
+        # The one code that guidance leaves may be one that cannot be spoken.
+        assert (scale, chosen["top_k"]) == (3.0, 1) and chosen["temperature"] > 0
+        assert "no code is left to draw" in str(error)
+        return
     assert result.frames.dtype == torch.int64 and result.frames.shape[1] == CHANNELS
     assert ((result.frames >= 0) & (result.frames < EOS)).all()
     assert len(result.frames) <= max(limit - MAX_DELAY - 1, 0)

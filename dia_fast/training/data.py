@@ -97,7 +97,7 @@ def load_dataset(
                 raise InputError(f"{recording.where}: {error}") from None
             bad.append(f"{recording.where}: {error}")
             continue
-        doubts += [f"{recording.where}: {doubt}" for doubt in text_warnings(recording.text)]
+        doubts += [f"{recording.where}: {doubt}" for doubt in text_warnings(recording.text, least_seconds=0)]
         digest.update(f"{key} {len(recording.text)} {recording.text}".encode())
         examples.append(example)
     _warn("left out", bad)

@@ -9,6 +9,7 @@ import torch
 from transformers import DiaForConditionalGeneration, GenerationConfig
 
 from dia_fast.errors import InputError
+from dia_fast.settings import RANDOM_SEED
 from dia_fast.warn import warn
 
 # Inputs that the engine takes; every other one of `forward` asks for something that only the model itself can do.
@@ -62,7 +63,7 @@ def say(reason: str) -> None:
 @contextlib.contextmanager
 def own_random_numbers(model: DiaForConditionalGeneration, seed: int | list[int] | None) -> Iterator[None]:
     """Lets the model's own sampling start from a seed, and leaves torch's random numbers as they were."""
-    if seed is None:
+    if seed is None or seed == RANDOM_SEED:
         yield
         return
     if not isinstance(seed, int):

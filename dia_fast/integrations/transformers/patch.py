@@ -26,7 +26,7 @@ from dia_fast.engine import Engine, Request
 from dia_fast.errors import InputError
 from dia_fast.integrations.transformers import calls, fallback, loop, modules, weights
 from dia_fast.model import DiaModel
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import RANDOM_SEED, SamplingSettings
 from dia_kernels import get_ops
 
 STATE = "_dia_fast"
@@ -310,6 +310,8 @@ def _seeds(seed: int | list[int] | None, batch: int, sampled: bool) -> list[int 
 
     Raises InputError for seeds that cannot be.
     """
+    if isinstance(seed, int) and seed == RANDOM_SEED:
+        seed = None
     if isinstance(seed, list | tuple):
         if len(seed) != batch:
             raise InputError(f"seed has {len(seed)} entries for {batch} texts: give one for each, or one int for all")
