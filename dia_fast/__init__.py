@@ -8,9 +8,7 @@
 The names below are imported when they are first used, so `import dia_fast` costs nothing.
 """
 
-import importlib
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # as type checkers know it; typing takes time, in which Ctrl-C would show a traceback
 if TYPE_CHECKING:
     from dia_fast.api import Dia
     from dia_fast.audio import Audio
@@ -62,6 +60,8 @@ def __getattr__(name: str) -> object:
             return version("dia-fast")
         except PackageNotFoundError:
             return "0+not-installed"
+    import importlib
+
     if name not in _HOMES:
         raise AttributeError(f"module 'dia_fast' has no attribute {name!r}")
     return getattr(importlib.import_module(f"dia_fast.{_HOMES[name]}"), name)

@@ -14,7 +14,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from dia_fast.errors import InputError, shown
+from dia_fast.errors import AudioWarning, InputError, shown
 from dia_fast.files import LARGEST_SOUND, NotingFile, checked_path, open_regular, replacing, uninterrupted
 from dia_fast.outcome import Outcome
 from dia_fast.truncation import cut_off
@@ -36,10 +36,6 @@ FORMATS = {
     ".ogg": ("OGG", "VORBIS"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
-
-
-class AudioWarning(UserWarning):
-    """A recording can be used, but not as it was meant to be."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -11,6 +11,7 @@ from typing import Any
 
 from dia_fast.audio import FORMATS
 from dia_fast.errors import InputError
+from dia_fast.files import LARGEST_SOUND, LARGEST_TEXT, open_regular, read_regular
 from dia_fast.settings import SamplingSettings
 from dia_fast.text import ABSURD_BYTES, checked_text
 
@@ -18,6 +19,7 @@ SETTINGS = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k",
 FIELDS = ("id", "text", "prompt", "prompt_text", "seed", "split", *SETTINGS)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_OF_MODELS = (".json", ".safetensors", ".bin", ".pt", ".pth")
 _LONGEST_LINE = 16 * ABSURD_BYTES  # JSON may take six bytes for one, and there are two texts
 
 
@@ -80,7 +82,7 @@ def read_items(path: Path, defaults: Defaults) -> list[Item | Failed]:
     if "." + defaults.format not in FORMATS:
         raise InputError(f"unknown audio format {defaults.format!r}; supported: {', '.join(FORMATS)}")
     try:
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        lines = read_regular(path, LARGEST_TEXT).removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     found: list[Item | Failed] = []
@@ -199,18 +201,21 @@ def _item(
 def _digest(path: Path) -> str:
     try:
         digest = hashlib.sha256()
-        with open(path, "rb") as file:
+        with open_regular(path, LARGEST_SOUND) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
-    except (OSError, ValueError) as error:  # ValueError: a null character, a lone surrogate
-        raise InputError(f"cannot read the prompt {path}: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise InputError(f"cannot read the prompt {path}: {error.strerror or error}") from None
 
 
 def identity_of(name: str | os.PathLike[str]) -> str:
-    """Sizes and times of a local model's files, so that another one in its place is noticed; "" for other names."""
+    """Sizes and times of a local model's files, so that another one in its place is noticed; "" for other names.
+
+    Of a folder only files that may be a model's count: sound that is written there changes nothing.
+    """
     path = Path(name)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix in _OF_MODELS) if path.is_dir() else [path]
     stats = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
     return json.dumps([(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]) if stats else ""
 

@@ -30,6 +30,10 @@ class OutOfPages(DiaFastError, RuntimeError):
     """The key-value cache has no pages left for a request."""
 
 
+class AudioWarning(UserWarning):
+    """A recording that can be used, but is not what it was meant to be."""
+
+
 def shown(value: object) -> str:
     """A value as a message can hold it: short, and without an error of its own."""
     try:

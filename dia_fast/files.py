@@ -34,6 +34,8 @@ MAX_JSON_DEPTH = 64
 LARGEST_TEXT = 1 << 30  # of a list of items, or a log
 LARGEST_SOUND = 1 << 30
 
+NOT_REGULAR = "not a regular file"
+
 _TEMPORARY = re.compile(r"\.dia-fast-[0-9a-f]{16}\.part")
 _swept: set[Path] = set()
 _alive: set[Path] = set()
@@ -80,7 +82,7 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Bina
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "Is a directory", os.fspath(path))
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+            raise OSError(errno.EINVAL, NOT_REGULAR, os.fspath(path))
         if limit is not None and status.st_size > limit:
             told = f"{status.st_size} bytes long, more than the {limit} that are taken"
             raise OSError(errno.EFBIG, told, os.fspath(path))
@@ -178,9 +180,10 @@ def sweep(folder: Path) -> None:
                     os.close(descriptor)
 
 
-def writing() -> bool:
-    """Tell whether this process holds temporary files at the moment."""
-    return bool(_alive)
+def abandon() -> None:
+    """Remove the temporary files of this process, which is about to end without unwinding."""
+    for path in _alive:
+        _remove(path)
 
 
 class NotingFile:

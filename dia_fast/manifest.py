@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
 from dia_fast.batch_items import Item
 from dia_fast.errors import InputError
-from dia_fast.files import replacing
+from dia_fast.files import LARGEST_TEXT, read_regular, replacing
 from dia_fast.outcome import Outcome
 
+_BEGINNING = b'{"line": 0, "id": '
 _DONE = {"line": int, "id": str, "file": str, "bytes": int, "fingerprint": str}
 
 
@@ -56,12 +58,14 @@ class Manifest:
         """
         self._done, self._failed = {}, {}
         try:
-            lines = self.path.read_bytes().split(b"\n")
+            lines = read_regular(self.path, LARGEST_TEXT).split(b"\n")
         except FileNotFoundError:
             return {}
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from error
-        for number, line in enumerate(lines[:-1], 1):
+        for number, line in enumerate(lines, 1):
+            if number == len(lines) and _is_torn(line):
+                continue
             entry = _entry(line)
             if entry is None:
                 raise InputError(
@@ -115,6 +119,18 @@ class Manifest:
 
 def _line(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether a last line is the beginning of one of ours, of whatever length, rather than somebody else's."""
+    begin = re.sub(rb"\d+", b"0", line, count=1)
+    if not begin.startswith(_BEGINNING):
+        return _BEGINNING.startswith(begin)
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return _entry(line) is not None
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:

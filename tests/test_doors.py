@@ -12,7 +12,8 @@ import torch
 
 from dia_fast import Dia, InputError, SamplingSettings, demo_voice
 from dia_fast.checkpoint import open_checkpoint
-from dia_fast.cli import build_parser, in_options, main
+from dia_fast.cli import main
+from dia_fast.cli.app import build_parser, in_options
 from dia_fast.cli.speak import at_once, wav_header
 from dia_fast.codec import codec_for
 from dia_fast.config import DiaConfig

@@ -6,14 +6,15 @@ import contextlib
 import os
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from dia_fast.cli import process
 from dia_fast.errors import InputError, SilentSpeech
+from dia_fast.files import NOT_REGULAR, open_regular, writable
 from dia_fast.settings import CHECKPOINT, SamplingSettings, random_seed
 from dia_fast.text import ABSURD_BYTES, TextWarning, checked_text, join_prompt, spoken_seconds
 from dia_fast.warn import warn
@@ -221,13 +222,16 @@ def transcript(args: argparse.Namespace) -> str:
     if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise InputError('no text: write it as an argument, as in dia-fast speak "[S1] Hello.", or use --file')
     if args.file in (None, "-"):
+        if sys.stdin is None:
+            raise InputError("--file -: standard input is closed")
         data = sys.stdin.buffer.read(ABSURD_BYTES + 1)
     else:
         try:
-            with open(args.file, "rb") as file:
+            with open_regular(args.file) as file:
                 data = file.read(ABSURD_BYTES + 1)
         except OSError as error:
-            raise InputError(f"cannot read the text file {args.file}: {error.strerror}") from error
+            hint = "; send the text to standard input instead" if error.strerror == NOT_REGULAR else ""
+            raise InputError(f"cannot read the text file {args.file}: {error.strerror}{hint}") from error
     return checked_text(data.removeprefix(codecs.BOM_UTF8)).strip()
 
 
@@ -242,15 +246,17 @@ def check_output(path: Path) -> None:
         raise InputError("-o - writes the sound to standard output while it is generated: it needs --stream")
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"cannot write {path}: its extension must be one of {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
+    writable(path)
+
+
+def check_prompt(prompt: str) -> None:
+    """Finds out that a recording is not there before the model is loaded. Raises InputError."""
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        open_regular(os.path.expanduser(prompt)).close()
+    except FileNotFoundError:
+        raise InputError(f"--prompt {prompt}: no such file") from None
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
+        raise InputError(f"--prompt {prompt}: {error.strerror or error}") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -268,13 +274,15 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt_text is not None:
         whole = join_prompt(args.prompt_text, text)
         text = whole if args.stream else text
-    if args.prompt is not None and not Path(args.prompt).is_file():
-        raise InputError(f"--prompt {args.prompt}: no such file")
+    if args.prompt is not None:
+        check_prompt(args.prompt)
     output = Path(args.output)
     if args.chunk_seconds is not None and not args.stream:
         raise InputError("--chunk-seconds needs --stream: without it the sound is written in one piece")
     if not args.stream or output != STANDARD_OUTPUT:
         check_output(output)
+    elif "stdout" in process.closed:
+        raise InputError("-o - writes to standard output, and that is closed: send it to a player or a file")
     elif sys.stdout.isatty():
         raise InputError("-o - writes bare samples, and standard output is a terminal: send them to a player or a file")
     if args.format is not None and output != STANDARD_OUTPUT:

@@ -21,8 +21,8 @@ from dia_fast.audio import FORMATS, load_audio
 from dia_fast.codec import Codec
 from dia_fast.config import DiaConfig
 from dia_fast.errors import InputError
-from dia_fast.files import checked_path, parse_json, replacing
-from dia_fast.text import TextWarning, encode_text, text_warnings
+from dia_fast.files import LARGEST_SOUND, LARGEST_TEXT, checked_path, parse_json, read_regular, replacing
+from dia_fast.text import ABSURD_BYTES, TextWarning, encode_text, text_warnings
 from dia_fast.training.batch import Example, check_example, longest_speech
 from dia_fast.warn import warn
 
@@ -147,7 +147,9 @@ class CodeStore:
     def codes(self, audio: Path, max_seconds: float) -> tuple[Tensor, str]:
         """`(codes [frames, channels] int16, key of their content)`. Raises InputError as `load_audio` does."""
         try:
-            key = hashlib.sha256(audio.read_bytes()).hexdigest() if audio.is_file() else ""
+            key = hashlib.sha256(read_regular(audio, LARGEST_SOUND)).hexdigest()
+        except FileNotFoundError:
+            key = ""  # `load_audio` says so
         except OSError as error:
             raise InputError(f"{audio}: cannot be read: {error.strerror or error}") from error
         path = self.folder / self.codec_key[:16] / f"{key}.npy"
@@ -160,7 +162,7 @@ class CodeStore:
 
     def _read(self, path: Path) -> Any:
         try:
-            codes = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+            codes = np.load(io.BytesIO(read_regular(path, LARGEST_SOUND)), allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None  # not there, or damaged: encoded again
         sound = codes.ndim == 2 and codes.dtype == np.int16 and codes.shape[1] == self.codec.num_codebooks
@@ -195,7 +197,7 @@ def _read_folder(folder: Path) -> list[Recording]:
         if not transcript.is_file():
             raise InputError(f"{audio} has no transcript: write what is said in it to {transcript}")
         try:
-            text = transcript.read_text(encoding="utf-8-sig").strip()
+            text = read_regular(transcript, ABSURD_BYTES).decode("utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{transcript}: cannot be read as UTF-8 text: {error}") from error
         found.append(Recording(audio, text, str(audio)))
@@ -205,7 +207,7 @@ def _read_folder(folder: Path) -> list[Recording]:
 def _read_lines(path: Path) -> list[Recording]:
     found = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(path, LARGEST_TEXT).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):

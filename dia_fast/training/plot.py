@@ -22,7 +22,8 @@ def plot_losses(lines: Iterable[Mapping[str, Any]], path: Path) -> bool:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy per code, nats")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     axes.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

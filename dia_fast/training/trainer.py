@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dia_fast.ambient import isolated
 from dia_fast.checkpoint import Checkpoint
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, NumericError
 from dia_fast.model import DiaModel
 from dia_fast.placement import DTYPES
 from dia_fast.training.batch import Batch, Example, build_batch, disturb_codes, drop_conditions
@@ -27,6 +27,7 @@ from dia_fast.training.run import Run
 from dia_fast.training.settings import TrainSettings
 from dia_kernels import get_ops
 
+_CALM = "Lower the learning rate, or lengthen the warm-up"
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -68,11 +69,24 @@ class Trainer:
     @isolated(grad=True)
     @torch.enable_grad()
     def step(self, number: int, dataset: Dataset) -> dict[str, Any]:
-        """Takes one step, counted from 1; returns its line of the log. Raises InputError if the loss is not finite."""
-        settings, started = self.settings, time.perf_counter()
-        rate = settings.rate(number)
+        """Takes one step, counted from 1; returns its line of the log. Raises NumericError if the loss is no number."""
+        started, rate = time.perf_counter(), self.settings.rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        mean, norm, labels, channels = self._gradient(number, dataset)
+        self.optimizer.step()
+        return {
+            "step": number,
+            "loss": mean,
+            "channels": channels,
+            "rate": rate,
+            "norm": norm,
+            "labels": labels,
+            "seconds": round(time.perf_counter() - started, 4),
+        }
+
+    def _gradient(self, number: int, dataset: Dataset) -> tuple[float, float, int, list[float]]:
+        """Computes the gradient of a step; returns loss, norm, labels, and the loss by channel. Raises NumericError."""
         batches = [batch.to(self.device) for batch in self._batches(number, dataset.examples)]
         weight = sum((batch.counts() * self.channel_weights).sum() for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)
@@ -81,26 +95,16 @@ class Trainer:
             loss = self._loss(batch)
             (loss.total / weight).backward()
             total, sums, counts = total + loss.total.detach(), sums + loss.sums, counts + loss.counts
-        limit = settings.clip or float("inf")
+        limit = self.settings.clip or float("inf")
         size = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
         # All numbers at once: each transfer would wait for the GPU. float64 holds every count, and the losses' bits.
         numbers = [total / weight, size, counts.sum(), *(sums / counts.clamp(min=1))]
         mean, norm, labels, *channels = torch.stack([number.double() for number in numbers]).tolist()
         if not (math.isfinite(norm) and math.isfinite(mean)):
-            raise InputError(
-                f"training diverged at step {number}: the loss is {mean}, the norm of its gradient {norm}. "
-                "Lower the learning rate, or lengthen the warm-up"
+            raise NumericError(
+                f"training diverged at step {number}: the loss is {mean}, the norm of its gradient {norm}. {_CALM}"
             )
-        self.optimizer.step()
-        return {
-            "step": number,
-            "loss": mean,
-            "channels": channels,
-            "rate": rate,
-            "norm": norm,
-            "labels": int(labels),
-            "seconds": round(time.perf_counter() - started, 4),
-        }
+        return mean, norm, int(labels), channels
 
     @isolated()
     def evaluate(self, number: int, dataset: Dataset) -> dict[str, Any]:
@@ -110,11 +114,30 @@ class Trainer:
             loss = self._loss(build_batch(examples, self.config).to(self.device))
             total, weight = total + loss.total, weight + loss.weight
             sums, counts = sums + loss.sums, counts + loss.counts
+        if not torch.isfinite(total):
+            raise NumericError(f"training diverged at step {number}: the loss after it is {float(total)}. {_CALM}")
         return {
             "step": number,
             "eval_loss": float(total / weight),
             "eval_channels": (sums / counts.clamp(min=1)).tolist(),
         }
+
+    @isolated(grad=True)
+    @torch.enable_grad()
+    def check(self, number: int, dataset: Dataset, *, thoroughly: bool) -> None:
+        """Raises NumericError if a step has left weights that are no numbers, which only the next one would see.
+
+        thoroughly: compute that one's gradient, too, and throw it away: for the last step.
+        """
+        for name, tensor in self.trained.items():
+            if not torch.isfinite(tensor.detach()).all():
+                raise NumericError(f"training diverged at step {number}: {name} holds NaN or infinity. {_CALM}")
+        if thoroughly:
+            try:
+                self._gradient(number + 1, dataset)
+            except NumericError as error:
+                raise NumericError(str(error).replace(f"step {number + 1}", f"step {number}")) from None
+            self.optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """`(trained weights by name, the optimizer's state)`, the tensors themselves, not copies."""
@@ -195,6 +218,7 @@ def train_steps(
             if held_out.examples and (last or number % settings.eval_every == 0):
                 log(trainer.evaluate(number, held_out))
             if last or number % settings.save_every == 0 or stopped():
+                trainer.check(number, training, thoroughly=last)
                 run.save(number, *trainer.state())
             if stopped() and not last:
                 raise KeyboardInterrupt

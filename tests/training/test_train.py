@@ -13,7 +13,7 @@ from dia_fast import Dia
 from dia_fast.checkpoint import open_checkpoint
 from dia_fast.cli import main
 from dia_fast.convert import convert
-from dia_fast.errors import CheckpointError, InputError
+from dia_fast.errors import CheckpointError, InputError, NumericError
 from dia_fast.training import TrainSettings, finetune
 from tests.front import TINY, make_codec, tree
 from tests.training.corpus import QUICK, given, log_of, make_home
@@ -107,7 +107,7 @@ def test_an_epoch_sees_every_example_once(home: Path, tmp_path: Path) -> None:
 
 
 def test_divergence_is_named_and_not_saved(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"diverged at step \d+: the loss is .* Lower the learning rate"):
+    with pytest.raises(NumericError, match=r"diverged at step \d+: the loss is .* Lower the learning rate"):
         train(home, tmp_path / "run", learning_rate=1e30, warmup=0, save_every=100, clip=0.0)
     assert not (tmp_path / "run" / "model").exists() and not list((tmp_path / "run" / "states").iterdir())
 
