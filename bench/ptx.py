@@ -22,6 +22,7 @@ Read = Callable[[Bits], Bits]  # byte offsets into a buffer -> the 16-bit words 
 
 SHARED = 256 << 10
 BUFFER = 1 << 40  # bytes of address space per buffer
+_SPACES = {"global": False, "shared": True, "shared::cta": True}  # Triton 3.8 spells out that its own CTA's is meant
 _UNSIGNED = {16: np.uint16, 32: np.uint32, 64: np.uint64}
 _STATEMENT = re.compile(r"^\s*(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*([^;]*);", re.M)
 _IGNORED = ("bar.sync", "griddepcontrol", "createpolicy", "ret", "prefetch", "fence")
@@ -208,7 +209,9 @@ class Program:
             return
         address = operands[0 if store else 1].strip("[] ")
         base, _, offset = (part.strip() for part in address.partition("+"))
-        shared = parts[1] == "shared"
+        if parts[1] not in _SPACES:
+            raise NotImplementedError(f"{'.'.join(parts)}: state space {parts[1]}")
+        shared = _SPACES[parts[1]]
         at = self.get(base, 32 if shared else 64).astype(np.int64) + int(offset or 0)
         words = bits // 16
         for n, name in enumerate(_names(operands[1 if store else 0])):

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from dia_fast.codec import Codec, CodecConfig
+from dia_fast.codec.codec import build_codec
 from dia_fast.codec.weights import rename_official
+from tests.tolerance import of_weights
 
 SMALL = CodecConfig(
     encoder_hidden_size=4,
@@ -119,3 +121,36 @@ def imported_dac(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield dac
     for name in [name for name in sys.modules if name == "dac" or name.startswith("dac.")]:
         del sys.modules[name]  # built upon the stand-ins
+
+
+_ROUNDING: dict[tuple[Any, ...], float] = {}
+
+
+def rounding_of(codec: Codec) -> float:
+    """The largest error of a codec's sound on this machine, in units of full scale, over some random codes.
+
+    The worst of four evaluations, three of them with weights moved by one rounding of the codec's dtype, against
+    float64. `dtype` of the weights decides, so a codec in half precision has a large one.
+    """
+    tensors = codec.network.tensors()
+    key = (codec.config, codec.dtype, *(float(tensor.double().abs().sum()) for tensor in tensors.values()))
+    if key not in _ROUNDING:
+        wide = {name: tensor.cpu().double() for name, tensor in tensors.items()}
+        twin = build_codec(codec.config, wide, "float64", torch.device("cpu"), torch.float64, exact_ops())
+        frames = max(16, 4096 // codec.hop_length)
+        shape = (frames, codec.num_codebooks)
+        codes = torch.randint(0, codec.codebook_size, shape, generator=torch.Generator().manual_seed(9))
+        with torch.no_grad():
+            exact = twin.network.decode(codes.T[None])[0, 0]
+        plain = of_weights(codec.network, lambda: codec.decode(codes).cpu().double(), 4)
+        _ROUNDING[key] = max(float((item - exact).abs().max()) for item in plain)
+        assert _ROUNDING[key] > 0
+    return _ROUNDING[key]
+
+
+def assert_same_sound(found: Any, expected: Any, codec: Codec) -> None:
+    """Asserts that two sounds of a codec differ by rounding alone: each may be twice as far off as `rounding_of`."""
+    found, expected = (torch.as_tensor(sound).detach().cpu().double() for sound in (found, expected))
+    assert found.shape == expected.shape, f"{tuple(found.shape)} samples instead of {tuple(expected.shape)}"
+    difference, allowed = float((found - expected).abs().max()) if len(found) else 0.0, 4 * rounding_of(codec)
+    assert difference <= allowed, f"{difference:.2e} of full scale, {difference / allowed:.2f} x what rounding explains"

@@ -117,11 +117,13 @@ def test_matrix_product_by_fragments(kind: str, dtype: torch.dtype) -> None:
     """
     memory = [t.contiguous().view(torch.int16).numpy() for t in (a, b)]
     got = words(run(body, *memory), np.float32).reshape(16, 8)
-    np.testing.assert_allclose(got, (a.double() @ b.double().T).numpy(), rtol=1e-5, atol=1e-5)
+    exact, terms = (a.double() @ b.double().T).numpy(), (a.double().abs() @ b.double().abs().T).numpy()
+    assert (abs(got - exact) <= 17 * 2.0**-24 * terms).all(), "17 additions, each rounded once"
 
 
+@pytest.mark.parametrize("space", ["shared", "shared::cta"])
 @pytest.mark.parametrize("trans", ["", ".trans"])
-def test_matrices_go_through_shared_memory(trans: str) -> None:
+def test_matrices_go_through_shared_memory(trans: str, space: str) -> None:
     body = f"""
     and.b32 %r2, %r1, 7;
     shl.b32 %r3, %r2, 4;
@@ -130,13 +132,32 @@ def test_matrices_go_through_shared_memory(trans: str) -> None:
     ld.global.b32 %r5, [%rd4];
     mov.b32 %r6, global_smem;
     add.s32 %r7, %r6, %r3;
-    stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r7], {{ %r5 }};
-    ldmatrix.sync.aligned.m8n8.x1{trans}.shared.b16 {{ %r8 }}, [%r7];
+    stmatrix.sync.aligned.m8n8.x1.{space}.b16 [%r7], {{ %r5 }};
+    ldmatrix.sync.aligned.m8n8.x1{trans}.{space}.b16 {{ %r8 }}, [%r7];
     mad.wide.u32 %rd5, %r4, 1, %rd2;
     st.global.b32 [%rd5], %r8;
     """
     tile = np.arange(64, dtype=np.uint16).reshape(8, 8)
     np.testing.assert_array_equal(words(run(body, tile.ravel()), np.uint16).reshape(8, 8), tile.T if trans else tile)
+
+
+@pytest.mark.parametrize("space", ["shared", "shared::cta"])
+def test_words_go_through_shared_memory(space: str) -> None:
+    """From thread to thread: each takes what its neighbour left."""
+    body = f"""
+    shl.b32 %r2, %r1, 2;
+    mad.wide.u32 %rd4, %r2, 1, %rd1;
+    ld.global.b32 %r3, [%rd4];
+    st.{space}.b32 [ %r2 + 0 ], %r3;
+    bar.sync 0;
+    xor.b32 %r4, %r2, 4;
+    ld.{space}.b32 %r5, [ %r4 + 0 ];
+    mad.wide.u32 %rd5, %r2, 1, %rd2;
+    st.global.b32 [%rd5], %r5;
+    """
+    given = np.arange(100, 132, dtype=np.uint32)
+    found = words(run(body, given.view(np.uint16)), np.uint32)
+    np.testing.assert_array_equal(found.reshape(16, 2)[:, ::-1].ravel(), given)
 
 
 @given(st.lists(st.floats(-1e30, 1e30, allow_subnormal=False), min_size=1, max_size=20))
@@ -152,6 +173,9 @@ def test_bf16_is_rounded_once(values: list[float]) -> None:
 def test_what_it_does_not_know_is_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"wgmma.mma_async.m64"):
         run("wgmma.mma_async.m64.f32 %r1, %r1;")
+    for space in ("shared::cluster", "local", "b32"):
+        with pytest.raises(NotImplementedError, match=f"state space {space}"):
+            run(f"st.{space}.b32 [%rd1], %r1;")
     with pytest.raises(NotImplementedError, match=r"shfl.sync.down"):
         run("shfl.sync.down.b32 %r2, %r1, 1, 31, -1;")
 

@@ -16,6 +16,7 @@ from dia_fast import Audio, CheckpointError, Dia, InputError, TextWarning
 from dia_fast.engine import Cancelled, Engine
 from dia_fast.model import DiaModel
 from dia_fast.streaming import _pumps, _Submission
+from tests.codecs import assert_same_sound
 from tests.front import TEXT, make_dia, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.TextWarning")
@@ -68,7 +69,7 @@ def test_many_streams_share_one_batch_and_one_thread_of_steps(dia: Dia, monkeypa
         )
 
     for found, samples in zip(run(serve()), expected, strict=True):
-        assert np.abs(found - samples).max() <= 1e-6
+        assert_same_sound(found, samples, dia.codec)
     assert busiest == 1
     assert dia.engine.steps - before < 2 * 61
     assert_nothing_left(dia)
@@ -78,7 +79,7 @@ def test_a_prompt_and_settings_count_as_they_do_in_generate(dia: Dia) -> None:
     sound = Audio(0.3 * np.sin(np.arange(9_000, dtype=np.float32) / 20), 44_100)
     chosen: dict[str, Any] = {"audio_prompt": sound, "seed": 3, "max_new_tokens": 40, "temperature": 1.5}
     found = run(listen(dia.astream(TEXT, **chosen)))
-    assert np.abs(found - dia.generate(TEXT, **chosen).samples).max() <= 1e-6
+    assert_same_sound(found, dia.generate(TEXT, **chosen).samples, dia.codec)
 
 
 class WatchedLock:
@@ -183,7 +184,7 @@ def test_one_that_is_cancelled_does_not_disturb_the_other(dia: Dia) -> None:
         other.cancel()
         return await stays
 
-    assert np.abs(run(serve()) - expected).max() <= 1e-6
+    assert_same_sound(run(serve()), expected, dia.codec)
     assert_nothing_left(dia)
 
 
@@ -217,7 +218,7 @@ def test_a_codec_that_fails_in_one_stream_leaves_the_other_alone(dia: Dia, monke
         return await asyncio.gather(*map(listen, streams), return_exceptions=True)
 
     good, bad = run(serve())
-    assert np.abs(good - expected).max() <= 1e-6
+    assert_same_sound(good, expected, dia.codec)
     assert isinstance(bad, RuntimeError) and str(bad) == "planted"
     assert_nothing_left(dia)
 
@@ -234,7 +235,9 @@ def test_each_event_loop_may_have_its_own_streams(dia: Dia) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 3 and all(np.abs(item - expected).max() <= 1e-6 for item in found)
+    assert len(found) == 3
+    for item in found:
+        assert_same_sound(item, expected, dia.codec)
     gc.collect()
     assert not len(_pumps[dia.engine]), "loops that are closed are not kept"
 
