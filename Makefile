@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-voice eval-voice test test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures \
+.PHONY: help demo demo-voice eval-voice test test-isa test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures \
 	package-test lint clean
 
 help: ## list the targets
@@ -61,6 +61,9 @@ eval-voice: $(VENV)/.voice ## let two recognisers listen to the demo voice, and 
 
 test: $(VENV)/.dev ## run the test suite (under 15 minutes on two cores)
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-isa: $(VENV)/.dev ## run the numeric tests under each instruction set of this processor, with one and two threads
+	$(PY) -m tests.isa $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.dev ## run the tests that take long or need gigabytes of memory
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
