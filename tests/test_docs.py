@@ -20,6 +20,7 @@ import pytest
 import tomllib
 
 from dia_fast import Audio, Dia, TextWarning, cli, demo_voice
+from dia_fast.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -115,13 +116,13 @@ def run(line: str, folder: Path, *, real: bool) -> None:
     assert "|" not in words and ">" not in words, f"mark what needs another program: {line}"
     match words:
         case ["dia-fast", "--help"]:
-            assert "commands:" in cli.build_parser().format_help()
+            assert "commands:" in app.build_parser().format_help()
         case ["dia-fast", *rest]:
             arguments = [word.replace(OFFICIAL, "demo") for word in rest]
             if real:
                 assert cli.main(arguments) == 0, line
             else:
-                cli.build_parser().parse_args(arguments)
+                app.build_parser().parse_args(arguments)
         case ["make", target, *_]:
             assert re.search(rf"^{target}:.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         case ["pip", "install", what]:
@@ -167,7 +168,7 @@ def test_commands_in_sentences_exist(page: Path) -> None:
         place = ROOT / module.replace(".", "/")
         assert place.with_suffix(".py").is_file() or place.is_dir(), module
     for command in re.findall(r"`dia-fast ([a-z]+)", text):
-        assert f"    {command} " in cli.build_parser().format_help(), command
+        assert f"    {command} " in app.build_parser().format_help(), command
 
 
 def test_every_page_is_in_the_navigation() -> None:
