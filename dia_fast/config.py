@@ -2,8 +2,8 @@
 
 Three spellings are read: transformers 5 (token ids in `decoder_config`, RoPE in `rope_parameters`), transformers 4
 (token ids at the top level, RoPE in `rope_theta`) and the original package, whose files follow transformers 4.
-The files of the original package from before June 2025 are nested differently and belong to weights that compute
-something else; they are recognised and refused.
+The files of the original package from before June 2025 are nested differently and belong to the first generation of
+Dia-1.6B, which computes something else from tensors of the same names: only the configuration tells the two apart.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,6 @@ from dia_fast.files import checked_path, read_json
 from dia_fast.warn import warn
 
 DELAY_PATTERN = (0, 8, 9, 10, 11, 12, 13, 14, 15)
-
-OLD_GENERATION = (
-    "this is the first generation of Dia-1.6B (April 2025), which rotates the queries and keys of cross-attention and "
-    "samples by other rules; run by the present rules it would speak noise, so it is refused. "
-    "Use its successor, nari-labs/Dia-1.6B-0626."
-)
 
 # fmt: off
 # Written by transformers into every configuration; none of them changes what Dia computes when it generates.
@@ -123,15 +117,19 @@ class DiaConfig:
     """A whole model. The defaults are those of `nari-labs/Dia-1.6B-0626`.
 
     delay_pattern: for each channel, by how many steps its codes are late; the first must be 0.
+    first_generation: the rules of `nari-labs/Dia-1.6B` of April 2025: cross-attention rotates its queries and keys, and
+    codes are sampled from the guided logits.
     Raises CheckpointError for values that cannot work or that this package does not compute.
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     delay_pattern: tuple[int, ...] = DELAY_PATTERN
+    first_generation: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in (("encoder", EncoderConfig), ("decoder", DecoderConfig), ("delay_pattern", tuple)):
+        kinds = {"encoder": EncoderConfig, "decoder": DecoderConfig, "delay_pattern": tuple, "first_generation": bool}
+        for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise CheckpointError(f"{name} must be a {kind.__name__}, not {shown(getattr(self, name))}")
         if len(self.delay_pattern) != self.decoder.num_channels:
@@ -162,14 +160,14 @@ class DiaConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> "DiaConfig":
         """Read the contents of a `config.json`, whichever library wrote it. A field that is absent has its default.
 
-        Raises CheckpointError for the first generation of Dia, for another model, for a field of a wrong type and
-        for an unknown field of the encoder or the decoder (it might change what the model computes). Elsewhere tools
-        leave notes of their own, so that an unknown field is a warning.
+        Raises CheckpointError for another model, for a field of a wrong type and for an unknown field of the encoder or
+        the decoder (it might change what the model computes). Elsewhere tools leave notes of their own, so that an
+        unknown field is a warning.
         """
         if not isinstance(data, Mapping):
             raise CheckpointError(f"config: expected an object of named fields, got {type(data).__name__}")
         if isinstance(data.get("model"), Mapping) and ("data" in data or "encoder" in data["model"]):
-            raise CheckpointError(f"config: {OLD_GENERATION}")
+            return cls(**_read_first_generation(data))
         kind = data.get("model_type", "dia")
         if kind != "dia":
             raise CheckpointError(f"config: model_type is {shown(kind)}; only 'dia' can be loaded")
@@ -205,7 +203,15 @@ class DiaConfig:
             raise CheckpointError(f"{path}: {error}") from error
 
     def to_transformers(self) -> dict[str, Any]:
-        """The contents of a `config.json` that transformers 4 and 5 both read."""
+        """The contents of a `config.json` that transformers 4 and 5 both read.
+
+        Raises CheckpointError for the first generation, which transformers would run by the rules of the second.
+        """
+        if self.first_generation:
+            raise CheckpointError(
+                "the first generation of Dia-1.6B has no transformers layout: transformers would run it by the rules "
+                "of the second and speak noise. Write the layout 'original'"
+            )
         encoder, decoder = _write_stack(self.encoder), _write_stack(self.decoder)
         for stack, kind in ((encoder, "dia_encoder"), (decoder, "dia_decoder")):
             theta = stack["rope_theta"]
@@ -224,7 +230,9 @@ class DiaConfig:
         return top
 
     def to_original(self) -> dict[str, Any]:
-        """The contents of a `config.json` that the original package reads (its form since June 2025)."""
+        """The contents of a `config.json` that the original package reads, in the version of the model's generation."""
+        if self.first_generation:
+            return _write_first_generation(self)
         decoder = _write_stack(self.decoder)
         tokens = {name: decoder.pop(name) for name in _TOKENS}
         return {
@@ -235,6 +243,106 @@ class DiaConfig:
             "encoder_config": _write_stack(self.encoder) | {"model_type": "dia_encoder"},
             "decoder_config": decoder | {"model_type": "dia_decoder"},
         } | tokens
+
+
+# The fields of the first generation's files, and what they are here.
+_FIRST_STACK = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_hidden": "intermediate_size"}
+_FIRST_ENCODER = _FIRST_STACK | {"n_head": "num_attention_heads", "head_dim": "head_dim"}
+_FIRST_DECODER = _FIRST_STACK | {
+    "gqa_query_heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "gqa_head_dim": "head_dim",
+    "cross_query_heads": "cross_num_attention_heads",
+    "cross_head_dim": "cross_head_dim",
+}
+_FIRST_TOKENS = {f"audio_{name}_value": f"{name}_token_id" for name in ("eos", "pad", "bos")}
+_POSITIONS = 128  # the original rounds lengths up to a multiple of it
+
+
+def _read_first_generation(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `DiaConfig` from the nested file of the first generation."""
+
+    def part(owner: Mapping[str, Any], where: str, name: str) -> Mapping[str, Any]:
+        value = owner.get(name)
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"config: {where}{name} must be an object of named fields, got {shown(value)}")
+        return value
+
+    def numbers(owner: Mapping[str, Any], where: str, names: Mapping[str, str]) -> dict[str, Any]:
+        if missing := [name for name in names if name not in owner]:
+            raise CheckpointError(f"config: {where}.{missing[0]} is missing")
+        return {ours: _integer(f"{where}.{name}", owner[name], 1) for name, ours in names.items()}
+
+    def positions(name: str) -> int:
+        return -(-_integer(f"data.{name}", sizes.get(name), 1) // _POSITIONS) * _POSITIONS
+
+    model, sizes = part(data, "", "model"), part(data, "", "data")
+    if model.get("rope_min_timescale", 1) != 1:
+        raise CheckpointError(
+            f"config: model.rope_min_timescale is {shown(model['rope_min_timescale'])}; only 1 is supported"
+        )
+    if sizes.get("text_pad_value", 0) != 0:
+        raise CheckpointError(f"config: data.text_pad_value is {shown(sizes['text_pad_value'])}; only 0 is supported")
+    shared = {
+        "norm_eps": model.get("normalization_layer_epsilon", 1e-5),
+        "rope_theta": _number("model.rope_max_timescale", model.get("rope_max_timescale", 10_000)),
+    }
+    encoder = numbers(part(model, "model.", "encoder"), "model.encoder", _FIRST_ENCODER)
+    decoder = numbers(part(model, "model.", "decoder"), "model.decoder", _FIRST_DECODER)
+    tokens = {ours: _token(f"data.{name}", sizes[name]) for name, ours in _FIRST_TOKENS.items() if name in sizes}
+    delays = sizes.get("delay_pattern", DELAY_PATTERN)
+    if not isinstance(delays, list | tuple):
+        raise CheckpointError(f"config: data.delay_pattern must be a list of integers, got {shown(delays)}")
+    return {
+        "encoder": EncoderConfig(
+            **encoder, **shared, num_key_value_heads=encoder["num_attention_heads"],
+            vocab_size=_integer("model.src_vocab_size", model.get("src_vocab_size", 128), 1),
+            max_position_embeddings=positions("text_length"),
+        ),
+        "decoder": DecoderConfig(
+            **decoder, **shared, **tokens, cross_hidden_size=encoder["hidden_size"],
+            cross_num_key_value_heads=decoder["cross_num_attention_heads"],
+            num_channels=_integer("data.channels", sizes.get("channels", 9), 1),
+            vocab_size=_integer("model.tgt_vocab_size", model.get("tgt_vocab_size", 1028), 1),
+            max_position_embeddings=positions("audio_length"),
+        ),
+        "delay_pattern": tuple(delays),
+        "first_generation": True,
+    }  # fmt: skip
+
+
+def _write_first_generation(config: DiaConfig) -> dict[str, Any]:
+    """The file that `_read_first_generation` reads. Raises CheckpointError for what it cannot say."""
+    encoder, decoder = config.encoder, config.decoder
+    written = {
+        "version": "1.0",
+        "model": {
+            "encoder": {name: getattr(encoder, ours) for name, ours in _FIRST_ENCODER.items()},
+            "decoder": {name: getattr(decoder, ours) for name, ours in _FIRST_DECODER.items()},
+            "src_vocab_size": encoder.vocab_size,
+            "tgt_vocab_size": decoder.vocab_size,
+            "dropout": 0.0,
+            "normalization_layer_epsilon": encoder.norm_eps,
+            "weight_dtype": "float32",
+            "rope_min_timescale": 1,
+            "rope_max_timescale": int(encoder.rope_theta),
+        },
+        "training": {},
+        "data": {
+            "text_length": encoder.max_position_embeddings,
+            "audio_length": decoder.max_position_embeddings,
+            "channels": decoder.num_channels,
+            "text_pad_value": 0,
+            **{name: getattr(decoder, ours) for name, ours in _FIRST_TOKENS.items()},
+            "delay_pattern": list(config.delay_pattern),
+        },
+    }
+    if DiaConfig(**_read_first_generation(written)) != config:
+        raise CheckpointError(
+            "this configuration cannot be written as one of the first generation, which has one head of keys for each "
+            f"query of the encoder and of cross-attention, and lengths that are multiples of {_POSITIONS}"
+        )
+    return written
 
 
 def _check_stack(where: str, stack: EncoderConfig | DecoderConfig) -> None:

@@ -50,7 +50,8 @@ def save_pretrained(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     defaults: SamplingSettings | None = None,
 ) -> Path:
-    """Write packed weights as a checkpoint that transformers loads; returns the folder.
+    """Write packed weights as a checkpoint that transformers loads (of the first generation: that the original package
+    of its time loads); returns the folder.
 
     weights: by packed name, on any device, floating point; they are written in their own dtype, in shards of at most
     `max_shard_bytes` (a larger tensor gets its own), beside config.json and generation_config.json,
@@ -68,7 +69,9 @@ def save_pretrained(
     def fetch(name: str) -> Tensor:
         return weights[name].detach().cpu()
 
-    return write_checkpoint(folder, config, dtypes, fetch, max_shard_bytes=max_shard_bytes, defaults=defaults)
+    layout = "original" if config.first_generation else "transformers"
+    limit = None if config.first_generation else max_shard_bytes
+    return write_checkpoint(folder, config, dtypes, fetch, layout=layout, max_shard_bytes=limit, defaults=defaults)
 
 
 def convert(
@@ -230,7 +233,7 @@ def _metadata(
     dtype = str(max((entry.dtype for entry in entries), key=lambda d: sum(e.size for e in entries if e.dtype is d)))
     dtype = dtype.removeprefix("torch.")
     if layout == "original":
-        return {"config.json": config.to_original() | {"torch_dtype": dtype}}
+        return {"config.json": config.to_original() | ({} if config.first_generation else {"torch_dtype": dtype})}
     decoder = config.decoder
     generation = {
         "bos_token_id": decoder.bos_token_id,

@@ -186,6 +186,8 @@ def check_compiling(targets: Sequence[str], dtype: torch.dtype) -> list[Verdict]
             try:
                 with ahead.compiling(target):
                     launches.decode(2, dtype, ops)
+                    first_generation = DiaConfig(first_generation=True)
+                    launches.decode(2, dtype, ops, launches.one_layer(dtype, ops, first_generation))
                     launches.prefill(dtype, ops)
             except Exception as error:
                 failures.setdefault(op, f"for {target}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")

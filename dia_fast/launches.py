@@ -33,6 +33,12 @@ def all_layers(dtype: torch.dtype, ops: Any = kernels, config: DiaConfig | None 
             decoder.max_position_embeddings + 1, decoder.head_dim // 2, device=META, dtype=torch.float32
         )
         model.decoder.register_buffer(name, table, persistent=False)
+    if model.config.first_generation:
+        for name in ("cross_cos", "cross_sin"):
+            table = torch.empty(
+                decoder.max_position_embeddings + 1, decoder.cross_head_dim // 2, device=META, dtype=torch.float32
+            )
+            model.decoder.register_buffer(name, table, persistent=False)
     for layer in model.decoder.layers:
         constant = torch.empty(decoder.hidden_size, dtype=dtype, device=META)
         layer.register_buffer("uncond_cross", constant, persistent=False)

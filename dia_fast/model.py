@@ -80,6 +80,8 @@ class Stack(nn.Module):
     head: Tensor
     cos: Tensor
     sin: Tensor
+    cross_cos: Tensor
+    cross_sin: Tensor
 
     def __init__(self, shapes: Shapes, layer: type[EncoderLayer], count: int) -> None:
         super().__init__()
@@ -147,10 +149,13 @@ class DiaModel(nn.Module):
         """
         if self.packed:
             refuse_packed("read as tensors")
-        for stack, config in ((self.encoder, self.config.encoder), (self.decoder, self.config.decoder)):
-            cos, sin = rope_table(config, self.device)
-            _keep(stack, "cos", cos)
-            _keep(stack, "sin", sin)
+        parts = [(self.encoder, "encoder", ""), (self.decoder, "decoder", "")]
+        if self.config.first_generation:
+            parts.append((self.decoder, "cross", "cross_"))
+        for stack, part, prefix in parts:
+            cos, sin = rope_table(self.config, part, self.device)
+            _keep(stack, f"{prefix}cos", cos)
+            _keep(stack, f"{prefix}sin", sin)
         self.finalize_constants()
 
     @isolated()
@@ -174,6 +179,9 @@ class DiaModel(nn.Module):
         """
         ops, stack, config = self.ops, self.decoder, self.config.decoder
         eps, eos = config.norm_eps, config.eos_token_id
+        first_generation, rotation = self.config.first_generation, {}
+        if first_generation:
+            rotation = {"cos": stack.cross_cos, "sin": stack.cross_sin, "positions": s.positions_cond}
         ops.embed_codes(
             s.sampled, s.forced, s.row, s.first_row, s.end_row, s.eos_row, s.delay, stack.embedding,
             s.codes, s.positions, s.finished, s.x, eos=eos, pad=config.pad_token_id,
@@ -190,14 +198,15 @@ class DiaModel(nn.Module):
             keys, values = s.cross_pool.keys[i], s.cross_pool.values[i]
             ops.cross_attention(
                 s.cross_q, keys, values, s.cross_table, s.text_lengths, s.cross_attended, s.cross_workspace,
-                settled=True,
+                settled=True, **rotation,
             )  # fmt: skip
             ops.linear_residual(s.cross_attended, layer.cross_o, s.x, layer.uncond_cross if s.guided else None)
             ops.rms_norm_glu(s.x, layer.mlp_norm, layer.gate_up, eps, s.gated)
             ops.linear_residual(s.gated, layer.down, s.x)
         ops.codebook_logits(s.x, stack.norm, stack.head, eps, s.logits)
         ops.sample(
-            s.logits, s.row, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, s.status, eos=eos
+            s.logits, s.row, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, s.status, eos=eos,
+            first_generation=first_generation,
         )  # fmt: skip
 
     @isolated()
@@ -213,9 +222,14 @@ class DiaModel(nn.Module):
         """
         memory = self.encode(text_ids)
         config = self.config.decoder
+        positions = torch.arange(len(text_ids), dtype=torch.int32, device=self.device)
         page, offset = slots // pool.shape.page_size, slots % pool.shape.page_size
         for layer, keys, values in zip(self._decoder_layers(), pool.keys, pool.values, strict=True):
-            both = _linear(memory, layer.cross_kv).view(len(text_ids), -1, config.cross_head_dim)
+            both = _linear(memory, layer.cross_kv)
+            if self.config.first_generation:
+                stack = self.decoder
+                self.ops.rope(both, stack.cross_cos, stack.cross_sin, positions, config.cross_num_key_value_heads)
+            both = both.view(len(text_ids), -1, config.cross_head_dim)
             keys[page, :, offset], values[page, :, offset] = both.chunk(2, 1)
 
     @isolated()
@@ -299,6 +313,8 @@ class DiaModel(nn.Module):
             layer_past = past and _LayerPast(past.pool.keys[i], past.pool.values[i], past.table, past.lengths, slots)
             self._self_attention(x, layer, stack, config, positions, starts, layer_past, first > 0, causal=True)
             q = _linear(self._normed(x[:total], layer.cross_norm, config.norm_eps), layer.cross_q)
+            if self.config.first_generation:
+                ops.rope(q, stack.cross_cos, stack.cross_sin, positions[:total], 0)
             q = q.view(total, -1, config.cross_head_dim)
             attended = q.new_empty(total, layer.cross_q.shape[0])
             ops.ragged_attention(
@@ -359,17 +375,22 @@ class DiaModel(nn.Module):
         return cast(Tensor, self.ops.rms_norm(x, weight.to(x.dtype), eps, torch.empty_like(x)))
 
 
-def rope_table(config: EncoderConfig | DecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[max_position_embeddings + 1, head_dim / 2]` float32; one more row than positions, because a
-    request of the greatest length forms its last row there.
+def rope_table(config: DiaConfig, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[positions + 1, head_dim / 2]` float32; one more row than positions, because a request of the
+    greatest length forms its last row there.
 
-    Frequencies and angles are float32, as in transformers: at scale 1.0 the difference to float64 would show.
-    Source: Su et al. 2021, "RoFormer".
+    part: "encoder", "decoder", or "cross" for cross-attention, which only the first generation rotates.
+    Frequencies and angles are float32, as in transformers: at scale 1.0 the difference to float64 would show. The code
+    of the first generation divides by the wavelength instead. Source: Su et al. 2021, "RoFormer".
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    angles = torch.arange(config.max_position_embeddings + 1, dtype=torch.int64, device="cpu")[:, None].float() * (
-        1.0 / config.rope_theta**exponents
-    )
+    stack = config.encoder if part == "encoder" else config.decoder
+    head_dim, positions = stack.head_dim, stack.max_position_embeddings
+    if part == "cross":
+        head_dim = config.decoder.cross_head_dim
+        positions = max(positions, config.encoder.max_position_embeddings)  # of the text as well
+    wavelengths = stack.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    steps = torch.arange(positions + 1, dtype=torch.int64, device="cpu")[:, None].float()
+    angles = steps / wavelengths if config.first_generation else steps * (1.0 / wavelengths)
     return angles.cos().to(device), angles.sin().to(device)
 
 

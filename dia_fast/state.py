@@ -97,7 +97,7 @@ class DecodeState:
 
         attention, cross = decoder.num_attention_heads, decoder.cross_num_attention_heads
         self.x = scratch(self.rows, decoder.hidden_size)
-        self.x_cond = self.x[:batch]
+        self.x_cond, self.positions_cond = self.x[:batch], self.positions[:batch]
         self.qkv = scratch(self.rows, (attention + 2 * decoder.num_key_value_heads) * decoder.head_dim)
         self.attended = scratch(self.rows, attention * decoder.head_dim)
         self.cross_q = scratch(batch, cross * decoder.cross_head_dim)
@@ -126,7 +126,7 @@ class DecodeState:
             setattr(part, name, getattr(self, name)[:batch])
         for name in _SCRATCH_PER_ROW:
             setattr(part, name, getattr(self, name)[: part.rows])
-        part.x_cond = part.x[:batch]
+        part.x_cond, part.positions_cond = part.x[:batch], part.positions[:batch]
         device = self.x.device
         part.table = self.blocks.new_table(part.rows, self.sizes.rows, device)
         part.cross_table = self.cross_blocks.new_table(batch, self.sizes.text, device)

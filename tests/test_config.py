@@ -112,30 +112,6 @@ def original() -> dict[str, Any]:
     }
 
 
-def first_generation() -> dict[str, Any]:
-    """The original package before June 2025, as the first Dia-1.6B has it."""
-    return {
-        "version": "1.0",
-        "model": {
-            "encoder": {"n_layer": 12, "n_embd": 1024, "n_hidden": 4096, "n_head": 16, "head_dim": 128},
-            "decoder": {
-                "n_layer": 18,
-                "n_embd": 2048,
-                "n_hidden": 8192,
-                "gqa_query_heads": 16,
-                "kv_heads": 4,
-                "gqa_head_dim": 128,
-                "cross_query_heads": 16,
-                "cross_head_dim": 128,
-            },
-            "src_vocab_size": 256,
-            "tgt_vocab_size": 1028,
-        },
-        "training": {"dtype": "bfloat16"},
-        "data": {"text_length": 1024, "audio_length": 3072, "channels": 9, "delay_pattern": [0, 8, 9]},
-    }
-
-
 @pytest.mark.parametrize("spelling", [transformers_4, transformers_5, original])
 def test_every_spelling_reads_alike(spelling: Any) -> None:
     assert DiaConfig.from_dict(json.loads(json.dumps(spelling()))) == EXPECTED
@@ -161,14 +137,6 @@ def test_transformers_reads_and_writes_the_same(tmp_path: Path) -> None:
     assert DiaConfig.from_dict(theirs.to_dict()) == EXPECTED
     theirs.save_pretrained(tmp_path)
     assert DiaConfig.from_file(tmp_path / "config.json") == EXPECTED
-
-
-def test_the_first_generation_is_refused_with_an_explanation(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"first generation.*cross-attention.*Use its successor.*0626"):
-        DiaConfig.from_dict(first_generation())
-    (tmp_path / "config.json").write_text(json.dumps(first_generation()))
-    with pytest.raises(CheckpointError, match=r"config\.json.*first generation"):
-        DiaConfig.from_file(tmp_path / "config.json")
 
 
 def change(path: str, value: Any) -> dict[str, Any]:

@@ -138,6 +138,13 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def generation(config: DiaConfig) -> str:
+    """Which rules a checkpoint is run by."""
+    if config.first_generation:
+        return "first (Dia-1.6B, April 2025): RoPE in cross-attention, sampling from the guided logits"
+    return "second (Dia-1.6B-0626)"
+
+
 def _lines(name: str, config: DiaConfig, found: dict[str, Any]) -> list[str]:
     encoder, decoder = config.encoder, config.decoder
     lines = [name]
@@ -146,6 +153,7 @@ def _lines(name: str, config: DiaConfig, found: dict[str, Any]) -> list[str]:
         lines.append(f"  weights     {found['layout']} layout, {found['dtype']}, {readable(found['bytes'])} in {count}")
     else:
         lines.append("  weights     on the Hub, not downloaded")
+    lines.append(f"  generation  {generation(config)}")
     lines.append(f"  parameters  {parameter_count(config):,}")
     for part, stack in (("encoder", encoder), ("decoder", decoder)):
         lines.append(

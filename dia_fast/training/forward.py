@@ -6,7 +6,7 @@ gradients arrive in their own dtype.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dia_fast.ambient import isolated
-from dia_fast.config import DecoderConfig, EncoderConfig
+from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.model import DiaModel, rope_table
 from dia_fast.training.batch import Batch
 from dia_kernels.differentiable import glu, gradient_ops, linear_cross_entropy, rms_norm, rope
@@ -89,6 +89,7 @@ class Forward:
     ) -> None:
         self.model, self.dtype, self.adapters, self.recompute = model, dtype, adapters, recompute
         self.weights = dict(model.named_parameters())
+        self.first_generation = model.config.first_generation
         self.ops = gradient_ops(model.ops.name, model.device)
 
     def hidden_states(self, batch: Batch) -> Tensor:
@@ -99,7 +100,7 @@ class Forward:
     def _encode(self, text: Tensor, mask: Tensor) -> Tensor:
         config = self.model.config.encoder
         x = F.embedding(text, self.weights["encoder.embedding"]).to(self.dtype)
-        rotation = _Rotation(config, x)
+        rotation = _Rotation(self.model.config, "encoder", x)
         seen = None if bool(mask.all()) else mask[:, None, None, :]
         for layer in range(config.num_hidden_layers):
             prefix = f"encoder.layers.{layer}."
@@ -117,7 +118,11 @@ class Forward:
         # Summed in the weights' own dtype and without nine times the memory.
         x = F.embedding_bag(index.flatten(0, 1), self.weights["decoder.embedding"], mode="sum")
         x = x.view(*rows.shape[:2], -1).to(self.dtype)
-        rotation = _Rotation(config, x)
+        rotation = _Rotation(self.model.config, "decoder", x)
+        turns: list[_Rotation] = []
+        if self.first_generation:  # where positions of two kinds meet, padding must not shift them
+            sides = ((x, mask), (memory, text_mask))
+            turns = [_Rotation(self.model.config, "cross", side, seen_of) for side, seen_of in sides]
         seen, causal = _causal_mask(mask)
         text_seen = None if bool(text_mask.all()) else text_mask[:, None, None, :]
         for layer in range(config.num_hidden_layers):
@@ -125,7 +130,7 @@ class Forward:
 
             def run(x: Tensor, memory: Tensor, prefix: str = prefix) -> Tensor:
                 x = x + self._self_attention(x, prefix, config, rotation, seen, causal)
-                x = x + self._cross_attention(x, prefix, config, memory, text_seen)
+                x = x + self._cross_attention(x, prefix, config, memory, text_seen, turns)
                 return x + self._mlp(x, prefix, config.norm_eps)
 
             x = self._layer(run, x, memory)
@@ -153,11 +158,23 @@ class Forward:
         return self._linear(_attention(q, k, v, seen, causal), f"{prefix}o")
 
     def _cross_attention(
-        self, x: Tensor, prefix: str, config: DecoderConfig, memory: Tensor, seen: Tensor | None
+        self,
+        x: Tensor,
+        prefix: str,
+        config: DecoderConfig,
+        memory: Tensor,
+        seen: Tensor | None,
+        turns: "Sequence[_Rotation]",
     ) -> Tensor:
+        """turns: how q and k are rotated, none for not at all."""
         q = self._linear(self._norm(x, f"{prefix}cross_norm", config.norm_eps), f"{prefix}cross_q")
+        both = self._linear(memory, f"{prefix}cross_kv")
+        if turns:
+            (of_q, of_k), kv_heads = turns, config.cross_num_key_value_heads
+            q = rope(q.flatten(0, 1), of_q.cos, of_q.sin, of_q.positions, 0, self.ops)
+            both = rope(both.flatten(0, 1), of_k.cos, of_k.sin, of_k.positions, kv_heads, self.ops)
         q = q.view(*x.shape[:2], -1, config.cross_head_dim)
-        both = self._linear(memory, f"{prefix}cross_kv").view(*memory.shape[:2], -1, config.cross_head_dim)
+        both = both.view(*memory.shape[:2], -1, config.cross_head_dim)
         k, v = both.chunk(2, 2)
         return self._linear(_attention(q, k, v, seen, causal=False), f"{prefix}cross_o")
 
@@ -177,18 +194,22 @@ class Forward:
 class _Rotation:
     """The tables of RoPE and the position of every token of `x`, `[batch, tokens, hidden]`.
 
-    Padding on the left shifts positions; only their differences matter.
+    Padding on the left shifts positions; within a sequence only their differences matter. mask: `[batch, tokens]`
+    bool; with it only real tokens are counted.
     """
 
-    def __init__(self, config: EncoderConfig | DecoderConfig, x: Tensor) -> None:
-        self.cos, self.sin = _rope_table(config, x.device)
-        self.positions = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).repeat(x.shape[0])
+    def __init__(self, config: DiaConfig, part: str, x: Tensor, mask: Tensor | None = None) -> None:
+        self.cos, self.sin = _rope_table(config, part, x.device)
+        if mask is None:
+            self.positions = torch.arange(x.shape[1], dtype=torch.int32, device=x.device).repeat(x.shape[0])
+        else:
+            self.positions = (mask.cumsum(1) - 1).clamp(min=0).flatten().to(torch.int32)
 
 
 @functools.lru_cache(maxsize=8)
-def _rope_table(config: EncoderConfig | DecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rope_table(config: DiaConfig, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):  # else a first use in inference mode would make tables that cannot be saved
-        return rope_table(config, device)
+        return rope_table(config, part, device)
 
 
 def _causal_mask(mask: Tensor) -> tuple[Tensor | None, bool]:

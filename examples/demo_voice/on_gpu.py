@@ -116,7 +116,7 @@ class Network:
     def __init__(self, config: DiaConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.config, self.weights, self.dtype = config, weights, dtype
         device = next(iter(weights.values())).device
-        self._rotations = {stack: rope_table(stack, device) for stack in (config.encoder, config.decoder)}
+        self._rotations = {part: rope_table(config, part, device) for part in ("encoder", "decoder")}
 
     def __call__(self, text: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
         """Logits `[batch, steps, channels, vocab]` of text and its mask `[batch, length]`, rows `[.., channels]`."""
@@ -147,7 +147,7 @@ class Network:
         heads, kv_heads = stack.num_attention_heads, stack.num_key_value_heads
         qkv = self._linear(self._norm(x, f"{prefix}self_norm", stack.norm_eps), f"{prefix}qkv")
         turned, v = qkv.view(*x.shape[:2], -1, stack.head_dim).split((heads + kv_heads, kv_heads), 2)
-        cos, sin = (table[: x.shape[1], None] for table in self._rotations[stack])
+        cos, sin = (table[: x.shape[1], None] for table in self._rotations[prefix.split(".")[0]])
         a, b = turned.float().chunk(2, -1)
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(self.dtype)
         q, k = turned.split((heads, kv_heads), 2)

@@ -1,6 +1,7 @@
 """cross_attention: one decode step of attention to the text over its paged keys and values, in one launch.
 
-    out = softmax(q . k[0 .. length - 1]) . v[0 .. length - 1]                       # scale 1.0, no RoPE
+    out = softmax(q . k[0 .. length - 1]) . v[0 .. length - 1]                       # scale 1.0
+    q   = round(rope(q))                             # where a table is given: the first generation of Dia
 
 One program per (row and kv head, split of the tokens), see `paged`. Reads 2 * kv_heads * head_dim values
 per token, once.
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 
 from dia_kernels import launch, paged
-from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile
+from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile, rotated, settle
 
 SPLIT = 256  # tokens, or what fits into registers: most texts are then one split, with nothing to merge
 
@@ -19,6 +20,9 @@ SPLIT = 256  # tokens, or what fits into registers: most texts are then one spli
 @triton.jit
 def _cross_attention(
     q_ptr,  # [rows, KV_HEADS, GROUP, HEAD_DIM]
+    cos_ptr,  # [positions, HEAD_DIM / 2] float32, or None: q is not rotated
+    sin_ptr,  # as cos_ptr
+    positions_ptr,  # [rows] int32, or None
     k_ptr,  # [pages, KV_HEADS, PAGE, HEAD_DIM]
     v_ptr,  # [pages, KV_HEADS, PAGE, HEAD_DIM]
     table_ptr,  # [rows, max_pages] int32
@@ -50,9 +54,10 @@ def _cross_attention(
         if not SETTLED:
             tl.extra.cuda.gdc_wait()
     g = tl.arange(0, BLOCK_G)
-    d, _paired, _angle, used = head_axis(HEAD_DIM, BLOCK_D)
+    d, paired, angle, used = head_axis(HEAD_DIM, BLOCK_D)
     grouped = (g < GROUP)[:, None] & used[None, :]
-    at = (row_head * GROUP + g)[:, None] * HEAD_DIM + d[None, :]
+    head = (row_head * GROUP + g)[:, None] * HEAD_DIM
+    at = head + d[None, :]
     t = begin + tl.arange(0, SPLIT)
     page = tl.load(table_ptr + row * max_pages + t // PAGE, mask=t // PAGE < max_pages, other=0)
     length = tl.load(lengths_ptr + row)
@@ -67,6 +72,12 @@ def _cross_attention(
         return
 
     q = tl.load(q_ptr + at, mask=grouped, other=0.0)
+    if cos_ptr is not None:
+        q_paired = tl.load(q_ptr + head + paired[None, :], mask=grouped, other=0.0)
+        place = tl.maximum(tl.load(positions_ptr + row), 0).to(tl.int64) * (HEAD_DIM // 2) + angle
+        cos = tl.load(cos_ptr + place, mask=used, other=0.0)
+        sin = tl.load(sin_ptr + place, mask=used, other=0.0)
+        q = settle(rotated(q, q_paired, cos[None, :], sin[None, :], d[None, :], HEAD_DIM), TARGET)
     k, v = keep_both_in_flight(k, v, TARGET)
     peak, total, acc = attend(q, k, v, live, tl.full([BLOCK_G], float("-inf"), tl.float32), TARGET)
     splits = tl.cdiv(length, SPLIT)
@@ -74,6 +85,18 @@ def _cross_attention(
         peak, total, acc, split, splits, row_head, d, used, out_ptr, partials_ptr, stats_ptr, arrivals_ptr,
         GROUP, HEAD_DIM, BLOCK_G, CHUNK, TARGET,
     )  # fmt: skip
+
+
+def _check_rotation(
+    rows: int, head_dim: int, cos: torch.Tensor | None, sin: torch.Tensor | None, positions: torch.Tensor | None
+) -> None:
+    if cos is None or sin is None or positions is None:
+        raise ValueError("cos, sin, positions: RoPE needs all three, or none of them for no RoPE")
+    if cos.shape != sin.shape or cos.shape[1] != head_dim // 2 or {cos.dtype, sin.dtype} != {torch.float32}:
+        raise ValueError(f"cos, sin: {tuple(cos.shape)}, {tuple(sin.shape)}, need float32 [positions, {head_dim // 2}]")
+    if positions.shape != (rows,) or positions.dtype != torch.int32:
+        raise ValueError(f"positions: {positions.dtype} {tuple(positions.shape)}, needs int32 [{rows}]")
+    launch.require_contiguous(cos=cos, sin=sin, positions=positions)
 
 
 def cross_attention(
@@ -85,6 +108,9 @@ def cross_attention(
     out: torch.Tensor,
     workspace: object = None,
     settled: bool = False,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.cross_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
 
@@ -96,6 +122,8 @@ def cross_attention(
     if lengths.shape != (rows,) or lengths.dtype != torch.int32:
         raise ValueError(f"lengths: {lengths.dtype} {tuple(lengths.shape)}, needs int32 [{rows}]")
     launch.require_contiguous(q=q, lengths=lengths)
+    if cos is not None or sin is not None or positions is not None:
+        _check_rotation(rows, k_pages.shape[3], cos, sin, positions)
     cache = (k_pages, v_pages, block_table, lengths, out)
-    paged.run("cross_attention", _cross_attention, SPLIT, (q,), cache, workspace, settled)
+    paged.run("cross_attention", _cross_attention, SPLIT, (q, cos, sin, positions), cache, workspace, settled)
     return out

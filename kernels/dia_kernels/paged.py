@@ -95,7 +95,7 @@ def run(
     op: str,
     kernel: Any,
     split: int,
-    inputs: tuple[torch.Tensor, ...],
+    inputs: tuple[torch.Tensor | None, ...],
     cache: tuple[torch.Tensor, ...],
     workspace: object,
     settled: bool,
@@ -164,6 +164,13 @@ def head_axis(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     half = lane // (BLOCK_D // 2)
     angle = lane % (BLOCK_D // 2)
     return half * (HEAD_DIM // 2) + angle, (1 - half) * (HEAD_DIM // 2) + angle, angle, angle < HEAD_DIM // 2
+
+
+@triton.jit
+def rotated(x, partner, cos, sin, d, HEAD_DIM: tl.constexpr):
+    """RoPE in fp32, rounded once to the dtype of x; partner: the element that each one is paired with."""
+    turn = tl.where(d < HEAD_DIM // 2, -sin, sin)
+    return (x.to(tl.float32) * cos + partner.to(tl.float32) * turn).to(x.dtype)
 
 
 @triton.jit

@@ -13,16 +13,9 @@ import triton
 import triton.language as tl
 
 from dia_kernels import launch, paged
-from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile, settle
+from dia_kernels.paged import attend, finish, head_axis, keep_both_in_flight, load_tile, rotated, settle
 
 SPLIT = 64  # tokens; the partial sums of a group of 4 heads are then 6 % of the K and V they stand for
-
-
-@triton.jit
-def _rotated(x, partner, cos, sin, d, HEAD_DIM: tl.constexpr):
-    """RoPE in fp32, rounded once to the dtype of x."""
-    turn = tl.where(d < HEAD_DIM // 2, -sin, sin)
-    return (x.to(tl.float32) * cos + partner.to(tl.float32) * turn).to(x.dtype)
 
 
 @triton.jit
@@ -94,8 +87,8 @@ def _rope_attention(
     new_v = tl.load(new_ptr + KV_HEADS * HEAD_DIM + d, mask=new, other=0.0)
     k, v = keep_both_in_flight(k, v, TARGET)
 
-    q = settle(_rotated(q, q_paired, cos[None, :], sin[None, :], d[None, :], HEAD_DIM), TARGET)
-    new_k = _rotated(new_k, new_k_paired, cos, sin, d, HEAD_DIM)
+    q = settle(rotated(q, q_paired, cos[None, :], sin[None, :], d[None, :], HEAD_DIM), TARGET)
+    new_k = rotated(new_k, new_k_paired, cos, sin, d, HEAD_DIM)
     slot = ((new_page * KV_HEADS + kv_head) * PAGE + position % PAGE) * HEAD_DIM + d
     tl.store(k_ptr + slot, new_k, mask=new)
     tl.store(v_ptr + slot, new_v, mask=new)

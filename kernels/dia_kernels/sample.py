@@ -1,6 +1,7 @@
 """sample: from two rows of logits to one code per channel, in one launch.
 
     guided = cond + scale * (cond - uncond);  candidates = conditional logits of the top_k best guided ids
+    (first generation: the guided logits themselves, EOS x 0.8, then the EOS rule, then the top_k best)
     EOS rule on channel 0;  weights = floor(exp((score - max) * (1 / temperature)) * 2^30 + 0.5)
     top_p;  one Philox draw;  a status where scores are not numbers or no candidate is left
 
@@ -91,6 +92,7 @@ def _sample(
     BLOCK_V: tl.constexpr,
     EOS: tl.constexpr,
     PAIRED: tl.constexpr,
+    FIRST: tl.constexpr,  # the rules of the first generation
     DIGIT: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
@@ -110,17 +112,24 @@ def _sample(
     guided = False
     if PAIRED:
         guided = scale != 1.0
-    ranked = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS)
+    if not FIRST:
+        ranked = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS)
     if guided:
         other = tl.load(logits_ptr + ((batch + slot) * CHANNELS + channel) * VOCAB + ids, mask=real, other=0.0)
         mixed = cond + scale * (cond - other)
         wrong = wrong | (real & ~((other < float("inf")) & (mixed < float("inf"))))
-        ranked = tl.where(real, _numbers(mixed), float("-inf"))
+        if FIRST:
+            cond = _numbers(mixed)
+        else:
+            ranked = tl.where(real, _numbers(mixed), float("-inf"))
+    if FIRST:
+        cond = tl.where((channel == 0) & (ids == EOS), cond * 0.8, cond)
+        ranked = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS)
     kept = real
     if top_k > 0:
         kept = _keep_top_k(_ordered(ranked), real, top_k, DIGIT)
     score = tl.where(kept, ranked, float("-inf"))
-    if guided:
+    if not FIRST and guided:
         # Special ids took part in the ranking and only now leave, as in both reference implementations.
         score = tl.where(kept & allowed, tl.where(top_k > 0, cond, ranked), float("-inf"))
         score = _eos_rule(score, ids, channel, EOS)
@@ -171,6 +180,7 @@ def sample(
     status: torch.Tensor,
     *,
     eos: int,
+    first_generation: bool = False,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.sample`; all tensors contiguous, vocab at most 16384."""
     rows, channels, vocab = logits.shape
@@ -209,6 +219,7 @@ def sample(
         BLOCK_V=triton.next_power_of_2(vocab),
         EOS=eos,
         PAIRED=rows == 2 * batch,
+        FIRST=first_generation,
         **config,
         # A fused multiply-add would move guided scores by an ulp against the reference and with them the top_k border.
         enable_fp_fusion=False,

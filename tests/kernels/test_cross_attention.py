@@ -32,11 +32,24 @@ class Case:
         head_dim: int = 16,
         page_size: int = 16,
         scale: float = 1.0,
+        rotated: bool = False,
     ) -> None:
         self.heads, self.head_dim, self.page_size = heads, head_dim, page_size
         self.cache = make_cache(lengths, kv_heads, head_dim, page_size, dtype, device)
         self.q = random((len(lengths), heads * head_dim), dtype, device, 78, scale)
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+        self.rotation: tuple[Tensor, ...] = ()
+        if rotated:
+            angles = random((50, head_dim // 2), torch.float32, device, 79, 3.0)
+            places = [(7 * row + 1) % 50 if length else -1 for row, length in enumerate(lengths)]
+            self.rotation = angles.cos(), angles.sin(), torch.tensor(places, dtype=torch.int32, device=device)
+
+    def turn(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """The op's arguments for RoPE of q, none if it is not rotated."""
+        if not self.rotation:
+            return {}
+        cos, sin, positions = self.rotation
+        return {"cos": cos, "sin": sin, "positions": positions[rows]}
 
     def arguments(self, rows: slice = slice(None)) -> tuple[Tensor, ...]:
         """The op's arguments up to `lengths`, for some of the rows."""
@@ -48,7 +61,7 @@ class Case:
         arguments = self.arguments(rows)
         out = poisoned(arguments[0].shape, self.q.dtype, self.q.device)
         workspace = fresh_workspace(len(out), self.heads, self.head_dim, arguments[3], self.page_size)
-        assert cross_attention(*arguments, out, workspace) is out
+        assert cross_attention(*arguments, out, workspace, **self.turn(rows)) is out
         assert not workspace.arrivals.any(), "a counter was not set back"
         return out
 
@@ -62,6 +75,11 @@ def check(case: Case) -> None:
     if not read:
         return
     heads = case.q.view(len(out), -1, case.head_dim)
+    if case.rotation:
+        cos, sin, positions = case.rotation
+        cos, sin = (table[positions.long().clamp(min=0), None].double() for table in (cos, sin))
+        first, second = heads.double().chunk(2, -1)
+        heads = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(case.q.dtype)
     _, k_pages, *rest = case.arguments()
 
     def plain(order: Tensor) -> Tensor:
@@ -82,15 +100,23 @@ def test_lengths_around_pages_and_splits(dtype: torch.dtype, device: torch.devic
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 2, 16), (3, 1, 48), (2, 2, 80)])
+def test_rotated_queries(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """As the first generation of Dia turns them; an inert row has position -1 and no text."""
+    check(Case((70, 0, 3, 300), device, dtype, *shape, rotated=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 1, 48), (2, 2, 80), (12, 2, 96), (2, 1, 256)])
 def test_groups_and_head_dims(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     check(Case((70, 3), device, dtype, *shape, 32))
 
 
 @pytest.mark.production
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_production_width(dtype: torch.dtype, device: torch.device) -> None:
-    check(Case((150, 40), device, dtype, 16, 16, 128, 32, scale=0.3))
+def test_production_width(dtype: torch.dtype, rotated: bool, device: torch.device) -> None:
+    check(Case((150, 40), device, dtype, 16, 16, 128, 32, scale=0.3, rotated=rotated))
 
 
 @settings(max_examples=10)
@@ -102,11 +128,20 @@ def test_production_width(dtype: torch.dtype, device: torch.device) -> None:
     page_size=st.sampled_from([16, 32, 64]),
     dtype=st.sampled_from(DTYPES),
     scale=st.sampled_from([1e-3, 0.3, 1.0]),
+    rotated=st.booleans(),
 )
 def test_any_shape(
-    lengths: list[int], kv_heads: int, group: int, sixteenths: int, page_size: int, dtype: torch.dtype, scale: float
+    lengths: list[int],
+    kv_heads: int,
+    group: int,
+    sixteenths: int,
+    page_size: int,
+    dtype: torch.dtype,
+    scale: float,
+    rotated: bool,
 ) -> None:
-    check(Case(lengths, executor.device(), dtype, kv_heads * group, kv_heads, 16 * sixteenths, page_size, scale))
+    sizes = (kv_heads * group, kv_heads, 16 * sixteenths, page_size)
+    check(Case(lengths, executor.device(), dtype, *sizes, scale, rotated))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,6 +188,13 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("lengths", "int64", {"lengths": torch.zeros(2, dtype=torch.int64)}),
     ("k_pages", "strides", {"k_pages": torch.empty(4, 16, 2, 16).transpose(1, 2)}),
     ("workspace", "attention_workspace", {"workspace": None}),
+    ("cos, sin, positions", "all three", {"cos": torch.empty(9, 8)}),
+    (
+        "cos, sin",
+        "need",
+        {"cos": torch.empty(9, 4), "sin": torch.empty(9, 4), "positions": torch.zeros(2, dtype=torch.int32)},
+    ),
+    ("positions", "int64", {"cos": torch.empty(9, 8), "sin": torch.empty(9, 8), "positions": torch.zeros(2).long()}),
 ]
 
 

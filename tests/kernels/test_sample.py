@@ -26,9 +26,9 @@ def request(batch: int, device: torch.device, **changes: float) -> dict[str, tor
     return {k: torch.full((batch,), v, dtype=dtypes.get(k, torch.float32), device=device) for k, v in values.items()}
 
 
-def run(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int, op=sample) -> torch.Tensor:
+def run(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int, op=sample, first: bool = False) -> torch.Tensor:
     out = poisoned((req["row"].shape[0], logits.shape[1]), torch.int32, logits.device)
-    return op(logits=logits, **req, out=out, status=torch.zeros_like(out), eos=eos)
+    return op(logits=logits, **req, out=out, status=torch.zeros_like(out), eos=eos, first_generation=first)
 
 
 def weights(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int) -> torch.Tensor:
@@ -41,16 +41,17 @@ def table(folder: Path, digit: int) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("paired", [False, True])
-def test_production_vocabulary_equals_the_reference(paired: bool, device: torch.device) -> None:
+def test_production_vocabulary_equals_the_reference(paired: bool, first: bool, device: torch.device) -> None:
     batch = 4
     logits = random((batch * (2 if paired else 1), 3, PRODUCTION_VOCAB), torch.float32, device, 1, 4.0)
     req = request(batch, device)
     req["top_k"][1], req["top_p"][1] = 0, 1.0
     req["guidance_scale"][2] = 1.0
     req["temperature"][3] = 0.0
-    got = run(logits, req, PRODUCTION_EOS)
-    assert torch.equal(got, run(logits, req, PRODUCTION_EOS, reference.sample))
+    got = run(logits, req, PRODUCTION_EOS, first=first)
+    assert torch.equal(got, run(logits, req, PRODUCTION_EOS, reference.sample, first))
 
 
 @settings(max_examples=20, deadline=None)
@@ -66,9 +67,10 @@ def test_production_vocabulary_equals_the_reference(paired: bool, device: torch.
     top_p=st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0]),
     spread=st.sampled_from([0.0, 0.5, 5.0, 200.0]),
     ties=st.booleans(),
+    first=st.booleans(),
 )
 def test_any_setting_equals_the_reference(
-    vocab, channels, paired, seed, row, scale, temperature, top_k, top_p, spread, ties
+    vocab, channels, paired, seed, row, scale, temperature, top_k, top_p, spread, ties, first
 ) -> None:
     device = executor.device()
     logits = random((4 if paired else 2, channels, vocab), torch.float32, device, seed % 1000, spread)
@@ -77,7 +79,8 @@ def test_any_setting_equals_the_reference(
     req = request(
         2, device, guidance_scale=scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, row=row
     )
-    assert torch.equal(run(logits, req, vocab - 4), run(logits, req, vocab - 4, reference.sample))
+    eos = vocab - 4
+    assert torch.equal(run(logits, req, eos, first=first), run(logits, req, eos, reference.sample, first))
 
 
 @settings(max_examples=12, deadline=None)
@@ -144,12 +147,29 @@ OPS = pytest.mark.parametrize("op", [sample, reference.sample], ids=["triton", "
 NOT_FINITE, EMPTY = 1, 2
 
 
-def run_both(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int, op) -> tuple[torch.Tensor, torch.Tensor]:
+def run_both(
+    logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int, op, first: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and status."""
     out = poisoned((req["row"].shape[0], logits.shape[1]), torch.int32, logits.device)
     status = torch.zeros_like(out)
-    op(logits=logits, **req, out=out, status=status, eos=eos)
+    op(logits=logits, **req, out=out, status=status, eos=eos, first_generation=first)
     return out, status
+
+
+@OPS
+def test_the_first_generation_samples_what_guidance_makes(op, device: torch.device) -> None:
+    """Id 5 is the conditional best and, guided, behind 3; EOS, the guided best by less than a fifth, is damped away."""
+    logits = torch.zeros(2, 2, 12, device=device)
+    logits[0, :, 5], logits[1, :, 5] = 6.0, 5.9
+    logits[0, :, 3], logits[1, :, 3] = 5.0, 2.0
+    logits[0, :, 8], logits[1, :, 8] = 6.0, 3.7  # 12.9 when guided, 10.3 damped; id 3 has 14, and 6.3 id 5
+    req = request(1, device, temperature=0.0, top_k=2)
+    assert run(logits, req, 8, op, first=True).tolist() == [[3, 3]]
+    logits[0, 0, 8] = 9.0  # 24.9, damped 19.9
+    assert run(logits, req, 8, op, first=True).tolist() == [[8, 3]]
+    logits[0, 0, 8] = 6.6  # 15.3 is the best, 12.2 is not
+    assert run(logits, req, 8, op, first=True).tolist() == [[3, 3]]
 
 
 @OPS
@@ -190,8 +210,9 @@ def bit_patterns() -> st.SearchStrategy[int]:
     top_k=st.sampled_from([0, 1, 3, 45]),
     top_p=st.sampled_from([1e-6, 0.5, 1.0]),
     scale=st.sampled_from([1.0, 3.0]),
+    first=st.booleans(),
 )
-def test_any_bits_of_logits_give_a_code_in_range(data, paired, temperature, top_k, top_p, scale) -> None:
+def test_any_bits_of_logits_give_a_code_in_range(data, paired, temperature, top_k, top_p, scale, first) -> None:
     """On both backends the same code and status; and a status exactly where a score is NaN or plus infinity."""
     device, vocab, eos = executor.device(), 11, 7
     branches = 2 if paired else 1
@@ -201,8 +222,8 @@ def test_any_bits_of_logits_give_a_code_in_range(data, paired, temperature, top_
     logits = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32).view(branches, 2, vocab)
     logits = logits.to(device)
     req = request(1, device, temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=scale)
-    out, status = run_both(logits, req, eos, sample)
-    other, other_status = run_both(logits, req, eos, reference.sample)
+    out, status = run_both(logits, req, eos, sample, first)
+    other, other_status = run_both(logits, req, eos, reference.sample, first)
     assert torch.equal(out, other) and torch.equal(status, other_status)
     assert (out >= 0).all() and (out[:, 0] <= eos).all() and (out[:, 1:] < eos).all()
     wrong = ~(logits[0] < torch.inf)

@@ -1,5 +1,6 @@
 """The whole model on the Triton op set: torch's tokens, the planned launches, no allocation."""
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -24,9 +25,11 @@ def config() -> DiaConfig:
     return tiny_config({"num_hidden_layers": 1}, decoder | codes, delay_pattern=(0, 2, 3))
 
 
-def model(ops: ModuleType, device: torch.device, dtype: torch.dtype = torch.float32) -> DiaModel:
+def model(
+    ops: ModuleType, device: torch.device, dtype: torch.dtype = torch.float32, first_generation: bool = False
+) -> DiaModel:
     """Random weights, large enough that tokens vary; EOS a little likelier than the rest, so that some requests end."""
-    made = DiaModel(config(), ops)
+    made = DiaModel(replace(config(), first_generation=first_generation), ops)
     weights = {
         name: random(p.shape, dtype, device, seed, 0.6 if p.ndim == 2 else 1.0)
         for seed, (name, p) in enumerate(made.state_dict().items())
@@ -46,10 +49,11 @@ def requests(greedy: bool, rows: int) -> list[Request]:
 
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("rows", [6, pytest.param(64, marks=pytest.mark.slow)])
-def test_tokens_equal_those_of_torch(greedy: bool, rows: int, device: torch.device) -> None:
+@pytest.mark.parametrize("first_generation", [False, True])
+def test_tokens_equal_those_of_torch(first_generation: bool, greedy: bool, rows: int, device: torch.device) -> None:
     asked = requests(greedy, rows)
-    expected = generate(model(get_ops("torch"), device), asked)
-    got = generate(model(get_ops("triton", device), device), asked)
+    expected = generate(model(get_ops("torch"), device, first_generation=first_generation), asked)
+    got = generate(model(get_ops("triton", device), device, first_generation=first_generation), asked)
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.equal(mine.rows, theirs.rows)
         assert torch.equal(mine.frames, theirs.frames)
@@ -76,9 +80,10 @@ class _Refuses(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.parametrize("first_generation", [False, True])
 @pytest.mark.parametrize("guided", [True, False])
-def test_a_step_is_its_launches_and_nothing_else(guided: bool, device: torch.device) -> None:
-    made = model(get_ops("triton", device), device)
+def test_a_step_is_its_launches_and_nothing_else(guided: bool, first_generation: bool, device: torch.device) -> None:
+    made = model(get_ops("triton", device), device, first_generation=first_generation)
     state = ready_state(made, guided)
     names: list[str] = []
 

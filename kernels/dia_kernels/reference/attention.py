@@ -99,13 +99,22 @@ def cross_attention(
     out: Tensor,
     workspace: object = None,
     settled: bool = False,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
-    """One decode step of cross-attention over the text, conditional rows only. No RoPE.
+    """One decode step of cross-attention over the text, conditional rows only.
 
     q, out: `[batch, heads * head_dim]`; k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`;
     block_table: `[batch, max_pages]` int32; lengths: `[batch]` int32, tokens of text; at 0 `out` is 0.
     settled: as for `rope_attention`, nothing but q.
+    cos, sin: `[max_positions, head_dim / 2]` float32, and positions: `[batch]` int32, below 0 for inert rows: q is
+    rotated in fp32 and rounded once to its dtype, as the first generation of Dia does (whose k were rotated when they
+    were stored). Without them there is no RoPE.
     """
+    if cos is not None and sin is not None and positions is not None:
+        at = positions.long().clamp(min=0)
+        q = _rotate(q.view(q.shape[0], -1, k_pages.shape[3]), cos[at], sin[at]).view(q.shape)
     return _attend_each(q, k_pages, v_pages, block_table, lengths.tolist(), out)
 
 

@@ -68,7 +68,9 @@ def _numbers(scores: Tensor) -> Tensor:
     return torch.where(scores < torch.inf, scores, -torch.inf)
 
 
-def _candidates(logits: Tensor, guidance_scale: Tensor, top_k: Tensor, eos: int) -> tuple[Tensor, Tensor]:
+def _candidates(
+    logits: Tensor, guidance_scale: Tensor, top_k: Tensor, eos: int, first_generation: bool
+) -> tuple[Tensor, Tensor]:
     """Steps 1 to 4 of `sample_weights`: scores, minus infinity for ids that are out, and where one was no number.
 
     `[batch, channels, vocab]` float32 and `[batch, channels]` bool.
@@ -85,12 +87,18 @@ def _candidates(logits: Tensor, guidance_scale: Tensor, top_k: Tensor, eos: int)
         mixed = cond + guidance_scale[:, None, None] * (cond - logits[batch:])
         wrong |= guided[:, None, None] & ~((logits[batch:] < torch.inf) & (mixed < torch.inf))
         mixed = _numbers(mixed)
-        kept = torch.where(_keep_top_k(mixed, top_k), torch.where(top_k[:, None, None] > 0, cond, mixed), minus_inf)
-        scores = torch.where(guided[:, None, None], kept, scores)
+        if first_generation:
+            scores = torch.where(guided[:, None, None], mixed, scores)
+            guided = torch.zeros_like(guided)
+        else:
+            kept = torch.where(_keep_top_k(mixed, top_k), torch.where(top_k[:, None, None] > 0, cond, mixed), minus_inf)
+            scores = torch.where(guided[:, None, None], kept, scores)
 
     ids = torch.arange(vocab, device=logits.device, dtype=torch.int64)
     limit = torch.full((channels, 1), eos, device=logits.device, dtype=torch.int64)
     limit[0] += 1
+    if first_generation:
+        scores[:, 0, eos] *= 0.8
     scores = torch.where(ids < limit, scores, minus_inf)
     first = scores[:, 0]
     eos_wins = first.argmax(-1, keepdim=True) == eos
@@ -108,6 +116,7 @@ def sample_weights(
     top_p: Tensor,
     *,
     eos: int,
+    first_generation: bool = False,
 ) -> Tensor:
     """The distribution that `sample` draws from, as integer weights `[batch, channels, vocab]` (int64).
 
@@ -124,8 +133,11 @@ def sample_weights(
 
     Ties are broken by the lower id throughout. NaN and infinity count as minus infinity, among the logits and among
     the guided ones. If no candidate is left, id 0 gets the weight (argmax of nothing).
+
+    first_generation: the rules of the first Dia-1.6B. In step 1 `guided` itself goes on, whatever `top_k` is; before
+    step 2 the logit of `eos` on channel 0 is multiplied by 0.8; step 4 is for all slots.
     """
-    return _weights(_candidates(logits, guidance_scale, top_k, eos)[0], temperature, top_k, top_p)
+    return _weights(_candidates(logits, guidance_scale, top_k, eos, first_generation)[0], temperature, top_k, top_p)
 
 
 def _weights(scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -159,6 +171,7 @@ def sample(
     status: Tensor,
     *,
     eos: int,
+    first_generation: bool = False,
 ) -> Tensor:
     """Draws one code per slot and channel.
 
@@ -166,6 +179,7 @@ def sample(
     row: `[batch]` int32, index of the row being sampled, the step in the random key; a slot with `row < 0` is inert.
     seed: `[batch]` int64; guidance_scale: `[batch]` float32, 1 for none; temperature: `[batch]` float32, 0 for greedy;
     top_k: `[batch]` int32, 0 for all; top_p: `[batch]` float32 in (0, 1]; out: `[batch, channels]` int32.
+    first_generation: as in `sample_weights`.
     The draw is `floor(u * total)` on the cumulative integer weights in id order, `u` the 32-bit Philox word of
     (seed, row, channel): the same seed gives the same code whatever else is in the batch.
 
@@ -175,7 +189,7 @@ def sample(
     as transformers does, which raises in the other case). Minus infinity is no fault by itself: such an id is out.
     Whatever the bits of the logits are, a code is from 0 to `vocab - 1`.
     """
-    scores, wrong = _candidates(logits, guidance_scale, top_k, eos)
+    scores, wrong = _candidates(logits, guidance_scale, top_k, eos, first_generation)
     weights = _weights(scores, temperature, top_k, top_p)
     batch, channels, _ = weights.shape
     channel = torch.arange(channels, device=logits.device, dtype=torch.int64).expand(batch, channels)
