@@ -1,7 +1,7 @@
 """sample: from two rows of logits to one code per channel, in one launch.
 
     guided = cond + scale * (cond - uncond);  candidates = conditional logits of the top_k best guided ids
-    (first generation: the guided logits themselves, EOS x 0.8, then the EOS rule, then the top_k best)
+    (first generation: the guided logits themselves, EOS x 0.8, out unless it is the argmax, then the top_k best)
     EOS rule on channel 0;  weights = floor(exp((score - max) * (1 / temperature)) * 2^30 + 0.5)
     top_p;  one Philox draw;  a status where scores are not numbers or no candidate is left
 
@@ -69,10 +69,16 @@ def _numbers(x):
 
 
 @triton.jit
-def _eos_rule(score, ids, channel, EOS: tl.constexpr):
-    """Channel 0: EOS alone if it is the argmax, otherwise not at all. Other channels: unchanged."""
+def _eos_rule(score, ids, channel, EOS: tl.constexpr, FIRST: tl.constexpr):
+    """Channel 0: EOS alone if it is the argmax, otherwise not at all. Other channels: unchanged.
+
+    In the first generation the others stay beside an EOS that is the argmax.
+    """
     wins = tl.argmax(score, 0, tie_break_left=True) == EOS
-    return tl.where((channel == 0) & ((ids == EOS) != wins), float("-inf"), score)
+    if FIRST:
+        return tl.where((ids == EOS) & ~wins, float("-inf"), score)
+    else:
+        return tl.where((channel == 0) & ((ids == EOS) != wins), float("-inf"), score)
 
 
 @triton.jit
@@ -113,7 +119,7 @@ def _sample(
     if PAIRED:
         guided = scale != 1.0
     if not FIRST:
-        ranked = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS)
+        ranked = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS, FIRST)
     if guided:
         other = tl.load(logits_ptr + ((batch + slot) * CHANNELS + channel) * VOCAB + ids, mask=real, other=0.0)
         mixed = cond + scale * (cond - other)
@@ -124,7 +130,7 @@ def _sample(
             ranked = tl.where(real, _numbers(mixed), float("-inf"))
     if FIRST:
         cond = tl.where((channel == 0) & (ids == EOS), cond * 0.8, cond)
-        ranked = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS)
+        ranked = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS, FIRST)
     kept = real
     if top_k > 0:
         kept = _keep_top_k(_ordered(ranked), real, top_k, DIGIT)
@@ -132,7 +138,7 @@ def _sample(
     if not FIRST and guided:
         # Special ids took part in the ranking and only now leave, as in both reference implementations.
         score = tl.where(kept & allowed, tl.where(top_k > 0, cond, ranked), float("-inf"))
-        score = _eos_rule(score, ids, channel, EOS)
+        score = _eos_rule(score, ids, channel, EOS, FIRST)
 
     best = tl.argmax(score, 0, tie_break_left=True)
     temperature = tl.load(temperature_ptr + slot)

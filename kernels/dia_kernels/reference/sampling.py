@@ -102,7 +102,8 @@ def _candidates(
     scores = torch.where(ids < limit, scores, minus_inf)
     first = scores[:, 0]
     eos_wins = first.argmax(-1, keepdim=True) == eos
-    scores[:, 0] = torch.where((ids == eos) == eos_wins, first, minus_inf)
+    out = (ids == eos) & ~eos_wins if first_generation else (ids == eos) != eos_wins
+    scores[:, 0] = torch.where(out, minus_inf, first)
     if not bool(guided.all()):
         scores = torch.where(guided[:, None, None] | _keep_top_k(scores, top_k), scores, minus_inf)
     return scores, wrong.any(-1)
@@ -135,7 +136,8 @@ def sample_weights(
     the guided ones. If no candidate is left, id 0 gets the weight (argmax of nothing).
 
     first_generation: the rules of the first Dia-1.6B. In step 1 `guided` itself goes on, whatever `top_k` is; before
-    step 2 the logit of `eos` on channel 0 is multiplied by 0.8; step 4 is for all slots.
+    step 2 the logit of `eos` on channel 0 is multiplied by 0.8; in step 3 an `eos` that is the argmax does not stay
+    alone; step 4 is for all slots.
     """
     return _weights(_candidates(logits, guidance_scale, top_k, eos, first_generation)[0], temperature, top_k, top_p)
 
