@@ -61,14 +61,15 @@ def _cross_attention(
     t = begin + tl.arange(0, SPLIT)
     page = tl.load(table_ptr + row * max_pages + t // PAGE, mask=t // PAGE < max_pages, other=0)
     length = tl.load(lengths_ptr + row)
+    if (begin >= length) & (split > 0):
+        return  # see `paged`
     live = t < length
     k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
     if USE_PDL and SETTLED:
         tl.debug_barrier()
         tl.extra.cuda.gdc_wait()
-    if begin >= length:
-        nothing = tl.zeros([BLOCK_G, BLOCK_D], out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, nothing, mask=grouped & (split == 0))  # only an empty row gets here with split 0
+    if length <= 0:
+        tl.store(out_ptr + at, tl.zeros([BLOCK_G, BLOCK_D], out_ptr.dtype.element_ty), mask=grouped)
         return
 
     q = tl.load(q_ptr + at, mask=grouped, other=0.0)

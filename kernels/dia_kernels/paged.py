@@ -7,6 +7,10 @@ query heads of one kv head, so K and V are read once. A row of one split is writ
 leaves its sum, maximum and weight in the workspace and counts itself in; whoever comes last merges the splits in their
 order and sets the counter back. The split size does not depend on the rows, nor does anything else in a program: a
 row's result is the same to the bit whatever its neighbours are.
+
+Programs beyond the end of their row return at once: registers that they held would be missing for the weights of the
+launches behind. The first program of each row waits for the launch in front even where the row is empty. A launch of
+which no program waited could end before the one in front of it, and `settled` relies on launches ending in order.
 """
 
 from typing import Any, NamedTuple

@@ -60,19 +60,20 @@ def _rope_attention(
     t = begin + tl.arange(0, SPLIT)
     page = tl.load(table_ptr + t // PAGE, mask=t // PAGE < max_pages, other=0)
     position = tl.load(positions_ptr + row)
+    if (begin > position) & (split > 0):
+        return  # see `paged`
     live = t < position
     k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
-    turned = used & (begin <= position)
+    turned = used & (position >= 0)
     cos = tl.load(cos_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=turned, other=0.0)
     sin = tl.load(sin_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=turned, other=0.0)
-    new_page = tl.load(table_ptr + position // PAGE, mask=begin <= position, other=0).to(tl.int64)
+    new_page = tl.load(table_ptr + position // PAGE, mask=position >= 0, other=0).to(tl.int64)
     if USE_PDL and SETTLED:
         tl.debug_barrier()
         tl.extra.cuda.gdc_wait()
-    if begin > position:
+    if position < 0:
         nothing = tl.zeros([BLOCK_G, BLOCK_D], out_ptr.dtype.element_ty)
-        inert = grouped & (split == 0)  # only a position of -1 gets here with split 0
-        tl.store(out_ptr + (row_head * GROUP + g[:, None]) * HEAD_DIM + d[None, :], nothing, mask=inert)
+        tl.store(out_ptr + (row_head * GROUP + g[:, None]) * HEAD_DIM + d[None, :], nothing, mask=grouped)
         return
 
     qkv_ptr += row * ((GROUP + 2) * KV_HEADS * HEAD_DIM)
