@@ -17,8 +17,9 @@ LONGEST_KERNEL = 80  # a fused kernel reads best in one piece
 # What a part of the tree must not import; the longest matching prefix of a module's name counts.
 FORBIDDEN = {
     "dia_kernels": ("dia_fast", "bench", "tests"),
-    "dia_fast": ("dia_fast.integrations", "dia_fast.cli", "bench", "tests"),
+    "dia_fast": ("dia_fast.integrations", "dia_fast.server", "dia_fast.cli", "bench", "tests"),
     "dia_fast.integrations": ("dia_fast.cli", "bench", "tests"),
+    "dia_fast.server": ("dia_fast.integrations", "dia_fast.cli", "bench", "tests"),
     "dia_fast.cli": ("bench", "tests"),
     "dia_fast.__main__": ("bench", "tests"),
     "examples": ("dia_kernels", "bench", "tests"),

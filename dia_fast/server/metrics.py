@@ -1,0 +1,45 @@
+"""What a server counts, in a registry of its own, as Prometheus reads it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 300)
+_STEPS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.5)
+_FACTORS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20)
+
+
+class Metrics:
+    """Counters and histograms of one server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        into: dict[str, Any] = {"registry": self.registry, "namespace": "dia_fast"}
+        self.requests = Counter("requests", "HTTP requests", ["endpoint", "format", "status"], **into)
+        self.queue = Histogram("queue_seconds", "from the request to its slot", buckets=_SECONDS, **into)
+        self.first_byte = Histogram("first_byte_seconds", "from the request to sound", buckets=_SECONDS, **into)
+        self.factor = Histogram("realtime_factor", "seconds of sound by seconds of work", buckets=_FACTORS, **into)
+        self.audio = Counter("audio_seconds", "sound made", **into)
+        self.steps = Counter("steps", "decode steps", **into)
+        self.step_seconds = Histogram("step_seconds", "of one decode step", buckets=_STEPS, **into)
+        self.disconnects = Counter("disconnects", "clients that left before the end", **into)
+        self.cut = Counter("cut", "speech that reached its length limit", **into)
+
+    def watch(self, name: str, about: str, value: Callable[[], float]) -> None:
+        """A gauge that is asked when it is read."""
+        Gauge(name, about, registry=self.registry, namespace="dia_fast").set_function(value)
+
+    def build_info(self, **labels: str) -> None:
+        """What runs here."""
+        gauge = Gauge("build_info", "always 1", list(labels), registry=self.registry, namespace="dia_fast")
+        gauge.labels(**labels).set(1)
+
+    def stepped(self, seconds: float) -> None:
+        """Count a step."""
+        self.steps.inc()
+        self.step_seconds.observe(seconds)
+
+    def page(self) -> bytes:
+        """The contents of `/metrics`."""
+        return generate_latest(self.registry)

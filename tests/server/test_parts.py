@@ -1,0 +1,187 @@
+"""The parts of the server that need no process."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+pytest.importorskip("fastapi", reason="the extra server is not installed")
+
+from dia_fast import Dia, InputError
+from dia_fast.script import join_pieces
+from dia_fast.server.encoders import FORMATS, Pipeline, _Sink
+from dia_fast.server.options import Options, read_keys
+from dia_fast.server.queueing import Gate
+from dia_fast.server.schemas import SpeechRequest
+from dia_fast.server.service import Service
+from dia_fast.server.speech import Seams
+from tests.server.serving import LONG
+
+
+@hypothesis.given(
+    st.lists(st.lists(st.integers(1, 900), max_size=4), min_size=1, max_size=4), st.integers(0, 2**31), st.data()
+)
+def test_seams_are_those_of_whole_segments(sizes: list[list[int]], seed: int, data: st.DataObject) -> None:
+    """Samples that come in pieces, joined, are what `join_pieces` makes of the segments, at every cut."""
+    drawn = np.random.default_rng(seed)
+    segments = [[drawn.standard_normal(size).astype(np.float32) for size in parts] for parts in sizes]
+    seams = Seams(8000, len(segments))
+    out = []
+    for parts in segments:
+        out += [seams.write(part) for part in parts]
+        seams.end()
+    out.append(seams.close())
+    whole = [np.concatenate([np.zeros(0, np.float32), *parts]) for parts in segments]
+    np.testing.assert_array_equal(np.concatenate(out), join_pieces(whole, 8000))
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 30), st.binary(max_size=12)), max_size=20))
+def test_a_sink_gives_what_was_appended_once(writes: list[tuple[int, bytes]]) -> None:
+    sink, kept = _Sink(), b""
+    model = bytearray()
+    for back, data in writes:
+        position = max(0, len(model) - back)
+        sink.seek(position)
+        sink.write(data)
+        model += data[len(model) - position :]
+        kept += sink.take()
+    assert kept == bytes(model) and sink.seek(0, 2) == len(model)
+
+
+@pytest.mark.parametrize("form", [name for name in FORMATS if name != "aac"])
+def test_cuts_do_not_change_what_is_written(form: str) -> None:
+    samples = (0.3 * np.sin(np.arange(20_000) * 0.05)).astype(np.float32)
+    shape = FORMATS[form]
+
+    def written(cuts: list[int]) -> bytes:
+        pipeline = Pipeline(shape, 16_000, shape.rate(16_000))
+        return b"".join(pipeline.write(part) for part in np.split(samples, cuts)) + pipeline.close()
+
+    one, several = written([]), written([1, 4_000, 4_001, 15_000])
+    if form == "opus":  # a serial number is drawn, and pages follow the writes
+        assert abs(len(one) - len(several)) < 500
+    else:
+        assert one == several
+
+
+def test_opus_pages_come_often() -> None:
+    """libsndfile keeps a second back unless told otherwise, by a command that soundfile has no name for."""
+    pipeline = Pipeline(FORMATS["opus"], 16_000, 48_000)
+    sound = np.random.default_rng(0).standard_normal(16_000 * 2).astype(np.float32) * 0.1
+    sizes = [len(pipeline.write(part)) for part in np.split(sound, 20)]
+    assert sum(size > 0 for size in sizes[3:]) >= 15
+
+
+def test_a_slow_reader_holds_no_slot_and_little_sound() -> None:
+    """Nobody reads: some sound is made ahead, then the speech waits, and another one is spoken meanwhile."""
+
+    async def speak() -> None:
+        service = Service(Options(max_batch=1, slow_seconds=1.0), lambda: Dia.from_pretrained("demo", max_batch=1))
+        await service.load()
+        assert service.state == "ready", service.failure
+        try:
+            slow = service.start(await service.prepared(SpeechRequest(input=LONG, seed=5), LONG))
+            while slow._held <= 1.0:
+                await asyncio.sleep(0.01)
+            while not service.gate.free:
+                await asyncio.sleep(0.01)
+            made = slow.seconds
+            other = service.start(await service.prepared(SpeechRequest(input="[S1] Red.", seed=3), "[S1] Red."))
+            assert b"".join([data async for data in other])
+            assert slow.seconds == made < 1.5 and not slow.task.done()
+            async for _ in slow:
+                pass
+            assert slow.seconds > 2 and service.gate.free == 1
+        finally:
+            await service.close()
+
+    asyncio.run(asyncio.wait_for(speak(), 60))
+
+
+def test_those_who_go_on_come_before_those_who_begin() -> None:
+    async def queue() -> list[str]:
+        gate, order = Gate(1, 9), list[str]()
+
+        async def take(name: str, goes_on: bool) -> None:
+            release = await gate.acquire(goes_on=goes_on)
+            order.append(name)
+            await asyncio.sleep(0)
+            release()
+            release()
+
+        first = await gate.acquire(goes_on=False)
+        tasks = [asyncio.create_task(take(name, name == "on")) for name in ("a", "b", "on", "left")]
+        await asyncio.sleep(0)
+        tasks[3].cancel()
+        first()
+        tasks[0].cancel()  # the slot was just given to "on"; "a" leaves the line
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert gate.free == 1
+        return order
+
+    assert asyncio.run(queue()) == ["on", "b"]
+
+
+def test_a_slot_given_to_one_who_leaves_goes_on_to_the_next() -> None:
+    async def queue() -> None:
+        gate = Gate(1, 9)
+        first = await gate.acquire(goes_on=False)
+        leaving, next_one = (asyncio.create_task(gate.acquire(goes_on=False)) for _ in range(2))
+        await asyncio.sleep(0)
+        first()
+        leaving.cancel()
+        (await asyncio.wait_for(next_one, 1))()
+        assert gate.free == 1
+
+    asyncio.run(queue())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"host": "0.0.0.0"},
+        {"host": "::"},
+        {"host": "example.com"},
+        {"port": 70_000},
+        {"max_queue": -1},
+        {"keys": ("",)},
+        {"uploads": True},
+        {"max_body": 1},
+        {"request_timeout": float("nan")},
+    ],
+)
+def test_options_that_cannot_be(wrong: dict) -> None:
+    with pytest.raises(InputError):
+        Options(**wrong)
+
+
+def test_options_that_can_be() -> None:
+    for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
+        assert Options(host=host).loopback
+    assert not Options(host="0.0.0.0", keys=("k",)).loopback
+    assert not Options(host="0.0.0.0", no_auth=True).loopback
+    assert "k3y" not in repr(Options(keys=("k3y",)))
+
+
+def test_keys_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# ours\n\n one \ntwo\n")
+    assert read_keys(path) == ("one", "two")
+    path.write_text("# none\n")
+    with pytest.raises(InputError, match="holds no key"):
+        read_keys(path)
+
+
+def test_encoders_work_side_by_side() -> None:
+    samples = np.random.default_rng(0).standard_normal(40_000).astype(np.float32) * 0.1
+
+    def one(_: int) -> bytes:
+        pipeline = Pipeline(FORMATS["mp3"], 16_000, 16_000)
+        return b"".join(pipeline.write(part) for part in np.split(samples, 8)) + pipeline.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(one, range(8)))) == 1
