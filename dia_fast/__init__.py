@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dia_fast.config import DiaConfig
     from dia_fast.errors import CheckpointError, DiaFastError, InputError, OutOfPages, SilentSpeech
     from dia_fast.outcome import Outcome
-    from dia_fast.settings import SamplingSettings
+    from dia_fast.settings import SamplingParams
     from dia_fast.text import TextWarning
     from dia_fast.voice import demo_voice
 
@@ -30,7 +30,7 @@ _HOMES = {
     "InputError": "errors",
     "OutOfPages": "errors",
     "Outcome": "outcome",
-    "SamplingSettings": "settings",
+    "SamplingParams": "settings",
     "SilentSpeech": "errors",
     "TextWarning": "text",
     "demo_voice": "voice",
@@ -45,7 +45,7 @@ __all__ = [
     "InputError",
     "OutOfPages",
     "Outcome",
-    "SamplingSettings",
+    "SamplingParams",
     "SilentSpeech",
     "TextWarning",
     "demo_voice",

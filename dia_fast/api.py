@@ -28,10 +28,9 @@ from dia_fast.arguments import (
     ids_of,
     is_list,
     one_text,
+    params_for,
     progress_of,
-    request_of,
     seeds_of,
-    settings_for,
     texts_of,
 )
 from dia_fast.audio import Audio
@@ -45,11 +44,12 @@ from dia_fast.packing import packed_shapes
 from dia_fast.placement import choose_device, choose_dtype
 from dia_fast.prompts import AudioPrompt, encode_prompts, prompt_for_each
 from dia_fast.reading import Reading, readings_of, speak_scripts
-from dia_fast.settings import CHECKPOINT, Default, SamplingSettings
-from dia_fast.streaming import checked_seconds
+from dia_fast.settings import SamplingOptions, SamplingParams
 from dia_kernels import get_ops
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from dia_fast.codec import Codec
 
 
@@ -68,7 +68,7 @@ class Dia:
         self.model = model
         self._codec = codec
         self._load_codec: dict[str, Any] = {"device": model.device, "ops": model.ops}
-        self.defaults = SamplingSettings()
+        self.defaults = SamplingParams()
         self._engine: Engine | None = None
         self._limits = engine_limits(max_batch, memory)
         self._making = threading.RLock()
@@ -190,47 +190,41 @@ class Dia:
         audio_prompt: Prompts = None,
         prompt_text: str | None = None,
         split: str | None = None,
-        max_new_tokens: int | Default = CHECKPOINT,
-        guidance_scale: float | Default | None = CHECKPOINT,
-        temperature: float | Default = CHECKPOINT,
-        top_p: float | Default = CHECKPOINT,
-        top_k: int | Default | None = CHECKPOINT,
-        do_sample: bool | Default = CHECKPOINT,
         seed: Seeds = None,
-        retries: int | Default = CHECKPOINT,
         progress: Progress = False,
+        sampling_params: SamplingParams | None = None,
+        **options: "Unpack[SamplingOptions]",
     ) -> Audio | list[Audio]:
-        """Speaks a text, or each text of a list in one batch; returns an `Audio`, or a list of them.
+        """Speak a text, or each text of a list in one batch.
 
-        text: a transcript with speaker tags, `"[S1] ... [S2] ..."`. audio_prompt: a voice to go on in, as a path, an
-        `Audio`, a pair `(samples, sample_rate)` or codes `[frames, channels]`; the text must then begin with what the
-        prompt says, and the result holds the new words only. For a list of texts: one prompt for all, or a list with
-        one for each (None for none). prompt_text: what the prompts say, so that no text needs to begin with it. split:
-        `"auto"` cuts a text that is too long for the model (some 20 s) into pieces of about 9 s, speaks each in the
-        voice of the prompt, or of what was spoken before, and joins them with a fade of 10 ms on either side;
-        `max_new_tokens` holds for each piece, and the seed for the first (see `reading.piece_seed`). The other
-        settings: see `SamplingSettings`; one that is not given is the checkpoint's (`Dia.defaults`, from its
-        generation_config.json); `max_new_tokens` is cut to the positions that the prompt leaves. seed: an int
-        for all texts, or one for each; a text sounds the same alone and in a list. None draws one for each text; it is
-        in `Audio.seed`. A text, or a segment, in which the model says nothing is tried again `retries` times (2) with
-        seeds derived from its own; of silence there is a warning, and `Audio.outcome` tells what became of each
-        segment. progress: True for a bar on standard error, or a function that is called with the number of steps so
-        far.
-        Raises InputError, before anything is computed, for whatever cannot be used.
+        Args:
+            text: a transcript with speaker tags, `"[S1] ... [S2] ..."`, or a list of them.
+            audio_prompt: a voice to go on in: a path, an `Audio`, a pair `(samples, sample_rate)` or codes
+                `[frames, channels]`. The text must begin with the words of the prompt, unless `prompt_text` gives
+                them; the result holds the new words only. For a list of texts: one prompt for all, or a list with one
+                for each (None for none).
+            prompt_text: the words of the prompts.
+            split: `"auto"` cuts a text that is too long for the model (some 20 s) into segments of about 9 s, speaks
+                each in the voice of the prompt, or of what was spoken before, and joins them with a fade of 10 ms on
+                either side. `max_new_tokens` then holds for each segment, and the seed for the first.
+            seed: an int for all texts, or one for each; a text sounds the same alone and in a list. None draws one for
+                each text; it is in `Audio.seed`.
+            progress: True for a bar on standard error, or a function that is called with the number of steps so far.
+            sampling_params: settings in the place of the checkpoint's (`Dia.defaults`, from generation_config.json).
+            options: fields of `SamplingParams`, in the place of either: `temperature=1.0`. `max_new_tokens` is cut to
+                the positions that the prompt leaves.
+
+        Returns:
+            An `Audio`, or a list of them for a list of texts. `Audio.outcome` tells what became of each segment: one in
+            which the model said nothing has been tried again `retries` times, with seeds derived from its own.
+
+        Raises:
+            InputError: before anything is computed, for a value that cannot be used.
         """
-        settings = settings_for(
-            self.config,
-            self.defaults,
-            max_new_tokens=max_new_tokens,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            do_sample=do_sample,
-            retries=retries,
-        )
+        params = params_for(self.config, self.defaults, sampling_params, **options)
         codec = self.codec
-        readings = self._speak(text, audio_prompt, prompt_text, split, settings, seed, progress)
+        readings = self._readings(text, audio_prompt, prompt_text, split, params, seed)
+        speak_scripts(self.engine, readings, progress)
         audios = [reading.audio(codec) for reading in readings]
         return audios if is_list(text) else audios[0]
 
@@ -239,92 +233,77 @@ class Dia:
         text: Texts,
         *,
         audio_prompt: Prompts = None,
-        max_new_tokens: int | Default = CHECKPOINT,
-        guidance_scale: float | Default | None = CHECKPOINT,
-        temperature: float | Default = CHECKPOINT,
-        top_p: float | Default = CHECKPOINT,
-        top_k: int | Default | None = CHECKPOINT,
-        do_sample: bool | Default = CHECKPOINT,
+        prompt_text: str | None = None,
+        split: str | None = None,
         seed: Seeds = None,
-        retries: int | Default = CHECKPOINT,
         progress: Progress = False,
+        sampling_params: SamplingParams | None = None,
+        **options: "Unpack[SamplingOptions]",
     ) -> list[Tensor]:
         """As `generate`, but returns the codes of each text, `[frames, channels]` int64 on the CPU, always as a list.
 
         Needs no codec, unless a prompt is sound.
         """
-        settings = settings_for(
-            self.config,
-            self.defaults,
-            max_new_tokens=max_new_tokens,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            do_sample=do_sample,
-            retries=retries,
-        )
-        return [item.codes() for item in self._speak(text, audio_prompt, None, None, settings, seed, progress)]
+        params = params_for(self.config, self.defaults, sampling_params, **options)
+        readings = self._readings(text, audio_prompt, prompt_text, split, params, seed)
+        speak_scripts(self.engine, readings, progress)
+        return [reading.codes() for reading in readings]
 
     def stream(
         self,
         text: str | bytes,
         *,
         chunk_seconds: float = 0.5,
+        first_chunk_seconds: float = streaming.FIRST_CHUNK_SECONDS,
         audio_prompt: AudioPrompt = None,
-        max_new_tokens: int | Default = CHECKPOINT,
-        guidance_scale: float | Default | None = CHECKPOINT,
-        temperature: float | Default = CHECKPOINT,
-        top_p: float | Default = CHECKPOINT,
-        top_k: int | Default | None = CHECKPOINT,
-        do_sample: bool | Default = CHECKPOINT,
+        prompt_text: str | None = None,
+        split: str | None = None,
         seed: int | None = None,
-        retries: int | Default = CHECKPOINT,
         progress: Progress = False,
+        sampling_params: SamplingParams | None = None,
+        **options: "Unpack[SamplingOptions]",
     ) -> streaming.Stream:
-        """Speaks one text and yields the sound piece by piece, each as soon as it is certain.
+        """Speak one text and yield the sound chunk by chunk, each as soon as it is certain.
 
-        chunk_seconds: length of every chunk but the last, rounded to frames of 11.6 ms. The first one comes when its
-        own frames, 10 more that its samples depend on and the 15 rows of the delay pattern are done. The rest as in
-        `generate`, whose sound for the same seed the chunks are when joined. Streams in several threads share a batch.
+        The chunks joined are the sound of `generate` for the same seed. Streams in several threads share a batch.
         Nothing happens between two chunks unless other threads use this Dia. To give up early, leave the loop and
-        `close()` the iterator (or drop it): the request ends and its memory is free. Raises as `generate` does, at
-        once; after the first chunk only what went wrong since, and then in this stream alone.
+        `close()` the iterator (or drop it): the request ends and its memory is free.
+
+        Args:
+            text: as in `generate`, one of them. A script that `split="auto"` cuts is spoken segment by segment; with a
+                voice the next one is begun while this one is heard.
+            chunk_seconds: length of every chunk but the first and a segment's last, rounded to frames of 11.6 ms.
+            first_chunk_seconds: length of the first one, if that is less. It comes when its own frames, 10 more that
+                its samples depend on and the 15 rows of the delay pattern are done.
+            audio_prompt, prompt_text, split, seed, progress, sampling_params, options: as in `generate`.
+
+        Raises:
+            InputError: at once, as `generate` does; after the first chunk only what went wrong since, and then in this
+                stream alone.
         """
-        settings = settings_for(
-            self.config,
-            self.defaults,
-            max_new_tokens=max_new_tokens,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            do_sample=do_sample,
-            retries=retries,
+        params = params_for(self.config, self.defaults, sampling_params, **options)
+        sizes = (
+            streaming.checked_seconds("chunk_seconds", chunk_seconds),
+            streaming.checked_seconds("first_chunk_seconds", first_chunk_seconds),
         )
-        seconds, ids = checked_seconds(chunk_seconds), ids_of(self.config, one_text(text))
-        [drawn] = seeds_of(seed, 1, settings)
+        one_text(text)
         progress_of(progress, 1)
         codec = self.codec
-        [codes] = self._codes(prompt_for_each(audio_prompt, 1, False))
-        request = request_of(self.config, text, ids, drawn, codes, settings, frames_per_second=codec.frames_per_second)
-        attempts = streaming.Attempts(self.config, text, settings, request)
-        return streaming.Stream(attempts, streaming.stream(self.engine, codec, attempts, seconds, progress))
+        [reading] = self._readings(text, audio_prompt, prompt_text, split, params, seed)
+        return streaming.Stream(reading, streaming.stream(self.engine, codec, reading, *sizes, progress))
 
     def astream(
         self,
         text: str | bytes,
         *,
         chunk_seconds: float = 0.5,
+        first_chunk_seconds: float = streaming.FIRST_CHUNK_SECONDS,
         audio_prompt: AudioPrompt = None,
-        max_new_tokens: int | Default = CHECKPOINT,
-        guidance_scale: float | Default | None = CHECKPOINT,
-        temperature: float | Default = CHECKPOINT,
-        top_p: float | Default = CHECKPOINT,
-        top_k: int | Default | None = CHECKPOINT,
-        do_sample: bool | Default = CHECKPOINT,
+        prompt_text: str | None = None,
+        split: str | None = None,
         seed: int | None = None,
-        retries: int | Default = CHECKPOINT,
+        sampling_params: SamplingParams | None = None,
+        **options: "Unpack[SamplingOptions]",
     ) -> streaming.AsyncStream:
         """`stream` for asyncio: `async for chunk in dia.astream(text)`. Never blocks the event loop.
 
@@ -332,33 +311,28 @@ class Dia:
         that is closed with `aclose()`, ends its request. Raises InputError at once for a text or a setting, and with
         the first chunk for an audio prompt or the codec.
         """
-        settings = settings_for(
-            self.config,
-            self.defaults,
-            max_new_tokens=max_new_tokens,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            do_sample=do_sample,
-            retries=retries,
+        params = params_for(self.config, self.defaults, sampling_params, **options)
+        sizes = (
+            streaming.checked_seconds("chunk_seconds", chunk_seconds),
+            streaming.checked_seconds("first_chunk_seconds", first_chunk_seconds),
         )
-        seconds, ids = checked_seconds(chunk_seconds), ids_of(self.config, one_text(text))
-        [drawn] = seeds_of(seed, 1, settings)
-        prompts = prompt_for_each(audio_prompt, 1, False)
-        attempts = streaming.Attempts(self.config, text, settings)
+        [drawn] = seeds_of(seed, 1, params)
+        ids_of(self.config, one_text(text))
+        prompt_for_each(audio_prompt, 1, False)
+        made: list[Reading] = []
+
+        def prepare() -> tuple[Engine, "Codec", Reading]:
+            running, codec = self.engine, self.codec
+            made.extend(self._readings(text, audio_prompt, prompt_text, split, params, drawn))
+            return running, codec, made[0]
 
         async def chunks() -> AsyncGenerator[Audio, None]:
-            running, codec, [codes] = await asyncio.to_thread(lambda: (self.engine, self.codec, self._codes(prompts)))
-            request = request_of(
-                self.config, text, ids, drawn, codes, settings, frames_per_second=codec.frames_per_second
-            )
-            attempts.request = request
-            async with aclosing(streaming.astream(running, codec, attempts, seconds)) as pieces:
+            prepared = await asyncio.to_thread(prepare)
+            async with aclosing(streaming.astream(*prepared, *sizes)) as pieces:
                 async for piece in pieces:
                     yield piece
 
-        return streaming.AsyncStream(attempts, chunks())
+        return streaming.AsyncStream(made, chunks())
 
     def forward_logits(self, text: Texts, rows: Any, *, guidance: bool = True) -> tuple[Tensor, Tensor | None]:
         """Teacher forcing: the logits that follow each of the given rows, for research and comparisons.
@@ -385,25 +359,22 @@ class Dia:
         kind = str(self.dtype).removeprefix("torch.")
         return f"Dia({size:,} parameters, {kind} on {self.device}, {self.model.ops.name} ops)"
 
-    def _speak(
+    def _readings(
         self,
         text: Texts,
         prompts: Prompts,
         prompt_text: str | None,
         split: str | None,
-        settings: SamplingSettings,
+        params: SamplingParams,
         seed: Seeds,
-        progress: Progress,
     ) -> list[Reading]:
-        """Checks everything, warns, and generates. Called by the public methods only: warnings blame their caller."""
+        """Turn the arguments of a call into scripts to be spoken, one for each text; every door goes through here."""
         texts = texts_of(text)
-        seeds = seeds_of(seed, len(texts), settings)
+        seeds = seeds_of(seed, len(texts), params)
         for item in texts:
             ids_of(self.config, item)
         codes = self._codes(prompt_for_each(prompts, len(texts), is_list(text)))
-        readings = readings_of(self.config, texts, codes, prompt_text, split, settings, seeds, self._rate())
-        speak_scripts(self.engine, readings, progress)
-        return readings
+        return readings_of(self.config, texts, codes, prompt_text, split, params, seeds, self._rate())
 
     def _rate(self) -> float:
         """Frames per second: of the codec, or of Dia's own where none is loaded."""

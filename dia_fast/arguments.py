@@ -1,5 +1,6 @@
 """What callers of `Dia` may pass, checked and brought into one form."""
 
+import difflib
 import math
 import os
 import re
@@ -17,8 +18,8 @@ from dia_fast.engine import MAX_BATCH, Request
 from dia_fast.errors import InputError, shown
 from dia_fast.progress import StepBar
 from dia_fast.prompts import AudioPrompt
-from dia_fast.settings import SamplingSettings, random_seed
-from dia_fast.text import CHARACTERS_PER_SECOND, SHORT_SECONDS, encode_text, warn_about
+from dia_fast.settings import SamplingOptions, SamplingParams, random_seed
+from dia_fast.text import SHORT_SECONDS, encode_text
 from dia_fast.values import tensor_of, whole_number
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ AnyCodec: TypeAlias = "str | os.PathLike[str] | Codec | None"
 Memory: TypeAlias = int | str | None
 
 FRAMES_PER_SECOND = 44_100 / 512  # of the codec that Dia was trained on
+
+_OPTIONS = (*SamplingOptions.__annotations__, "seed")
 
 _POWERS = ("", "K", "M", "G", "T")  # of 1000, or of 1024 as in KiB
 
@@ -66,8 +69,9 @@ def one_text(text: str | bytes) -> str | bytes:
     return text
 
 
-def seeds_of(seed: Seeds, count: int, settings: SamplingSettings) -> list[int]:
-    """A checked seed for each text."""
+def seeds_of(seed: Seeds, count: int, settings: SamplingParams) -> list[int]:
+    """A checked seed for each text. settings: with the one that holds if none is given."""
+    seed = settings.seed if seed is None else seed
     if seed is None:
         return [random_seed() for _ in range(count)]
     given: list[Any] = list(seed) if isinstance(seed, list | tuple) else [seed] * count
@@ -98,30 +102,29 @@ def expected_steps(config: DiaConfig, seconds: float, limit: int, frames_per_sec
     return max(1, min(math.ceil(seconds * frames_per_second) + max(config.delay_pattern), most)) + 1
 
 
-def expected_of(config: DiaConfig, requests: Sequence[Request], frames_per_second: float = FRAMES_PER_SECOND) -> int:
-    """Steps that the longest of some requests takes, as far as the length of its text tells."""
-    return max(
-        expected_steps(
-            config,
-            len(item.text_ids) / CHARACTERS_PER_SECOND
-            - (0 if item.prompt is None else len(item.prompt)) / frames_per_second,
-            item.max_new_tokens,
-            frames_per_second,
-        )
-        for item in requests
-    )
+def params_for(
+    config: DiaConfig, defaults: SamplingParams, given: SamplingParams | None = None, **options: Any
+) -> SamplingParams:
+    """Checked settings that leave room for a frame of sound.
 
-
-def settings_for(config: DiaConfig, defaults: SamplingSettings, **values: Any) -> SamplingSettings:
-    """Checked settings that leave room for a frame of sound; those not given are the defaults."""
-    settings = defaults.given(**values)
+    given: settings in the place of the defaults; options: single ones, in the place of either. Raises InputError for a
+    value, and TypeError for a name that is no setting.
+    """
+    if given is not None and not isinstance(given, SamplingParams):
+        raise InputError(f"sampling_params must be a SamplingParams, not {shown(given)}")
+    for name in options:
+        if name not in _OPTIONS:
+            close = difflib.get_close_matches(name, _OPTIONS, 1)
+            hint = f"; did you mean {close[0]}?" if close else f": they are {', '.join(_OPTIONS)}"
+            raise TypeError(f"{name!r} is no setting of sampling{hint}")
+    params = (given or defaults).given(**options)
     least = max(config.delay_pattern) + 2
-    if settings.max_new_tokens < least:
+    if params.max_new_tokens < least:
         raise InputError(
-            f"max_new_tokens must be at least {least}, not {settings.max_new_tokens}: the delay pattern completes "
+            f"max_new_tokens must be at least {least}, not {params.max_new_tokens}: the delay pattern completes "
             "the first frame of sound no earlier"
         )
-    return settings
+    return params
 
 
 def ids_of(config: DiaConfig, text: str | bytes) -> list[int]:
@@ -133,24 +136,7 @@ def ids_of(config: DiaConfig, text: str | bytes) -> list[int]:
     return ids
 
 
-def request_of(
-    config: DiaConfig,
-    text: str | bytes,
-    ids: list[int],
-    seed: int | None,
-    prompt: Tensor | None,
-    settings: SamplingSettings,
-    *,
-    frames_per_second: float = FRAMES_PER_SECOND,
-) -> Request:
-    """Warn about a text and make a request of it."""
-    seconds = 0.0 if prompt is None else len(prompt) / frames_per_second
-    longest = config.encoder.max_position_embeddings
-    warn_about(text, max_length=longest, prompt_seconds=seconds, least_seconds=least_seconds(config))
-    return make_request(ids, seed, prompt, settings)
-
-
-def make_request(ids: list[int], seed: int | None, prompt: Tensor | None, settings: SamplingSettings) -> Request:
+def make_request(ids: list[int], seed: int | None, prompt: Tensor | None, settings: SamplingParams) -> Request:
     """A request with these settings, whatever their seed."""
     return Request(
         ids,

@@ -9,11 +9,11 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dia_fast.arguments import settings_for
+from dia_fast.arguments import params_for
 from dia_fast.audio import Audio, load_audio
 from dia_fast.batch_items import Failed, Item
 from dia_fast.errors import DiaFastError, InputError
@@ -148,7 +148,7 @@ class Batch:
         rate = dia.codec.frames_per_second
         for item in self.pending:
             try:
-                settings_for(dia.config, dia.defaults, **asdict(item.settings))
+                params_for(dia.config, item.settings)
                 voice = None if item.prompt is None else Voice(_encoded(dia, item, prompts), item.prompt_text or "")
                 pieces = cut(item.text, dia.config, voice, rate) if item.split else [item.text]
                 reading = Reading(dia.config, pieces, item.settings, voice, item.id, rate)

@@ -12,7 +12,7 @@ from typing import Any
 from dia_fast.audio import FORMATS
 from dia_fast.errors import InputError
 from dia_fast.files import LARGEST_SOUND, LARGEST_TEXT, open_regular, read_regular
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingParams
 from dia_fast.text import ABSURD_BYTES, checked_text
 
 SETTINGS = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k", "do_sample", "retries")
@@ -38,7 +38,7 @@ class Item:
     prompt_text: str | None
     prompt_digest: str
     split: bool
-    settings: SamplingSettings
+    settings: SamplingParams
     file: str
     described: dict[str, Any]
     fingerprint: str
@@ -61,7 +61,7 @@ class Defaults:
     sound, for the manifest. identity: what tells two versions of them apart, for the fingerprint only.
     """
 
-    settings: SamplingSettings
+    settings: SamplingParams
     split: bool = True
     format: str = "wav"
     made_with: dict[str, Any] | None = None

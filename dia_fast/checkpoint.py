@@ -22,7 +22,7 @@ from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.files import checked_path, read_json
 from dia_fast.layouts import Placement, detect_layout, is_derived, placements
 from dia_fast.packing import packed_shapes, parameter_count
-from dia_fast.settings import SamplingSettings, from_generation_config
+from dia_fast.settings import SamplingParams, from_generation_config
 from dia_fast.tensor_files import MappedTensor, StoredTensor, open_tensors
 from dia_fast.voice import located
 
@@ -45,7 +45,7 @@ class Checkpoint:
     layout: str
     files: tuple[Path, ...]
     tensors: dict[str, StoredTensor]
-    defaults: SamplingSettings = field(default_factory=SamplingSettings)
+    defaults: SamplingParams = field(default_factory=SamplingParams)
     adapter: Adapter | None = None
 
     @property
@@ -168,9 +168,9 @@ def open_checkpoint(
     return Checkpoint(source, config, layout, files, kept, _defaults(folder / GENERATION_CONFIG))
 
 
-def _defaults(path: Path) -> SamplingSettings:
+def _defaults(path: Path) -> SamplingParams:
     if not os.path.exists(path):
-        return SamplingSettings()
+        return SamplingParams()
     data = read_json(path)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must be an object of named fields, not {type(data).__name__}")

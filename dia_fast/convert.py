@@ -24,7 +24,7 @@ from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.files import checked_path, replacing_folder
 from dia_fast.layouts import Placement, placements
 from dia_fast.packing import packed_shapes, parameter_count
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingParams
 from dia_fast.tensor_files import SAFETENSORS_DTYPES, save_torch
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -48,7 +48,7 @@ def save_pretrained(
     weights: Mapping[str, Tensor],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    defaults: SamplingSettings | None = None,
+    defaults: SamplingParams | None = None,
 ) -> Path:
     """Write packed weights as a checkpoint that transformers loads (of the first generation: that the original package
     of its time loads); returns the folder.
@@ -130,7 +130,7 @@ def write_checkpoint(
     layout: str = "transformers",
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
     pickled: bool = False,
-    defaults: SamplingSettings | None = None,
+    defaults: SamplingParams | None = None,
     codec: Path | None = None,
 ) -> Path:
     """Write a checkpoint whose weights are made or read one by one; returns the folder.
@@ -150,7 +150,7 @@ def write_checkpoint(
             _save_pickle({entry.name: piece for entry, piece in _cut(entries, fetch)}, partial / "pytorch_model.bin")
         else:
             _write_shards(partial, config, entries, fetch, max_shard_bytes)
-        for name, content in _metadata(config, layout, entries, defaults or SamplingSettings()).items():
+        for name, content in _metadata(config, layout, entries, defaults or SamplingParams()).items():
             _write_json(partial / name, content)
         if codec is not None:
             shutil.copytree(codec, partial / "codec")
@@ -228,7 +228,7 @@ def _cut(entries: list[_Entry], fetch: Callable[[str], Tensor]) -> Iterator[tupl
 
 
 def _metadata(
-    config: DiaConfig, layout: str, entries: list[_Entry], defaults: SamplingSettings
+    config: DiaConfig, layout: str, entries: list[_Entry], defaults: SamplingParams
 ) -> dict[str, dict[str, Any]]:
     dtype = str(max((entry.dtype for entry in entries), key=lambda d: sum(e.size for e in entries if e.dtype is d)))
     dtype = dtype.removeprefix("torch.")

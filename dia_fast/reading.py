@@ -15,11 +15,11 @@ from dia_fast.arguments import FRAMES_PER_SECOND, Progress, cut_remark, ids_of, 
 from dia_fast.audio import Audio, Samples
 from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Generation, Handle, Request
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, shown
 from dia_fast.outcome import Outcome, Segment, attempt_seed, finish_reason, silence
 from dia_fast.progress import StepBar
 from dia_fast.script import LEAST_SECONDS, PIECE_SECONDS, continued, join_pieces, speakers, split_script
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingParams
 from dia_fast.text import (
     ABSURD_BYTES,
     GOOD_SECONDS,
@@ -106,7 +106,7 @@ class Reading:
         self,
         config: DiaConfig,
         pieces: Sequence[str],
-        settings: SamplingSettings,
+        settings: SamplingParams,
         voice: Voice | None = None,
         name: str = "",
         frames_per_second: float = FRAMES_PER_SECOND,
@@ -340,13 +340,13 @@ def readings_of(
     prompts: Sequence[Tensor | None],
     prompt_text: str | None,
     split: str | None,
-    settings: SamplingSettings,
+    settings: SamplingParams,
     seeds: Sequence[int],
     frames_per_second: float = FRAMES_PER_SECOND,
 ) -> list[Reading]:
     """One for each text, with its prompt's codes and its seed. split: "auto" or None. Raises InputError."""
-    if split not in (None, "auto"):
-        raise InputError(f'split must be "auto" or None, not {split!r:.40}')
+    if split is not None and not (isinstance(split, str) and split == "auto"):
+        raise InputError(f'split must be "auto" or None, not {shown(split)}')
     if prompt_text is not None:
         checked_text(prompt_text)
         if any(prompt is None for prompt in prompts):
@@ -364,7 +364,8 @@ def speak_scripts(engine: Engine, readings: Sequence[Reading], progress: Progres
 
     progress: as in `Dia.generate`; a bar counts pieces too. Raises what ended one of the readings.
     """
-    known = [_warn(reading, index, len(readings), 0) for index, reading in enumerate(readings)]
+    which = [f"text {index}: " if len(readings) > 1 else "" for index in range(len(readings))]
+    known = [warn_of(reading, 0, text) for reading, text in zip(readings, which, strict=True)]
     count, total = sum(len(reading.pieces) for reading in readings), max(item.expected_steps() for item in readings)
     start = engine.stats.steps
     with progress_of(progress, total, readings[0].frames_per_second) as report:
@@ -380,13 +381,12 @@ def speak_scripts(engine: Engine, readings: Sequence[Reading], progress: Progres
             for reading in ended:
                 if reading.error is not None:
                     raise reading.error
-    for index, (reading, before) in enumerate(zip(readings, known, strict=True)):
-        _warn(reading, index, len(readings), before)
+    for reading, before, text in zip(readings, known, which, strict=True):
+        warn_of(reading, before, text)
 
 
-def _warn(reading: Reading, index: int, count: int, first: int) -> int:
-    """Warns of a reading's remarks from the `first` on; returns how many there are."""
-    which = f"text {index}: " if count > 1 else ""
+def warn_of(reading: Reading, first: int = 0, which: str = "") -> int:
+    """Warns of a reading's remarks from the `first` on; returns how many there are. which: goes before each."""
     for remark in reading.remarks[first:]:
         warn(which + remark, TextWarning)
     return len(reading.remarks)

@@ -98,6 +98,12 @@ def continued(*parts: str) -> str:
     return joined
 
 
+def fade_in(count: int) -> Samples:
+    """A raised cosine from 0 towards 1, `[count]` float32; backwards it fades out."""
+    ramp: Samples = (0.5 - 0.5 * np.cos(np.pi * np.arange(count) / max(count, 1))).astype(np.float32)
+    return ramp
+
+
 def join_pieces(pieces: Sequence[Samples], sample_rate: int, *, fade_seconds: float = FADE_SECONDS) -> Samples:
     """The pieces one after the other, float32 `[sum of n]`; a single piece stays as it is.
 
@@ -108,7 +114,7 @@ def join_pieces(pieces: Sequence[Samples], sample_rate: int, *, fade_seconds: fl
     faded = []
     for index, piece in enumerate(pieces):
         count = min(round(fade_seconds * sample_rate), len(piece) // 2)
-        ramp = (0.5 - 0.5 * np.cos(np.pi * np.arange(count) / max(count, 1))).astype(np.float32)
+        ramp = fade_in(count)
         out = np.array(piece, dtype=np.float32)
         if index > 0:
             out[:count] *= ramp

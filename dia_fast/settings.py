@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypedDict
 
 from dia_fast.errors import InputError, shown
 from dia_fast.values import real_number, whole_number
@@ -26,7 +26,7 @@ CHECKPOINT = Default.CHECKPOINT
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
+class SamplingParams:
     """Checked settings; the defaults are those of Dia's authors and of transformers.
 
     max_new_tokens: most rows to generate, 1 / 86.13 s each, the 15 that the delay pattern adds included.
@@ -67,7 +67,7 @@ class SamplingSettings:
             put(self, "seed", random_seed() if seed == RANDOM_SEED else seed)
         put(self, "retries", whole_number("retries", self.retries, 0, 100, "0 for none"))
 
-    def given(self, **values: Any) -> "SamplingSettings":
+    def given(self, **values: Any) -> "SamplingParams":
         """These settings with other values; `CHECKPOINT` leaves one as it is. Raises InputError."""
         return replace(self, **{name: value for name, value in values.items() if value is not CHECKPOINT})
 
@@ -81,11 +81,23 @@ class SamplingSettings:
         return not self.do_sample or self.temperature == 0.0
 
 
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `SamplingParams` as keywords of a call, but the seed: a call takes one for each text."""
+
+    max_new_tokens: int
+    guidance_scale: float | None
+    temperature: float
+    top_p: float
+    top_k: int | None
+    do_sample: bool
+    retries: int
+
+
 # What `generation_config.json` may say. Its `max_length` counts other rows and is not taken.
 FROM_FILE = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k", "do_sample")
 
 
-def from_generation_config(data: Mapping[str, Any]) -> SamplingSettings:
+def from_generation_config(data: Mapping[str, Any]) -> SamplingParams:
     """The defaults of a checkpoint, as transformers' `generate` takes them; what the file lacks is as in the class.
 
     data: the contents of `generation_config.json`. Raises InputError for a value that cannot be used.
@@ -93,7 +105,7 @@ def from_generation_config(data: Mapping[str, Any]) -> SamplingSettings:
     named = {name: data[name] for name in FROM_FILE if data.get(name) is not None}
     if named.get("top_k") == 0:
         named["top_k"] = None  # transformers' "all"
-    return SamplingSettings(**named)
+    return SamplingParams(**named)
 
 
 def random_seed() -> int:

@@ -2,7 +2,8 @@
 
 The delay pattern completes a frame 15 rows after it begins, and its samples depend on a few frames on either side of it
 (`Codec.decode_context_frames`). So a chunk is decoded once so many frames beyond its end are complete, together with
-just so many on either side, and the chunks joined are what one decode of all frames gives.
+just so many on either side, and the chunks joined are what one decode of all frames gives. Where two segments of a
+script meet, the last 10 ms of the first wait for the second, since they fade out only if more follows.
 """
 
 import asyncio
@@ -10,82 +11,47 @@ import math
 import threading
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncGenerator, Generator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from torch import Tensor
 
-from dia_fast.arguments import Progress, cut_remark, expected_of, progress_of
-from dia_fast.audio import Audio
-from dia_fast.config import DiaConfig
-from dia_fast.engine import Engine, Generation, Handle, Request
+from dia_fast.arguments import Progress, progress_of
+from dia_fast.audio import Audio, Samples
+from dia_fast.engine import Engine, Handle
 from dia_fast.errors import InputError, shown
-from dia_fast.outcome import Outcome, Segment, attempt_seed, finish_reason, silence
-from dia_fast.settings import SamplingSettings
-from dia_fast.text import TextWarning, checked_text
+from dia_fast.outcome import Outcome
+from dia_fast.progress import StepBar
+from dia_fast.reading import Reading, warn_of
+from dia_fast.script import FADE_SECONDS, fade_in
 from dia_fast.values import real_number
-from dia_fast.warn import warn
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
 
+FIRST_CHUNK_SECONDS = 0.1
+_AT_ONCE = 2  # segments of a stream: the one that is heard, and the next
 
-def checked_seconds(chunk_seconds: Any) -> float:
+
+def checked_seconds(name: str, value: Any) -> float:
     """Raises InputError unless it is a positive number."""
-    seconds = real_number("chunk_seconds", chunk_seconds)
+    seconds = real_number(name, value)
     if not 0 < seconds < math.inf:
-        raise InputError(f"chunk_seconds must be a number above 0, such as 0.5, not {shown(chunk_seconds)}")
+        raise InputError(f"{name} must be a number above 0, such as 0.5, not {shown(value)}")
     return seconds
-
-
-class Attempts:
-    """The attempts to speak the text of one stream. Silence is known before anything was sent, so it can start anew."""
-
-    def __init__(
-        self, config: DiaConfig, text: str | bytes, settings: SamplingSettings, request: Request | None = None
-    ) -> None:
-        self.config, self.text, self.settings, self.request = config, checked_text(text), settings, request
-        self.seeds: tuple[int, ...] = ()
-        self.outcome: Outcome | None = None
-
-    def next_request(self) -> Request:
-        assert self.request is not None and self.request.seed is not None
-        seed = attempt_seed(self.request.seed, len(self.seeds))
-        self.seeds += (seed,)
-        return replace(self.request, seed=seed)
-
-    def take(self, result: Generation) -> bool:
-        """Whether this was the last attempt; `outcome` is there then."""
-        assert self.request is not None
-        reason = finish_reason(len(result.frames), result.truncated)
-        if reason == "silent" and len(self.seeds) <= self.settings.retries and not self.settings.greedy:
-            return False
-        given = 0 if self.request.prompt is None else len(self.request.prompt)
-        remarks = {
-            "silent": silence(len(self.seeds)),
-            "length": cut_remark(self.config, self.request.max_new_tokens, given),
-        }
-        told = (remarks[reason],) if reason in remarks else ()
-        self.outcome = Outcome((Segment(self.text, reason, len(result.frames), self.seeds),), told)
-        return True
-
-    def warn(self) -> None:
-        assert self.outcome is not None
-        for remark in self.outcome.warnings:
-            warn(remark, TextWarning)
 
 
 class Stream(Generator[Audio, None, None]):
     """The chunks of `Dia.stream`, and their outcome."""
 
-    def __init__(self, attempts: Attempts, chunks: Generator[Audio, None, None]) -> None:
-        self._attempts, self._chunks = attempts, chunks
+    def __init__(self, reading: Reading, chunks: Generator[Audio, None, None]) -> None:
+        self._reading, self._chunks = reading, chunks
 
     @property
     def outcome(self) -> Outcome | None:
         """What became of the text: None until the stream has ended."""
-        return self._attempts.outcome
+        return _outcome(self._reading)
 
     def send(self, value: None) -> Audio:
         return self._chunks.send(value)
@@ -103,13 +69,14 @@ class Stream(Generator[Audio, None, None]):
 class AsyncStream(AsyncGenerator[Audio, None]):
     """The chunks of `Dia.astream`, and their outcome."""
 
-    def __init__(self, attempts: Attempts, chunks: AsyncGenerator[Audio, None]) -> None:
-        self._attempts, self._chunks = attempts, chunks
+    def __init__(self, made: list[Reading], chunks: AsyncGenerator[Audio, None]) -> None:
+        """made: will hold the script once its audio prompt is encoded."""
+        self._made, self._chunks = made, chunks
 
     @property
     def outcome(self) -> Outcome | None:
         """What became of the text: None until the stream has ended."""
-        return self._attempts.outcome
+        return _outcome(self._made[0]) if self._made else None
 
     # Plain functions: a coroutine would put a frame of its own between the chunks and whoever waits for them.
     def __anext__(self) -> Any:
@@ -125,73 +92,154 @@ class AsyncStream(AsyncGenerator[Audio, None]):
         return self._chunks.aclose()
 
 
+def _outcome(reading: Reading) -> Outcome | None:
+    return reading.outcome if reading.done and reading.error is None else None
+
+
 def stream(
-    engine: Engine, codec: "Codec", attempts: "Attempts", chunk_seconds: float, progress: Progress
+    engine: Engine,
+    codec: "Codec",
+    reading: Reading,
+    chunk_seconds: float,
+    first_chunk_seconds: float = FIRST_CHUNK_SECONDS,
+    progress: Progress = False,
 ) -> Generator[Audio, None, None]:
-    """Speaks a request chunk by chunk. However the generator ends, nothing of the request is left in the engine."""
-    chunks = _Chunks(codec, chunk_seconds)
-    request, rate = attempts.next_request(), codec.frames_per_second
-    handle = engine.submit(request, stream=True)
+    """Speaks a script chunk by chunk. However the generator ends, nothing of it is left in the engine."""
+    count = len(reading.pieces)
+    chunks, segments = Chunks(codec, chunk_seconds, first_chunk_seconds, count), Segments(engine, reading)
+    told = warn_of(reading)
     try:
-        with progress_of(progress, expected_of(engine.model.config, [request], rate), rate) as report:
+        with progress_of(progress, reading.expected_steps(), reading.frames_per_second) as report:
             start = engine.steps
-            while True:
-                while not handle.done:
-                    while span := chunks.cut(handle):
-                        yield chunks.decode(span, request.seed)
+            while segments.heard < count:
+                segments.fill()
+                while not segments.current.done:
+                    while span := chunks.cut(segments.current):
+                        yield from chunks.decode(span, reading.seed)
                     before = engine.steps
                     engine.advance()
                     if report is not None and engine.steps > before:
                         report(engine.steps - start)
-                result = handle.result()
-                if attempts.take(result):
-                    break
-                handle = engine.submit(attempts.next_request(), stream=True)
-        while span := chunks.cut(handle):
-            yield chunks.decode(span, request.seed)
-        attempts.warn()
+                if not segments.land():
+                    continue
+                if isinstance(report, StepBar) and count > 1:
+                    report.pieces(reading.spoken, count, reading.expected_steps())
+                while span := chunks.cut(segments.current):
+                    yield from chunks.decode(span, reading.seed)
+                yield from chunks.end_segment(reading.seed)
+                segments.heard += 1
+        warn_of(reading, told)
+    except Exception as error:
+        reading.error = error
+        raise
     finally:
-        handle.cancel()
+        segments.withdraw()
 
 
 async def astream(
-    engine: Engine, codec: "Codec", attempts: "Attempts", chunk_seconds: float
+    engine: Engine,
+    codec: "Codec",
+    reading: Reading,
+    chunk_seconds: float,
+    first_chunk_seconds: float = FIRST_CHUNK_SECONDS,
 ) -> AsyncGenerator[Audio, None]:
     """As `stream`, with everything that takes time or waits for a lock in threads of asyncio's pool."""
-    chunks, pump, submission = _Chunks(codec, chunk_seconds), _pump(engine), _Submission()
+    count, seed = len(reading.pieces), reading.seed
+    chunks, segments = Chunks(codec, chunk_seconds, first_chunk_seconds, count), Segments(engine, reading)
+    pump, told = _pump(engine), warn_of(reading)
     try:
-        seed = None
-        while True:
-            request = attempts.next_request()
-            seed = request.seed if seed is None else seed
-            handle = await asyncio.to_thread(submission.submit, engine, request)
-            while not handle.done:
-                while span := chunks.cut(handle):
-                    yield await asyncio.to_thread(chunks.decode, span, seed)
-                await pump.wait(engine, handle, chunks.needed)
-            if attempts.take(handle.result()):
-                break
-        while span := chunks.cut(handle):
-            yield await asyncio.to_thread(chunks.decode, span, seed)
-        attempts.warn()
+        while segments.heard < count:
+            await asyncio.to_thread(segments.fill)
+            while not segments.current.done:
+                while span := chunks.cut(segments.current):
+                    for chunk in await asyncio.to_thread(chunks.decode, span, seed):
+                        yield chunk
+                await pump.wait(engine, segments.current, chunks.needed)
+            if not segments.land():
+                continue
+            while span := chunks.cut(segments.current):
+                for chunk in await asyncio.to_thread(chunks.decode, span, seed):
+                    yield chunk
+            for chunk in chunks.end_segment(seed):
+                yield chunk
+            segments.heard += 1
+        warn_of(reading, told)
+    except Exception as error:
+        reading.error = error
+        raise
     finally:
         # Handed to a thread at once: a task of its own could be cancelled before it begins, when the loop ends.
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, submission.withdraw))
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, segments.withdraw))
 
 
-class _Chunks:
-    """Cuts the frames of one stream into spans, in order, and decodes them."""
+class Segments:
+    """The segments of one script in an engine: the one that is heard, and the next if it need not wait for this one.
 
-    def __init__(self, codec: "Codec", seconds: float) -> None:
-        self.codec = codec
+    One thread may submit them while another withdraws them.
+    """
+
+    def __init__(self, engine: Engine, reading: Reading) -> None:
+        self.engine, self.reading, self.heard = engine, reading, 0
+        self._handles: dict[int, Handle] = {}  # of the last attempt at each
+        self._running: list[int] = []
+        self._lock, self._withdrawn = threading.Lock(), False
+
+    @property
+    def current(self) -> Handle:
+        return self._handles[self.heard]
+
+    def fill(self) -> None:
+        """Submits the segments that can start."""
+        while len(self._running) < _AT_ONCE and (ready := self.reading.next_request()) is not None:
+            index, request = ready
+            handle = self.engine.submit(request, stream=True)
+            with self._lock:
+                self._handles[index] = handle
+                self._running.append(index)
+                withdrawn = self._withdrawn
+            if withdrawn:
+                handle.cancel()
+                return
+
+    def land(self) -> bool:
+        """Takes the segments that have ended; False if the one that is heard is to be tried again.
+
+        Raises what ended one of them.
+        """
+        for index in [item for item in self._running if self._handles[item].done]:
+            self._running.remove(index)
+            self.reading.take(index, self._handles[index].result())
+        return self.reading.frames[self.heard] is not None
+
+    def withdraw(self) -> None:
+        """Cancels whatever is on its way, and what is submitted from now on."""
+        with self._lock:
+            self._withdrawn = True
+            handles = list(self._handles.values())
+        for handle in handles:
+            handle.cancel()
+
+
+class Chunks:
+    """Cuts the frames of each segment into spans, in order, decodes them, and joins the segments.
+
+    seconds: length of a chunk; first: of the first one, if that is less; segments: how many there are.
+    """
+
+    def __init__(self, codec: "Codec", seconds: float, first: float = math.inf, segments: int = 1) -> None:
+        self.codec, self.segments = codec, segments
+        self.size, self._first = self._frames(seconds), self._frames(min(first, seconds))
+        self.sent = 0  # frames of this segment
+        self._join = Joiner(round(FADE_SECONDS * codec.sample_rate)) if segments > 1 else None
+
+    def _frames(self, seconds: float) -> int:
         # A day is as good as any longer time, and has a finite number of frames.
-        self.size = max(1, round(min(seconds, 86_400) * codec.sample_rate / codec.hop_length))
-        self.sent = 0
+        return max(1, round(min(seconds, 86_400) * self.codec.sample_rate / self.codec.hop_length))
 
     @property
     def needed(self) -> int:
         """Frames that must be complete before the next span can be cut, unless the speech ends."""
-        return self.sent + self.size + self.codec.decode_context_frames
+        return self.sent + self._first + self.codec.decode_context_frames
 
     def cut(self, handle: Handle) -> tuple[Tensor, int, int] | None:
         """The next span, as all frames so far and its first and last but one; None if it is not there yet."""
@@ -199,36 +247,75 @@ class _Chunks:
         if not finished and not handle.has(self.needed):
             return None
         frames, start = handle.ready(), self.sent
-        self.sent = min(start + self.size, len(frames))
-        return (frames, start, self.sent) if self.sent > start else None
+        self.sent = min(start + self._first, len(frames))
+        if self.sent == start:
+            return None
+        self._first = self.size
+        return frames, start, self.sent
 
-    def decode(self, span: tuple[Tensor, int, int], seed: int | None) -> Audio:
-        return Audio(self.codec.decode_span(*span).cpu().numpy(), self.codec.sample_rate, seed)
+    def decode(self, span: tuple[Tensor, int, int], seed: int | None) -> list[Audio]:
+        """The sound that is certain now: one chunk, or none where it waits for what follows."""
+        samples = self.codec.decode_span(*span).cpu().numpy()
+        return self._chunk(samples if self._join is None else self._join.add(samples), seed)
+
+    def end_segment(self, seed: int | None) -> list[Audio]:
+        """What has waited for the end of this segment, or of the script. The next one begins."""
+        self.sent, self.segments = 0, self.segments - 1
+        if self._join is None:
+            return []
+        held = [self._join.end()]
+        if self.segments == 0:
+            held.append(self._join.close())
+        return self._chunk(np.concatenate(held), seed)
+
+    def _chunk(self, samples: Samples, seed: int | None) -> list[Audio]:
+        return [Audio(samples, self.codec.sample_rate, seed)] if len(samples) else []
 
 
-class _Submission:
-    """A request that one thread submits, and another may withdraw before, meanwhile or after."""
+class Joiner:
+    """`script.join_pieces` for pieces that arrive bit by bit: equal samples, each as early as it is certain.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._handle: Handle | None = None
-        self._withdrawn = False
+    fade: samples of a fade. Of a piece, its last `fade` samples wait for its end, and then for the next piece.
+    """
 
-    def submit(self, engine: Engine, request: Request) -> Handle:
-        handle = engine.submit(request, stream=True)
-        with self._lock:
-            self._handle = handle
-            withdrawn = self._withdrawn
-        if withdrawn:
-            handle.cancel()
-        return handle
+    def __init__(self, fade: int) -> None:
+        self.fade = fade
+        self._tail = np.zeros(0, np.float32)  # of the pieces before: fades out if anything follows
+        self._held = np.zeros(0, np.float32)  # of this piece
+        self._length, self._first = 0, True
 
-    def withdraw(self) -> None:
-        with self._lock:
-            self._withdrawn = True
-            handle = self._handle
-        if handle is not None:
-            handle.cancel()
+    def add(self, samples: Samples) -> Samples:
+        """More of this piece; returns what is certain."""
+        self._held = np.concatenate([self._held, samples])
+        begins = self._length == 0
+        if begins and len(self._held) < 2 * self.fade:  # shorter fades, if it ends now
+            return np.zeros(0, np.float32)
+        return self._send(len(self._held) - self.fade, self.fade if begins else 0)
+
+    def end(self) -> Samples:
+        """This piece is complete; returns what is certain."""
+        total = self._length + len(self._held)
+        count = min(self.fade, total // 2)
+        sent = self._send(len(self._held) - count, count if self._length == 0 else 0) if total else self._held
+        if total:
+            self._tail, self._first = self._held, False
+        self._held, self._length = np.zeros(0, np.float32), 0
+        return sent
+
+    def close(self) -> Samples:
+        """No piece follows; returns the rest."""
+        tail, self._tail = self._tail, np.zeros(0, np.float32)
+        return tail
+
+    def _send(self, count: int, fading: int) -> Samples:
+        """The first `count` samples held, behind the end of the piece before; `fading`: of them, where it begins."""
+        out, self._held = self._held[:count].copy(), self._held[count:]
+        before = np.zeros(0, np.float32)
+        if self._length == 0 and not self._first:
+            before, self._tail = self._tail * fade_in(len(self._tail))[::-1], before
+            out[:fading] *= fade_in(fading)
+        self._length += count
+        return np.concatenate([before, out])
 
 
 class _Pump:

@@ -36,7 +36,7 @@ from dia_fast.errors import DiaFastError
 from dia_fast.manifest import Manifest
 from dia_fast.model import DiaModel
 from dia_fast.roofline import devices
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingParams
 from dia_fast.training.data import read_recordings
 from dia_fast.training.run import Run
 from dia_fast.training.settings import TrainSettings
@@ -307,7 +307,7 @@ def _lines(entries: list[dict[str, Any]]) -> str:
 
 
 def _read_items(folder: Path) -> None:
-    for item in read_items(folder / "items.jsonl", Defaults(SamplingSettings())):
+    for item in read_items(folder / "items.jsonl", Defaults(SamplingParams())):
         assert isinstance(item, Failed) or item.id
 
 

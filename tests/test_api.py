@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from dia_fast import Audio, CheckpointError, Dia, InputError, TextWarning
 from dia_fast.arguments import FRAMES_PER_SECOND
 from dia_fast.audio import load_audio
 from dia_fast.codec import load_codec
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingOptions, SamplingParams
 from tests.front import TEXT, TINY, make_codec, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.TextWarning")
@@ -286,7 +287,7 @@ def test_every_legal_setting_speaks(dia: Dia, **values: object) -> None:
 
 
 def test_settings_take_numbers_of_any_library() -> None:
-    found = SamplingSettings(
+    found = SamplingParams(
         max_new_tokens=np.int32(20), temperature=np.float32(1.5), top_k=torch.tensor(7), seed=np.uint64(2**62)
     )
     values = (found.max_new_tokens, found.temperature, found.top_k, found.seed)
@@ -310,3 +311,20 @@ def test_good_input_gives_no_warning(dia: Dia) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="speech was cut")
         dia.generate(TEXT, seed=0, **SHORT)
+
+
+def test_sampling_params_are_accepted_whole_or_by_keyword(dia: Dia) -> None:
+    assert set(SamplingOptions.__annotations__) | {"seed"} == {field.name for field in fields(SamplingParams)}
+    given = {"temperature": 0.7, "top_k": 9, "max_new_tokens": 40}
+    [by_keyword] = dia.generate_codes(TEXT, seed=3, **given)
+    [whole] = dia.generate_codes(TEXT, sampling_params=SamplingParams(seed=3, **given))
+    [mixed] = dia.generate_codes(
+        TEXT, sampling_params=SamplingParams(seed=4, top_k=9), seed=3, **(given | {"top_k": 9})
+    )
+    assert torch.equal(by_keyword, whole) and torch.equal(by_keyword, mixed)
+    assert not torch.equal(by_keyword, dia.generate_codes(TEXT, seed=3, max_new_tokens=40)[0])
+    for call in (dia.generate, dia.generate_codes, dia.stream, dia.astream):
+        with pytest.raises(TypeError, match="'temprature' is no setting of sampling; did you mean temperature"):
+            call(TEXT, temprature=1.0)  # type: ignore[operator]
+        with pytest.raises(InputError, match="sampling_params must be a SamplingParams, not"):
+            call(TEXT, sampling_params={"top_k": 9})  # type: ignore[operator]

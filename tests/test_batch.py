@@ -20,11 +20,11 @@ from dia_fast.cli import main
 from dia_fast.cli.batch import EPILOG
 from dia_fast.codec import Codec
 from dia_fast.engine import Engine
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingParams
 from tests.front import make_codec, make_model, tree
 
 TEXTS = ["[S1] One. [S2] Two.", "[S1] Three, four."]
-DEFAULTS = Defaults(SamplingSettings(seed=0))
+DEFAULTS = Defaults(SamplingParams(seed=0))
 Run = Callable[..., int]
 
 

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from dia_fast import Dia, InputError, SamplingSettings, demo_voice
+from dia_fast import Dia, InputError, SamplingParams, demo_voice
 from dia_fast.checkpoint import open_checkpoint
 from dia_fast.cli import main
 from dia_fast.cli.app import build_parser, in_options
@@ -99,7 +99,7 @@ def test_conversion_takes_codec_and_settings_along(tmp_path: Path) -> None:
     for file in (demo_voice() / "codec").iterdir():
         assert (folder / "codec" / file.name).read_bytes() == file.read_bytes()
     assert open_checkpoint(folder).defaults == open_checkpoint("demo").defaults
-    assert open_checkpoint("demo").defaults == SamplingSettings(temperature=0.5)
+    assert open_checkpoint("demo").defaults == SamplingParams(temperature=0.5)
 
 
 def test_python_and_the_command_line_speak_alike(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_python_and_the_command_line_speak_alike(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_checkpoint() -> None:
-    usual = SamplingSettings()
+    usual = SamplingParams()
     assert from_generation_config({"max_length": 9, "bos_token_id": 3, "temperature": None}) == usual
     assert from_generation_config({"top_k": 0, "temperature": 0.7}) == replace(usual, top_k=None, temperature=0.7)
     with pytest.raises(InputError, match="top_p"):
@@ -154,7 +154,8 @@ def test_speak_runs_one_sequence_unless_pieces_are_independent() -> None:
     def count(text: str, *more: str) -> int:
         return at_once(build_parser().parse_args(["speak", *more]), text)
 
-    assert count(TEXT) == count(TEXT * 100) == count(TEXT * 100, "--stream", "--prompt-text", "x") == 1
+    assert count(TEXT) == count(TEXT * 100) == count(TEXT * 100, "--stream") == 1
+    assert count(TEXT * 100, "--stream", "--prompt-text", "x") == 2, "the segment that is heard and the next"
     assert count(TEXT * 100, "--prompt", "a.wav", "--prompt-text", "[S1] x") == 32
     assert count(TEXT, "--max-batch", "3") == 3
 

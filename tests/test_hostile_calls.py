@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from dia_fast import Audio, Dia, DiaConfig, SamplingSettings
+from dia_fast import Audio, Dia, DiaConfig, SamplingParams
 from dia_fast.codec import CodecConfig, load_codec, random_codec
 from dia_fast.config import DecoderConfig, EncoderConfig
 from dia_fast.convert import convert
 from dia_fast.engine import Request
 from dia_fast.errors import DiaFastError
 from dia_fast.script import split_script
+from dia_fast.settings import SamplingOptions
 from dia_fast.text import encode_text, join_prompt, text_warnings
 from tests.codecs import SMALL
 from tests.front import make_dia
@@ -66,7 +67,7 @@ def _targets(dia: Dia) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
         (convert, {"source": "/nowhere", "destination": "/proc/nowhere"}),
         (Request, {"text_ids": [1, 65]}),
         (lambda **given: dia.engine.submit(Request(**given)).cancel(), {"text_ids": [1, 65], "max_new_tokens": 17}),
-        (SamplingSettings, {}),
+        (SamplingParams, {}),
         (Audio, {"samples": np.zeros(10, np.float32), "sample_rate": 8000}),
         (audio.resampled, {"sample_rate": 8000}),
         (audio.to_bytes, {}),
@@ -94,7 +95,8 @@ async def _all(dia: Dia, given: dict[str, Any]) -> list[Audio]:
 
 def _parameters(dia: Dia, number: int, function: Callable[..., Any]) -> list[str]:
     told = {2: dia.stream, 3: dia.astream, 9: Request}.get(number, function)
-    return [name for name in inspect.signature(told).parameters if name not in ("progress", "fade_seconds")]
+    names = [name for name in inspect.signature(told).parameters if name not in ("progress", "fade_seconds")]
+    return [*names[:-1], *SamplingOptions.__annotations__] if names[-1] == "options" else names
 
 
 def test_hostile_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from dia_fast.config import DiaConfig
 from dia_fast.engine import slots
 from dia_fast.outcome import Segment, attempt_seed, silence
 from dia_fast.reading import Reading, cut, piece_seed
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingParams
 from tests.front import TINY, make_codec, make_model
 
 TEXT = "[S1] One of the words. [S2] Two of the words. [S1] Three of the words. [S2] Four of the words in all."
@@ -208,15 +208,11 @@ def test_frames_per_second_are_those_of_the_codec() -> None:
     text = "[S1] " + "a " * 140
     slow, fast = (cut(text, ROOMY, None, rate) for rate in (20.0, 86.0))
     assert len(slow) == 1 and len(cut(text * 2, ROOMY, None, 20.0)) < len(cut(text * 2, ROOMY, None, 86.0))
-    assert (
-        Reading(ROOMY, fast, SamplingSettings(seed=1), None, "", 20.0).expected_steps() < 20 * 20 + 17 * len(fast) + 2
-    )
+    assert Reading(ROOMY, fast, SamplingParams(seed=1), None, "", 20.0).expected_steps() < 20 * 20 + 17 * len(fast) + 2
 
 
 def test_short_texts_are_warned_of_where_the_advice_holds(dia: Dia) -> None:
     assert any(
-        "below 5 s" in remark for remark in Reading(DiaConfig(), ["[S1] Hello."], SamplingSettings(seed=1)).remarks
+        "below 5 s" in remark for remark in Reading(DiaConfig(), ["[S1] Hello."], SamplingParams(seed=1)).remarks
     )
-    assert not Reading(ROOMY, ["[S1] Hello."], SamplingSettings(seed=1)).remarks, (
-        "of shorter texts, like the demo voice"
-    )
+    assert not Reading(ROOMY, ["[S1] Hello."], SamplingParams(seed=1)).remarks, "of shorter texts, like the demo voice"

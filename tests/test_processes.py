@@ -21,7 +21,7 @@ from dia_fast.batch import Batch
 from dia_fast.batch_items import Defaults, identity_of, read_items
 from dia_fast.cli import main
 from dia_fast.errors import AudioWarning, InputError
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingParams
 from tests.front import TEXT, make_codec, make_model, tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,13 +236,13 @@ def test_a_foreign_manifest_is_never_overwritten(home: Path, tmp_path: Path, for
     out.mkdir()
     (out / "manifest.jsonl").write_bytes(foreign)
     with pytest.raises(InputError, match="line 1: not a line of a manifest; move the file away"):
-        Batch(read_items(tmp_path / "in.jsonl", Defaults(SamplingSettings(seed=1))), out)
+        Batch(read_items(tmp_path / "in.jsonl", Defaults(SamplingParams(seed=1))), out)
     assert (out / "manifest.jsonl").read_bytes() == foreign
 
 
 def test_a_manifest_torn_at_any_byte_goes_on(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
-    items = read_items(tmp_path / "in.jsonl", Defaults(SamplingSettings(seed=1)))
+    items = read_items(tmp_path / "in.jsonl", Defaults(SamplingParams(seed=1)))
     line = json.dumps({"line": 12, "id": "a\u20ac", "status": "failed", "error": "no"}, ensure_ascii=False).encode()
     for end in range(len(line) + 1):
         (tmp_path / "manifest.jsonl").write_bytes(line + b"\n" + line[:end])

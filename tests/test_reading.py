@@ -17,7 +17,7 @@ from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Generation
 from dia_fast.reading import Reading, Voice, cut, piece_seed, read_all
 from dia_fast.script import continued, join_pieces, split_script
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingParams
 from dia_fast.text import encode_text, spoken_seconds
 from tests.front import TINY, make_brief_model, make_codec
 
@@ -61,7 +61,7 @@ def test_each_piece_goes_on_from_the_last(dia: Dia, silence: pytest.WarningsReco
     audio = dia.generate(LONG, split="auto", seed=5, **SHORT)
     pieces = cut(LONG, dia.config)
     assert len(pieces) > 4 and max(map(spoken_seconds, pieces)) <= 884 / 86.13 / 2.4
-    by_hand = Reading(dia.config, pieces, SamplingSettings(seed=5, **SHORT))
+    by_hand = Reading(dia.config, pieces, SamplingParams(seed=5, **SHORT))
     prompts = []
     for index, piece in enumerate(pieces):
         prompt, text = by_hand._in_voice(index)
@@ -166,7 +166,7 @@ def test_an_interruption_leaves_the_engine_free(dia: Dia, silence: pytest.Warnin
 
 
 def reading(pieces: list[str]) -> Reading:
-    return Reading(DiaConfig(), pieces, SamplingSettings(seed=1, retries=0))
+    return Reading(DiaConfig(), pieces, SamplingParams(seed=1, retries=0))
 
 
 def tell(script: Reading, frames: int, *, truncated: bool = False) -> tuple[Tensor | None, bytes]:
@@ -219,7 +219,7 @@ def test_a_prompt_and_its_words_leave_room_for_the_piece() -> None:
 
 def test_pieces_with_a_voice_are_all_ready() -> None:
     voice = Voice(torch.zeros(100, 9, dtype=torch.int64), "[S1] Mine.")
-    script = Reading(DiaConfig(), ["[S1] A.", "[S2] B.", "[S1] C."], SamplingSettings(seed=1), voice)
+    script = Reading(DiaConfig(), ["[S1] A.", "[S2] B.", "[S1] C."], SamplingParams(seed=1), voice)
     texts = [bytes(asked[1].text_ids) for _ in range(3) if (asked := script.next_request())]
     assert texts == [b"\x01 Mine. A.", b"\x01 Mine. \x02 B.", b"\x01 Mine. C."]
     assert any("[S2] is not heard in the audio prompt" in remark for remark in script.remarks)
@@ -240,10 +240,10 @@ def test_limits_follow_the_model_and_the_voice() -> None:
 
 def test_what_fails_ends_its_reading_alone(dia: Dia, silence: pytest.WarningsRecorder) -> None:
     many = [
-        Reading(dia.config, cut(LONG, dia.config), SamplingSettings(seed=seed, **SHORT), name=str(seed))
+        Reading(dia.config, cut(LONG, dia.config), SamplingParams(seed=seed, **SHORT), name=str(seed))
         for seed in range(4)
     ]
-    bad = Reading(dia.config, ["[S1] A.", "[S1] B."], SamplingSettings(seed=1, **SHORT), name="bad")
+    bad = Reading(dia.config, ["[S1] A.", "[S1] B."], SamplingParams(seed=1, **SHORT), name="bad")
     bad.take = fail  # type: ignore[method-assign]
     begun = []
 
@@ -259,7 +259,7 @@ def test_what_fails_ends_its_reading_alone(dia: Dia, silence: pytest.WarningsRec
         assert len(unfinished) <= 2, "readings are taken up one by one"
     assert sorted(ended) == ["0", "1", "2", "3", "bad"] and isinstance(bad.error, ZeroDivisionError)
     assert all(item.error is None for item in many)
-    solo = Reading(dia.config, cut(LONG, dia.config), SamplingSettings(seed=3, **SHORT))
+    solo = Reading(dia.config, cut(LONG, dia.config), SamplingParams(seed=3, **SHORT))
     assert list(read_all(dia.engine, [solo], 1)) == [solo]
     assert all(torch.equal(first, second) for first, second in zip(solo.frames, many[3].frames, strict=True))
     assert not list(read_all(dia.engine, [], 3))

@@ -1,5 +1,6 @@
 """Streams: the chunks are the sound of one call, they come as early as they can, and nothing is left when they end."""
 
+import asyncio
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ from dia_fast import Audio, Dia, InputError, TextWarning
 from dia_fast.codec import Codec, CodecConfig, random_codec
 from dia_fast.engine import Cancelled, Request, StepFailed
 from dia_fast.model import DiaModel
-from dia_fast.streaming import _Chunks
+from dia_fast.script import join_pieces
+from dia_fast.streaming import Chunks, Joiner
 from tests.codecs import assert_same_sound
 from tests.front import TEXT, make_dia
 
@@ -76,10 +78,57 @@ def test_the_chunks_joined_are_the_sound_of_one_call(dia: Dia, seed: int, prompt
     for seconds in (3 * FRAME, 0.1, 0.5, 1e9):
         chunks = list(dia.stream(TEXT, chunk_seconds=seconds, **chosen))
         assert_same_sound(joined(chunks), expected, dia.codec)
-        size = max(1, round(seconds / FRAME))
+        first, size = (max(1, round(item / FRAME)) for item in (min(0.1, seconds), seconds))
         lengths = [len(chunk.samples) // 512 for chunk in chunks]
-        assert all(length == size for length in lengths[:-1]) and lengths[-1] <= size
+        assert lengths[0] == first or len(chunks) == 1
+        assert all(length == size for length in lengths[1:-1]) and lengths[-1] <= size
         assert {(chunk.sample_rate, chunk.seed) for chunk in chunks} == {(44_100, seed)}
+    assert_nothing_left(dia)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 8), st.integers(0, 60)), min_size=1, max_size=6),
+    fade=st.integers(0, 9),
+    data=st.data(),
+)
+def test_segments_joined_bit_by_bit_are_those_joined_at_once(lengths: list[int], fade: int, data: Any) -> None:
+    pieces = [np.random.default_rng(count).standard_normal(count).astype(np.float32) for count in lengths]
+    join, made = Joiner(fade), []
+    for piece in pieces:
+        start = 0
+        while start < len(piece):
+            stop = min(len(piece), start + data.draw(st.integers(1, 20)))
+            made.append(join.add(piece[start:stop]))
+            start = stop
+            held = sum(map(len, pieces)) - sum(map(len, made))
+            assert held >= 0
+        made.append(join.end())
+    made.append(join.close())
+    expected = join_pieces(pieces, 1, fade_seconds=fade)
+    assert np.array_equal(np.concatenate(made), expected)
+
+
+RIVER = "So we walked down to the river and looked at the water. " * 5
+SCRIPT = f"[S1] {RIVER}[S2] Yes. " + "That was so long ago. " * 9
+PROMPT = torch.zeros(30, 9, dtype=torch.int64)
+READINGS: list[dict[str, Any]] = [{}, {"audio_prompt": PROMPT, "prompt_text": "[S1] A."}]
+
+
+@pytest.mark.parametrize("voice", READINGS, ids=["", "voice"])
+def test_a_long_script_streams(dia: Dia, voice: dict[str, Any]) -> None:
+    chosen: dict[str, Any] = {"seed": 3, "max_new_tokens": 50, "split": "auto", **voice}
+    expected = dia.generate(SCRIPT, **chosen)
+    chunks = dia.stream(SCRIPT, chunk_seconds=0.2, **chosen)
+    assert_same_sound(joined(chunks), expected.samples, dia.codec)
+    assert chunks.outcome == expected.outcome and len(expected.outcome.segments) > 2
+
+    async def listen() -> list[Audio]:
+        return [chunk async for chunk in dia.astream(SCRIPT, chunk_seconds=0.2, **chosen)]
+
+    assert_same_sound(joined(asyncio.run(listen())), expected.samples, dia.codec)
+    with closing(dia.stream(SCRIPT, **chosen)) as given_up:
+        next(given_up)
     assert_nothing_left(dia)
 
 
@@ -106,14 +155,14 @@ def test_however_frames_arrive_and_chunks_are_cut(exact: Codec, frames: int, siz
     codes = torch.randint(0, 1024, (frames, 9))
     expected = exact.decode(codes).numpy()
     handle: Any = Growing(codes)
-    chunks, made = _Chunks(exact, size * FRAME), []
+    chunks, made = Chunks(exact, size * FRAME), []
     while handle.status != "done":
         handle.count = min(frames, handle.count + data.draw(st.integers(1, 30)))
         if handle.count == frames and not data.draw(st.booleans(), "more to come"):
             handle.status = "done"
         while span := chunks.cut(handle):
             assert handle.status == "done" or len(span[0]) >= span[2] + CONTEXT
-            made.append(chunks.decode(span, 1))
+            made += chunks.decode(span, 1)
     assert np.abs(joined(made) - expected).max(initial=0) <= 2**-24
     assert [len(chunk.samples) for chunk in made] == [
         512 * (min(start + size, frames) - start) for start in range(0, frames, size)
@@ -125,13 +174,13 @@ def test_what_breaks_off_has_no_last_chunk(exact: Codec, status: str) -> None:
     """The frames after its last whole chunk have not all they depend on."""
     handle: Any = Growing(torch.zeros(30, 9, dtype=torch.int64))
     handle.count, handle.status = 18, status
-    chunks = _Chunks(exact, 5 * FRAME)
+    chunks = Chunks(exact, 5 * FRAME)
     assert [span[1:] for span in iter(lambda: chunks.cut(handle), None)] == [(0, 5)]
 
 
 def test_the_codes_are_those_of_generate_and_the_context_is_exact(dia: Dia, decoded: list[Tensor]) -> None:
     [codes] = dia.generate_codes(TEXT, seed=LONG)
-    list(dia.stream(TEXT, seed=LONG, chunk_seconds=10 * FRAME))
+    list(dia.stream(TEXT, seed=LONG, chunk_seconds=10 * FRAME, first_chunk_seconds=1))
     assert len(decoded) == -(-len(codes) // 10) == 8
     for index, piece in enumerate(decoded):
         assert torch.equal(piece, codes[max(0, 10 * index - CONTEXT) : 10 * index + 10 + CONTEXT])
@@ -140,7 +189,7 @@ def test_the_codes_are_those_of_generate_and_the_context_is_exact(dia: Dia, deco
 @pytest.mark.parametrize("size", [1, 12])
 def test_a_chunk_comes_as_soon_as_it_is_certain(dia: Dia, size: int) -> None:
     before = dia.engine.steps
-    with closing(dia.stream(TEXT, seed=LONG, chunk_seconds=size * FRAME)) as chunks:
+    with closing(dia.stream(TEXT, seed=LONG, chunk_seconds=size * FRAME, first_chunk_seconds=1)) as chunks:
         assert dia.engine.steps == before, "nothing is done before the first chunk is asked for"
         for number in (1, 2, 3):
             next(chunks)

@@ -15,7 +15,9 @@ import torch
 from dia_fast import Audio, CheckpointError, Dia, InputError, TextWarning
 from dia_fast.engine import Cancelled, Engine
 from dia_fast.model import DiaModel
-from dia_fast.streaming import _pumps, _Submission
+from dia_fast.reading import Reading
+from dia_fast.settings import SamplingParams
+from dia_fast.streaming import Segments, _pumps
 from tests.codecs import assert_same_sound
 from tests.front import TEXT, make_dia, make_model
 
@@ -188,17 +190,12 @@ def test_one_that_is_cancelled_does_not_disturb_the_other(dia: Dia) -> None:
     assert_nothing_left(dia)
 
 
-@pytest.mark.parametrize("order", [("submit", "withdraw"), ("withdraw", "submit")])
+@pytest.mark.parametrize("order", [("fill", "withdraw"), ("withdraw", "fill")])
 def test_a_request_is_withdrawn_before_it_is_there_or_after(dia: Dia, order: tuple[str, str]) -> None:
-    from dia_fast.engine import Request
-
-    submission, handle = _Submission(), None
+    segments = Segments(dia.engine, Reading(dia.config, [TEXT], SamplingParams(seed=1)))
     for act in order:
-        if act == "submit":
-            handle = submission.submit(dia.engine, Request([1, 2, 3]))
-        else:
-            submission.withdraw()
-    assert handle is not None and handle.status == "cancelled"
+        getattr(segments, act)()
+    assert segments.current.status == "cancelled"
     assert_nothing_left(dia)
 
 

@@ -96,12 +96,12 @@ DiaModel.decode_step = step
 
 
 def test_a_player_hears_the_beginning_while_the_rest_is_generated(speak: list[str]) -> None:
-    """The first chunk is there after 10 + 10 + 16 steps, and the run goes no further than we let it."""
+    """The first chunk is there after 9 + 10 + 16 steps, and the run goes no further than we let it."""
     arguments = command(speak, "-o", "-", "--stream", "--chunk-seconds", "0.116", "-q", code=PATIENT)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(arguments, **pipes, env=environment()) as running:
-        first = running.stdout.read(2 * 512 * 10)  # type: ignore[union-attr]
-        assert len(first) == 2 * 512 * 10 and running.poll() is None
+        first = running.stdout.read(2 * 512 * 9)  # type: ignore[union-attr]
+        assert len(first) == 2 * 512 * 9 and running.poll() is None
         rest, errors = running.communicate(b"\n" * 100)
     assert running.returncode == 0, errors
     assert len(first + rest) == 2 * 512 * 44

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, add_sampling, set_threads, settings_from
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.settings import SamplingSettings, random_seed
+from dia_fast.settings import SamplingParams, random_seed
 from dia_fast.voice import located
 
 if TYPE_CHECKING:
@@ -85,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
     from dia_fast.batch_items import Defaults, identity_of, read_items
 
     args.seed = random_seed() if args.seed == -1 else args.seed or 0
-    settings_from(args, SamplingSettings())
+    settings_from(args, SamplingParams())
     engine_limits(args.batch_size, args.memory)
     if args.model is None and not args.dry_run:
         raise InputError(f"no model: name one with --model, as in --model {OFFICIAL_MODEL}, or --model demo")
     made_with = {"model": args.model, "codec": args.codec, "revision": args.revision, "dtype": args.dtype}
-    usual, identity = settings_from(args, SamplingSettings()), ""
+    usual, identity = settings_from(args, SamplingParams()), ""
     if args.model:
         identity = identity_of(located(args.model)) + identity_of(args.codec)
     defaults = Defaults(usual, args.split == "auto", args.format, made_with, identity)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     return _run(batch, args)
 
 
-def _defaults(args: argparse.Namespace) -> SamplingSettings:
+def _defaults(args: argparse.Namespace) -> SamplingParams:
     """The settings that the checkpoint names; a dry run downloads nothing, and takes the usual ones for a new model."""
     from dia_fast.checkpoint import open_checkpoint
 
@@ -111,7 +111,7 @@ def _defaults(args: argparse.Namespace) -> SamplingSettings:
         return open_checkpoint(args.model, revision=args.revision, local_files_only=local).defaults
     except CheckpointError:
         if args.dry_run:
-            return SamplingSettings()
+            return SamplingParams()
         raise
 
 

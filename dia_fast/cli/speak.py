@@ -8,14 +8,14 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dia_fast.cli import process
 from dia_fast.errors import InputError, SilentSpeech
 from dia_fast.files import NOT_REGULAR, open_regular, writable
-from dia_fast.settings import CHECKPOINT, SamplingSettings, random_seed
+from dia_fast.settings import CHECKPOINT, SamplingParams, random_seed
 from dia_fast.text import ABSURD_BYTES, TextWarning, checked_text, join_prompt, spoken_seconds
 from dia_fast.warn import warn
 
@@ -90,7 +90,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--split",
         default="auto",
         choices=("auto", "none"),
-        help="auto: cut a transcript of more than 20 s into pieces; not with --stream (%(default)s)",
+        help="auto: cut a transcript of more than 20 s into segments (%(default)s)",
     )
     parser.add_argument("--stream", action="store_true", help="write the sound while it is generated")
     parser.add_argument(
@@ -158,7 +158,7 @@ def set_threads(threads: int | None, parameters: int) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    usual = SamplingSettings()
+    usual = SamplingParams()
     parser.set_defaults(**dict.fromkeys(SAMPLING, CHECKPOINT))
     group = parser.add_argument_group(
         "sampling",
@@ -201,7 +201,7 @@ def _none_or(kind: type) -> Any:
     return convert
 
 
-def settings_from(args: argparse.Namespace, defaults: SamplingSettings) -> SamplingSettings:
+def settings_from(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
     """The defaults, with what was asked for in their place. Raises InputError."""
     return defaults.given(
         **{name: getattr(args, name) for name in SAMPLING},
@@ -262,7 +262,7 @@ def check_prompt(prompt: str) -> None:
 def run(args: argparse.Namespace) -> int:
     """Checks whatever can be checked without the model first, then loads, speaks and writes."""
     args.seed = random_seed() if args.seed in (None, -1) else args.seed
-    settings_from(args, SamplingSettings())
+    settings_from(args, SamplingParams())
     text = transcript(args)
     if args.prompt_text is not None and args.prompt is None:
         raise InputError("--prompt-text needs --prompt: the recording in which it is said")
@@ -272,8 +272,7 @@ def run(args: argparse.Namespace) -> int:
             TextWarning,
         )
     if args.prompt_text is not None:
-        whole = join_prompt(args.prompt_text, text)
-        text = whole if args.stream else text
+        join_prompt(args.prompt_text, text)
     if args.prompt is not None:
         check_prompt(args.prompt)
     output = Path(args.output)
@@ -314,9 +313,9 @@ def at_once(args: argparse.Namespace, text: str) -> int:
     """How many sequences run at a time: one, unless a text is cut into pieces that do not wait for each other."""
     if args.max_batch is not None:
         return int(args.max_batch)
-    if args.stream or args.split == "none" or args.prompt_text is None:
+    if args.split == "none" or args.prompt_text is None:
         return 1
-    return min(MOST_AT_ONCE, 1 + len(text) // PIECE_CHARACTERS)
+    return min(2 if args.stream else MOST_AT_ONCE, 1 + len(text) // PIECE_CHARACTERS)
 
 
 def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
@@ -353,13 +352,18 @@ def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
     return 0
 
 
-def _speak_at_once(
-    dia: "Dia", args: argparse.Namespace, settings: SamplingSettings, text: str, output: Path, bar: "StepBar"
-) -> Made:
+def script_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The voice of a script, and whether it may be cut into segments."""
     # Without its transcript nobody knows where a recording's words end in the text, and cuts may not fall among them.
     split = "auto" if args.split == "auto" and (args.prompt is None or args.prompt_text is not None) else None
-    voice = {"audio_prompt": args.prompt, "prompt_text": args.prompt_text}
-    [audio] = cast("list[Audio]", dia.generate([text], **voice, split=split, progress=bar, **asdict(settings)))
+    return {"audio_prompt": args.prompt, "prompt_text": args.prompt_text, "split": split}
+
+
+def _speak_at_once(
+    dia: "Dia", args: argparse.Namespace, settings: SamplingParams, text: str, output: Path, bar: "StepBar"
+) -> Made:
+    script = script_options(args)
+    [audio] = cast("list[Audio]", dia.generate([text], **script, progress=bar, sampling_params=settings))
     if not audio.duration:
         raise SilentSpeech(_lost(audio.outcome))
     audio.save(output)
@@ -378,7 +382,7 @@ def _lost(outcome: "Outcome | None") -> str:
 
 
 def _speak_piecewise(
-    dia: "Dia", args: argparse.Namespace, settings: SamplingSettings, text: str, output: Path, bar: "StepBar"
+    dia: "Dia", args: argparse.Namespace, settings: SamplingParams, text: str, output: Path, bar: "StepBar"
 ) -> Made:
     from dia_fast.audio import growing_file
 
@@ -387,7 +391,7 @@ def _speak_piecewise(
     if output == STANDARD_OUTPUT and not args.quiet:
         print(f"dia-fast: {rate} Hz, 16 bits, mono, {args.format or 'raw'}", file=sys.stderr)
     options = {} if args.chunk_seconds is None else {"chunk_seconds": args.chunk_seconds}
-    chunks = dia.stream(text, audio_prompt=args.prompt, progress=bar, **options, **asdict(settings))
+    chunks = dia.stream(text, **script_options(args), progress=bar, **options, sampling_params=settings)
     sink = (
         samples_to_stdout(wav_header(rate) if args.format == "wav" else b"")
         if output == STANDARD_OUTPUT

@@ -9,7 +9,7 @@ from torch import Tensor
 from dia_fast.config import DiaConfig
 from dia_fast.delay import FREE, delayed_rows
 from dia_fast.errors import InputError, shown
-from dia_fast.settings import SamplingSettings, random_seed
+from dia_fast.settings import SamplingParams, random_seed
 from dia_fast.values import tensor_of
 
 
@@ -21,7 +21,7 @@ class Request:
     grid: instead of a prompt, the beginning of the delayed grid itself, `[rows, channels]` integer codes from row 0 on,
     special ones too, and -1 where the model chooses: never in row 0, and always in channel 0 after the first choice;
     max_new_tokens: most rows to generate, the `max(delay)` that complete the last frames included;
-    temperature: 0 takes the likeliest code; seed: None draws one. The rest as in `SamplingSettings`.
+    temperature: 0 takes the likeliest code; seed: None draws one. The rest as in `SamplingParams`.
     Raises InputError for settings that cannot work.
     """
 
@@ -47,8 +47,8 @@ class Request:
             raise InputError(f"text_ids must be a sequence of integers, not {shown(self.text_ids)}")
 
     @property
-    def settings(self) -> SamplingSettings:
-        return SamplingSettings(
+    def settings(self) -> SamplingParams:
+        return SamplingParams(
             max_new_tokens=self.max_new_tokens,
             guidance_scale=self.guidance_scale,
             temperature=self.temperature,

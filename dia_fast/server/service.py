@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 import dia_fast
-from dia_fast.arguments import settings_for
+from dia_fast.arguments import params_for
 from dia_fast.errors import InputError
 from dia_fast.prompts import encode_prompts
 from dia_fast.reading import readings_of
@@ -230,7 +230,7 @@ class Service:
         values: dict[str, Any] = {name: CHECKPOINT if value is None else value for name, value in given.items()}
         if body.top_k is not None:
             values["top_k"] = body.top_k or None
-        settings = settings_for(dia.config, dia.defaults, **values)
+        settings = params_for(dia.config, dia.defaults, **values)
         seed = voice.seed if body.seed is None else body.seed
         return random_seed() if seed in (None, -1) else int(seed or 0), settings
 

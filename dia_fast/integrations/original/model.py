@@ -23,7 +23,7 @@ from dia_fast.integrations.original.config import ComputeDtype, OriginalConfig, 
 from dia_fast.model import DiaModel
 from dia_fast.outcome import silence
 from dia_fast.progress import StepBar
-from dia_fast.settings import SamplingSettings
+from dia_fast.settings import SamplingParams
 from dia_fast.text import TextWarning, encode_text, warn_about
 from dia_fast.values import whole_number
 from dia_fast.warn import warn
@@ -269,7 +269,7 @@ class Dia:
         seeds = list(seed) if isinstance(seed, list | tuple) else [seed] * count
         if len(seeds) != count:
             raise InputError(f"seed has {len(seeds)} entries for {count} texts: give one for each, or one int for all")
-        return [SamplingSettings(seed=item).seed for item in seeds]
+        return [SamplingParams(seed=item).seed for item in seeds]
 
     def _output(self, item: Generation) -> np.ndarray:
         if not self.load_dac:

@@ -26,7 +26,7 @@ from dia_fast.engine import Engine, Request
 from dia_fast.errors import InputError
 from dia_fast.integrations.transformers import calls, fallback, loop, modules, weights
 from dia_fast.model import DiaModel
-from dia_fast.settings import RANDOM_SEED, SamplingSettings
+from dia_fast.settings import RANDOM_SEED, SamplingParams
 from dia_kernels import get_ops
 
 STATE = "_dia_fast"
@@ -315,9 +315,9 @@ def _seeds(seed: int | list[int] | None, batch: int, sampled: bool) -> list[int 
     if isinstance(seed, list | tuple):
         if len(seed) != batch:
             raise InputError(f"seed has {len(seed)} entries for {batch} texts: give one for each, or one int for all")
-        return [SamplingSettings(seed=item).seed for item in seed]
+        return [SamplingParams(seed=item).seed for item in seed]
     if seed is not None or not sampled:
-        return [SamplingSettings(seed=0 if seed is None else seed).seed] * batch
+        return [SamplingParams(seed=0 if seed is None else seed).seed] * batch
     return torch.randint(0, 2**63 - 1, (batch,), dtype=torch.int64, device="cpu").tolist()
 
 
