@@ -125,6 +125,12 @@ class Program:
 
     def arithmetic(self, name: str, parts: list[str], operands: list[str]) -> Bits:
         kind = parts[-1]
+        if name == "setp":
+            return _float_comparison(parts[1], *(self.floats(operand, kind) for operand in operands[1:3]))
+        if name == "redux":
+            fold = {"max": np.fmax, "min": np.fmin}[parts[2]]
+            folded = fold.reduce(self.floats(operands[1], kind).reshape(-1, 32), 1)
+            return np.repeat(folded.astype(np.float32).view(np.uint32), 32)
         if parts[-2:] == ["f32", "bf16"]:  # float32 + bf16
             kind, values = "f32", [self.floats(operands[1], "bf16"), self.floats(operands[2], "f32")]
         else:
@@ -133,7 +139,7 @@ class Program:
         functions: dict[str, Callable[[], Any]] = {
             "fma": lambda: a * b + c, "mul": lambda: a * b, "add": lambda: a + b, "sub": lambda: a - b,
             "div": lambda: a / b, "neg": lambda: -a, "rsqrt": lambda: 1 / np.sqrt(a), "ex2": lambda: np.exp2(a),
-            "max": lambda: np.fmax(a, b),
+            "max": lambda: np.fmax(a, b), "min": lambda: np.fmin(a, b),
         }  # fmt: skip
         if name not in functions:
             raise NotImplementedError(".".join(parts))
@@ -146,6 +152,14 @@ class Program:
             left, right = (self.registers[operand] for operand in operands[1:3])
             return {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[name](left, right)
         bits, signed = int(kind[1:]), kind[0] == "s"
+        if name == "redux":
+            sums = self.get(operands[1], bits).reshape(-1, 32).sum(1, dtype=np.uint32)
+            return np.repeat(sums, 32)
+        if name == "popc":
+            return np.bitwise_count(self.get(operands[1], bits)).astype(np.uint32)
+        if name == "mul" and "hi" in parts:
+            wide = [self.get(o, bits, signed).astype(np.int64 if signed else np.uint64) for o in operands[1:3]]
+            return (wide[0] * wide[1] >> wide[0].dtype.type(32)).astype(np.uint32)
         if name == "cvt":
             to = parts[-2]
             return self.get(operands[1], bits, signed).astype(f"{to[0]}{int(to[1:]) // 8}".replace("s", "i"))
@@ -179,7 +193,8 @@ class Program:
         elif source.startswith("{"):  # pack
             names = _names(source)
             part = int(kind[1:]) // len(names)
-            pieces = np.stack([self.get(name, part) for name in names], 1)
+            poison = np.full(self.threads, -1, np.int64).astype(_UNSIGNED[part])  # of a register that nothing defines
+            pieces = np.stack([self.get(n, part) if n in self.registers or n[0] != "%" else poison for n in names], 1)
             self.put(target, np.ascontiguousarray(pieces).view(_UNSIGNED[int(kind[1:])])[:, 0], active)
         elif kind == "pred":
             self.put(target, np.full(self.threads, source != "0"), active)
@@ -188,7 +203,15 @@ class Program:
 
     def convert(self, parts: list[str], operands: list[str], active: Bits) -> None:
         to, source = parts[-2:]
-        if to.endswith("x2"):  # the first operand becomes the upper half
+        if "f" not in source:
+            signed = self.get(operands[1], int(source[1:]), source[0] == "s")
+            self.put(operands[0], signed.astype(np.float32).view(np.uint32), active)
+        elif "f" not in to:
+            whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor}[parts[1]](self.floats(operands[1], source))
+            self.put(operands[0], whole.astype(f"i{int(to[1:]) // 8}").view(_UNSIGNED[int(to[1:])]), active)
+        elif "rmi" in parts:
+            self.put(operands[0], np.floor(self.floats(operands[1], source)).view(np.uint32), active)
+        elif to.endswith("x2"):  # the first operand becomes the upper half
             pair = np.stack([self.floats(operand, source) for operand in operands[:0:-1]], 1)
             self.put(operands[0], _narrow(pair.astype(np.float64), to), active)
         else:
@@ -196,9 +219,11 @@ class Program:
 
     def shuffle(self, mode: str, operands: list[str]) -> None:
         value, argument = self.get(operands[1], 32), self.get(operands[2], 32).astype(np.int64)
-        if mode not in ("bfly", "idx") or operands[3] != "31":
+        if (mode, operands[3]) not in (("bfly", "31"), ("idx", "31"), ("up", "0")):
             raise NotImplementedError(f"shfl.sync.{mode} with {operands[3]}")
         source = self.lane ^ argument if mode == "bfly" else argument % 32
+        if mode == "up":
+            source = np.where(self.lane >= argument, self.lane - argument, self.lane)
         self.put(operands[0], value[np.arange(self.threads) // 32 * 32 + source], np.ones(self.threads, bool))
 
     def access(self, store: bool, parts: list[str], operands: list[str], active: Bits) -> None:
@@ -271,6 +296,16 @@ class Program:
         for n, name in enumerate(d):
             part = total[:, n // 2 * 8 : n // 2 * 8 + 8, n % 2 :: 2]
             self.put(name, np.ascontiguousarray(part).reshape(-1).view(np.uint32), np.ones(self.threads, bool))
+
+
+def _float_comparison(relation: str, a: Bits, b: Bits) -> Bits:
+    """Unordered relations end with u and hold for a NaN; `num` and `nan` ask for its absence and presence."""
+    nan = np.isnan(a) | np.isnan(b)
+    if relation in ("num", "nan"):
+        return nan == (relation == "nan")
+    ordered = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+               "ge": np.greater_equal}[relation[:2]](a, b)  # fmt: skip
+    return ordered | nan if relation.endswith("u") else ordered & ~nan
 
 
 def _field(value: Bits, first: int, length: int, signed: bool) -> Bits:
