@@ -49,7 +49,9 @@ def time_at_once(dia: Dia, steps: int) -> Taken:
 
 def time_stream(dia: Dia, steps: int, chunk_seconds: float) -> Taken:
     before, start, first = dia.engine.steps, now(), None
-    for _ in dia.stream(TEXT, chunk_seconds=chunk_seconds, seed=0, max_new_tokens=steps):
+    for _ in dia.stream(
+        TEXT, chunk_seconds=chunk_seconds, first_chunk_seconds=chunk_seconds, seed=0, max_new_tokens=steps
+    ):
         first = first or (dia.engine.steps - before, now().since(start))
     assert first is not None
     return Taken(*first, now().since(start))

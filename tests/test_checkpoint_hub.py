@@ -17,7 +17,6 @@ import torch
 from dia_fast.convert import save_pretrained
 from dia_fast.packing import packed_shapes
 from tests.checkpoints import make_original_checkpoint, tiny_config
-from tests.test_config import first_generation
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -79,9 +78,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     save_pretrained(root / "new", tiny_config(), weights, max_shard_bytes=10**6)
     (root / "new" / "dia-v1.pth").write_bytes(b"another form of the weights, not needed")
     make_original_checkpoint(root / "original", file="pytorch_model.bin")
-    (root / "old").mkdir()
-    (root / "old" / "config.json").write_text(json.dumps(first_generation()))
-    (root / "old" / "dia-v0_1.pth").write_bytes(b"gigabytes")
+    (root / "other").mkdir()
+    (root / "other" / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 768}))
+    (root / "other" / "pytorch_model.bin").write_bytes(b"gigabytes")
     (root / "empty").mkdir()
     server = Hub({f"nari/{path.name}": path for path in root.iterdir()})
     thread = threading.Thread(target=server.serve_forever)
@@ -125,13 +124,13 @@ def run(address: str, home: Path, *calls: dict[str, Any]) -> list[list[Any]]:
 
 def test_only_what_is_needed_is_downloaded_and_kept(hub: Hub, tmp_path: Path) -> None:
     hub.fetched.clear()
-    first, again, original, old, no_config, unknown, branch = run(
+    first, again, original, other, no_config, unknown, branch = run(
         hub.address,
         tmp_path,
         {"name": "nari/new"},
         {"name": "nari/new", "local_files_only": True},
         {"name": "nari/original", "revision": "main"},
-        {"name": "nari/old"},
+        {"name": "nari/other"},
         {"name": "nari/empty"},
         {"name": "nari/nothing"},
         {"name": "nari/new", "revision": "v2"},
@@ -139,7 +138,7 @@ def test_only_what_is_needed_is_downloaded_and_kept(hub: Hub, tmp_path: Path) ->
     assert first[0] == "transformers"
     assert again == first
     assert original[0] == "original"
-    assert old[0] == "CheckpointError" and "first generation" in old[1]
+    assert other[0] == "CheckpointError" and "bert" in other[1], "its weights are not asked for"
     assert "the Hub repository nari/empty has no config.json" in no_config[1]
     assert "nari/nothing is neither a local folder nor a repository of the Hub that you may read" in unknown[1]
     assert "the Hub repository nari/new has no revision 'v2'" in branch[1]
