@@ -104,6 +104,22 @@ def fade_in(count: int) -> Samples:
     return ramp
 
 
+def sentence_ends(text: str) -> list[int]:
+    """Indices behind the white space that follows each sentence, by the rules of `split_script`.
+
+    The end of the text is none of them: more may come.
+    """
+    inside = [False] * len(text)
+    for match in _TOGETHER.finditer(text):
+        inside[match.start() : match.end()] = [True] * len(match[0])
+    found = []
+    for gap in re.finditer(r"\s+", text):
+        before = text[max(0, gap.start() - 24) : gap.start()]
+        if not inside[gap.start()] and _ENDS_SENTENCE.search(before) and not _ABBREVIATION.search(before):
+            found.append(gap.end())
+    return found + [match.end() for match in _WIDE_SENTENCE.finditer(text) if match.end() < len(text)]
+
+
 def join_pieces(pieces: Sequence[Samples], sample_rate: int, *, fade_seconds: float = FADE_SECONDS) -> Samples:
     """The pieces one after the other, float32 `[sum of n]`; a single piece stays as it is.
 

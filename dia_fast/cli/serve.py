@@ -50,6 +50,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     add_model(parser)
     parser.add_argument("--served-name", metavar="NAME", help="id of the model in /v1/models (default: the model's)")
+    parser.add_argument("--voices", metavar="FOLDER", help="recordings as name.wav, what is said in them as name.txt")
+    parser.add_argument("--uploads", action="store_true", help="let clients add and delete voices of the folder")
+    parser.add_argument(
+        "--preload", action="append", default=[], metavar="VOICE", help="voice that must be there, or the start fails"
+    )
     parser.add_argument("--max-batch", type=int, default=None, metavar="N", help="texts at a time, 1 to 32 (32)")
     parser.add_argument("--memory", metavar="BYTES", help="for keys and values, as in 4GB (up to half of what is free)")
     _add_network(parser.add_argument_group("network"))
@@ -140,6 +145,9 @@ def run(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         served_name=args.served_name or (Path(model).name if os.path.isdir(model) else model),
+        voices=None if args.voices is None else Path(args.voices),
+        uploads=args.uploads,
+        preload=tuple(args.preload),
         max_batch=max_batch,
         max_queue=args.max_queue,
         request_timeout=args.request_timeout,

@@ -1,28 +1,23 @@
-"""The HTTP interface: routes, and the response that sends sound while it is made."""
+"""The HTTP interface: its routes."""
 
 import asyncio
-import base64
-import json
-import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Receive, Scope, Send
 
 import dia_fast
 from dia_fast.server import errors
-from dia_fast.server.encoders import media_type
-from dia_fast.server.errors import ApiError, as_api_error
-from dia_fast.server.guard import Guard, until_gone
+from dia_fast.server.catalogue import add_batch, add_voices
+from dia_fast.server.conversation import add_conversation
+from dia_fast.server.guard import Guard
 from dia_fast.server.schemas import ErrorBody, Model, ModelList, SpeechRequest, Status, TextReport, TextRequest
+from dia_fast.server.sending import respond
 from dia_fast.server.service import ALIASES, Service
-from dia_fast.server.speech import Speech
 
-HEARTBEAT = 10.0  # seconds without a sign before an event stream gets a comment
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 403, 404, 405, 413, 415, 429, 500, 503, 504)
 }
@@ -50,6 +45,9 @@ def create_app(service: Service) -> FastAPI:
     errors.install(app)
     _operations(app, service)
     _speech(app, service)
+    add_voices(app, service)
+    add_batch(app, service)
+    add_conversation(app, service)
     _describe(app)
     return app
 
@@ -130,186 +128,6 @@ def _speech(app: FastAPI, service: Service) -> None:
     async def text(body: TextRequest) -> TextReport:
         """What is known about a text before it is spoken: its length in seconds, and what will sound bad."""
         return service.report(body.input, body.ref_text)
-
-
-async def respond(service: Service, body: SpeechRequest, request: Request) -> Response:
-    """Speak a request: a response once its first bytes are there, or an error."""
-    service.check_open()
-    service.gate.check_room()
-    if body.timestamps == "word":
-        raise ApiError(400, "timestamps: words are not aligned; use piece, or none", param="timestamps")
-    if body.timestamps == "piece" and not body.sse:
-        raise ApiError(400, "timestamps: times are sent with stream_format sse only", param="timestamps")
-    log = request.scope["log"]
-    log.update(format=body.response_format, text_bytes=len(body.input.encode("utf-8", "replace")))
-    if service.options.log_text:
-        log["text"] = body.input
-    plan = await service.prepared(body, body.input)
-    log.update(voice=plan.voice, seed=plan.seed)
-    service.gate.check_room()
-    speech = service.start(plan)
-    spoken = Spoken(service, speech, body, log)
-    try:
-        gone = await first_or_gone(spoken.begin(), request.receive)
-    except BaseException as error:
-        speech.cancel()
-        raise (as_api_error(error, seeded=plan.seeded) if isinstance(error, SILENT) else error) from error
-    if gone:
-        speech.cancel()
-        spoken.left()
-        return Response(status_code=499)
-    return spoken
-
-
-SILENT = (dia_fast.SilentSpeech,)
-
-
-async def first_or_gone(work: Coroutine[Any, Any, None], receive: Receive) -> bool:
-    """Do some work, unless the client leaves before it is done; returns whether it left."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(until_gone(receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-            return False
-        return True
-    finally:
-        working.cancel()
-        leaving.cancel()
-
-
-class Spoken(Response):
-    """A response that sends sound, or events, while they are made.
-
-    Args:
-        service: Whose metrics count it.
-        speech: What is sent.
-        body: The request.
-        log: Fields of the request's line in the log.
-    """
-
-    def __init__(self, service: Service, speech: Speech, body: SpeechRequest, log: dict[str, Any]) -> None:
-        self.service, self.speech, self.sse, self.log = service, speech, body.sse, log
-        self.timestamps = body.timestamps == "piece"
-        self._first: bytes | None = None
-        self._until = time.monotonic() + service.options.request_timeout
-        plan = speech.plan
-        headers = {
-            "X-Seed": str(plan.seed),
-            "X-Sample-Rate": str(plan.rate),
-            "X-Accel-Buffering": "no",
-            "Cache-Control": "no-store",
-        }
-        if plan.warnings:
-            told = "; ".join(" ".join(line.split()) for line in plan.warnings)
-            headers["X-Dia-Fast-Warnings"] = told.encode("ascii", "replace").decode()[:1000]
-        kind = "text/event-stream" if self.sse else media_type(plan.form, plan.rate)
-        super().__init__(None, 200, headers, kind)
-        del self.headers["content-length"]
-
-    async def begin(self) -> None:
-        """Wait for the first bytes; an event stream begins after a while without them."""
-        try:
-            patience = min(HEARTBEAT, self._left()) if self.sse else self._left()
-            self._first = await asyncio.wait_for(self._next(), patience)
-        except asyncio.TimeoutError:
-            if not self.sse or not self._left():
-                raise self._late() from None
-
-    def _left(self) -> float:
-        return max(0.0, self._until - time.monotonic())
-
-    def _late(self) -> ApiError:
-        seconds = self.service.options.request_timeout
-        return ApiError(504, f"no sound within the {seconds:g} s of --request-timeout", code="timeout")
-
-    async def _next(self) -> bytes | None:
-        data = await anext(self.speech, None)
-        if data is not None and "first_byte" not in self.speech.times:
-            now, times, metrics = time.monotonic(), self.speech.times, self.service.metrics
-            times["first_byte"] = now
-            metrics.first_byte.observe(now - times["begin"])
-            metrics.queue.observe(times["slot"] - times["begin"])
-        return data
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
-        leaving = asyncio.ensure_future(until_gone(receive))
-        try:
-            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-            else:
-                self.left()
-        finally:
-            sending.cancel()
-            leaving.cancel()
-            self.speech.cancel()
-            self._tell()
-
-    def left(self) -> None:
-        """The client has gone."""
-        self.service.metrics.disconnects.inc()
-        self.log.update(outcome="left", status=499)
-
-    def _tell(self) -> None:
-        speech = self.speech
-        times = {name: round(at - speech.times["begin"], 4) for name, at in speech.times.items() if name != "begin"}
-        self.log.update(times, sound=round(speech.seconds, 3), steps=speech.tokens)
-        self.log.setdefault("outcome", speech.plan.reading.outcome.finish_reason)
-
-    async def _send(self, send: Send) -> None:
-        async def put(data: bytes, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": data, "more_body": more}
-            # A reader that takes nothing for so long is as good as gone.
-            await asyncio.wait_for(send(message), max(1.0, self.service.options.request_timeout))
-
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            data = self._first if self._first is not None else await self._after_comments(put)
-            while data is not None:
-                await put(_event("speech.audio.delta", audio=base64.b64encode(data).decode()) if self.sse else data)
-                data = await self._after_comments(put)
-        except Exception as error:
-            told = as_api_error(error, seeded=self.speech.plan.seeded)
-            self.log.update(outcome="failed", error=str(error)[:200])
-            if self.sse:
-                await put(_event("speech.audio.error", **told.body()), False)
-            return  # without an end, so that nobody takes it for the whole
-        await put(_event("speech.audio.done", **self._summary()) if self.sse else b"", False)
-
-    async def _after_comments(self, put: Any) -> bytes | None:
-        while self.sse:
-            try:
-                return await asyncio.wait_for(self._next(), HEARTBEAT)
-            except asyncio.TimeoutError:
-                if "first_byte" not in self.speech.times and not self._left():
-                    raise self._late() from None
-                await put(b": waiting\n\n")
-        return await self._next()
-
-    def _summary(self) -> dict[str, Any]:
-        speech, reading = self.speech, self.speech.plan.reading
-        read = sum(len(piece.encode()) for piece in reading.pieces)
-        summary: dict[str, Any] = {
-            "usage": {
-                "input_tokens": read,
-                "output_tokens": speech.tokens,
-                "total_tokens": read + speech.tokens,
-            },
-            "seed": speech.plan.seed,
-            "finish_reason": reading.outcome.finish_reason,
-            "warnings": list(dict.fromkeys([*speech.plan.warnings, *reading.outcome.warnings])),
-        }
-        if self.timestamps:
-            summary["segments"] = [
-                {"text": text, "start": round(start, 4), "end": round(end, 4)} for text, start, end in speech.spans
-            ]
-        return summary
-
-
-def _event(kind: str, **fields: Any) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
 
 
 def _describe(app: FastAPI) -> None:

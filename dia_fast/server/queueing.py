@@ -27,9 +27,9 @@ class Gate:
         self._others: deque[asyncio.Future[None]] = deque()
         self._ends: deque[float] = deque(maxlen=_RECENT)
 
-    def check_room(self) -> None:
-        """Raise an error 429 if the queue is full."""
-        if self.waiting >= self.max_queue + self.free:
+    def check_room(self, count: int = 1) -> None:
+        """Raise an error 429 if the queue has no room for so many requests."""
+        if self.waiting + count > self.max_queue + self.free:
             raise overloaded(
                 f"{self.waiting} requests are waiting, as many as this server keeps; try again later",
                 "queue_full",

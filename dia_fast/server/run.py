@@ -41,6 +41,8 @@ class Server(uvicorn.Server):
         """As uvicorn's, but a server that was told to stop has not failed: the signal is not raised again."""
         self._loop = asyncio.get_running_loop()
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "SIGHUP"):
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._rescan)
         try:
             yield
         finally:
@@ -50,6 +52,10 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self.stop)
+
+    def _rescan(self, sig: int, frame: FrameType | None) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._loop.run_in_executor, None, self.service.voices.rescan)
 
     def stop(self) -> None:
         """Drain; called again, stop at once."""

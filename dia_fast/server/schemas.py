@@ -32,6 +32,8 @@ class SpeechOptions(BaseModel):
     guidance_scale: float | None = Field(None, ge=1, le=100, description="how closely to follow the text; 1 is off")
     max_new_tokens: int | None = Field(None, ge=1, description="longest segment, in steps of the model")
     split: Literal["auto", "none"] = Field("auto", description="cut a text that is too long for the model")
+    chunk_seconds: float = Field(0.25, gt=0, le=60, description="of sound that is decoded at a time")
+    first_chunk_seconds: float = Field(0.1, gt=0, le=60)
     ref_audio: str | None = Field(None, description="a recording to go on in, as a data: URL")
     ref_text: str | None = Field(None, max_length=ABSURD_BYTES, description="what is said in it, with speaker tags")
 
@@ -42,8 +44,6 @@ class SpeechRequest(SpeechOptions):
     input: str = Field(description="the text; speakers are marked with [S1] and [S2]", max_length=ABSURD_BYTES)
     stream_format: Literal["audio", "sse"] | None = None
     stream: bool | None = Field(None, description="true is stream_format sse")
-    chunk_seconds: float = Field(0.25, gt=0, le=60)
-    first_chunk_seconds: float = Field(0.1, gt=0, le=60)
     timestamps: Literal["none", "piece", "word"] = Field(
         "none", description="piece: times of the segments, in the last event of an sse stream"
     )
@@ -52,6 +52,67 @@ class SpeechRequest(SpeechOptions):
     def sse(self) -> bool:
         """Whether events are asked for."""
         return self.stream_format == "sse" or (self.stream_format is None and self.stream is True)
+
+
+class BatchItem(SpeechOptions):
+    """One text of a batch; what it does not say is as in the batch."""
+
+    input: str = Field(max_length=ABSURD_BYTES)
+
+
+class BatchRequest(SpeechOptions):
+    """`POST /v1/audio/speech/batch`."""
+
+    items: list[BatchItem] = Field(min_length=1, max_length=32)
+
+    def merged(self, item: BatchItem) -> BatchItem:
+        """An item with the options of the batch where it has none of its own."""
+        common = {name: getattr(self, name) for name in self.model_fields_set - {"items"}}
+        own = {name: getattr(item, name) for name in item.model_fields_set}
+        return item.model_copy(update=common | own)
+
+
+class BatchResult(BaseModel):
+    index: int
+    status: Literal["success", "error"]
+    audio_data: str | None = Field(None, description="base64")
+    media_type: str | None = None
+    seed: int | None = None
+    finish_reason: str | None = None
+    error: "ErrorObject | None" = None
+
+
+class BatchAnswer(BaseModel):
+    id: str
+    results: list[BatchResult]
+    total: int
+    succeeded: int
+    failed: int
+
+
+class VoiceObject(BaseModel):
+    id: str
+    object: Literal["audio.voice"] = "audio.voice"
+    name: str
+    created_at: int
+    type: str
+
+
+class VoiceName(BaseModel):
+    id: str
+    name: str
+
+
+class VoiceList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[VoiceObject]
+    voices: list[VoiceName]
+
+
+class VoiceDeleted(BaseModel):
+    id: str
+    object: Literal["audio.voice.deleted"] = "audio.voice.deleted"
+    deleted: bool = True
 
 
 class ErrorObject(BaseModel):

@@ -3,12 +3,9 @@
 import asyncio
 import base64
 import binascii
-import io
 import logging
 import os
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +14,7 @@ from torch import Tensor
 
 import dia_fast
 from dia_fast.arguments import params_for
+from dia_fast.audio import Audio
 from dia_fast.errors import InputError
 from dia_fast.prompts import encode_prompts
 from dia_fast.reading import readings_of
@@ -27,9 +25,9 @@ from dia_fast.server.errors import ApiError, overloaded
 from dia_fast.server.metrics import Metrics
 from dia_fast.server.options import Options
 from dia_fast.server.queueing import Gate
-from dia_fast.server.schemas import SpeechOptions, SpeechRequest, TextReport, VoiceId, extras
+from dia_fast.server.schemas import SpeechOptions, TextReport, VoiceId, extras
 from dia_fast.server.speech import Plan, Speech, Workshop
-from dia_fast.server.voices import ServedVoice, Voices
+from dia_fast.server.voices import ServedVoice, Voices, decoded
 from dia_fast.settings import CHECKPOINT, random_seed
 from dia_fast.text import TAG, checked_text, spoken_seconds, text_warnings
 from dia_fast.voice import unknown_words
@@ -58,7 +56,7 @@ class Service:
         self.state: State = "loading"
         self.failure: Exception | None = None
         self.created = int(time.time())
-        self.metrics, self.voices = Metrics(), Voices()
+        self.metrics, self.voices = Metrics(), Voices(options.voices)
         self.active: set[Speech] = set()
         workers = max(1, min(4, (os.cpu_count() or 2) // 2))
         self._sound = ThreadPoolExecutor(workers, "dia-fast-sound")
@@ -94,6 +92,9 @@ class Service:
         dia.codec, dia.engine  # noqa: B018 - made now, not for the first request
         self._demo = self.options.served_name == "demo"
         encoders.warm_up()
+        self.voices.open(dia.config, dia.codec)
+        for name in self.options.preload:
+            self.voices.get(name)
         return dia
 
     def _watch(self, dia: "Dia") -> None:
@@ -152,11 +153,16 @@ class Service:
 
     # Requests
 
-    async def prepared(self, body: SpeechOptions, text: str) -> Plan:
-        """Check a request. Raises ApiError or InputError."""
+    async def prepared(self, body: SpeechOptions, text: str, voice: ServedVoice | None = None) -> Plan:
+        """Check a request; `voice` stands in for the one it names. Raises ApiError or InputError."""
         dia = self.dia
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._preparing, self._prepare, dia, body, text)
+        return await loop.run_in_executor(self._preparing, self._prepare, dia, body, text, voice)
+
+    async def aside(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Do what takes time in a thread."""
+        self.check_open()
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *args)
 
     def start(self, plan: Plan) -> Speech:
         """Speak it, from now on."""
@@ -173,7 +179,7 @@ class Service:
             served = f"this server has {self.options.served_name} (also as {', '.join(ALIASES)})"
             raise ApiError(404, f"model {name!r:.80} is unknown: {served}", param="model", code="model_not_found")
 
-    def _prepare(self, dia: "Dia", body: SpeechOptions, text: str) -> Plan:
+    def _prepare(self, dia: "Dia", body: SpeechOptions, text: str, given: ServedVoice | None) -> Plan:
         self.check_model(body.model)
         told = []
         form = FORMATS[body.response_format]
@@ -186,7 +192,7 @@ class Service:
                 code="unsupported_format",
             )
         rate = form.rate_for(dia.codec.sample_rate, body.sample_rate)
-        voice = self.voices.get(body.voice.id if isinstance(body.voice, VoiceId) else body.voice)
+        voice = given or self.voices.get(body.voice.id if isinstance(body.voice, VoiceId) else body.voice)
         text = checked_text(text).strip()
         if not TAG.search(text):
             text = f"{voice.speaker} {text}"
@@ -203,14 +209,10 @@ class Service:
             told.append("instructions: ignored, Dia takes none; write sounds as (laughs) into the text")
         if unread := extras(body):
             told.append(f"unknown fields: {', '.join(name[:40] for name in unread[:8])}")
-        first, later = (
-            max(1, round(seconds * fps))
-            for seconds in (
-                (body.first_chunk_seconds, body.chunk_seconds) if isinstance(body, SpeechRequest) else (1.0, 1.0)
-            )
-        )
         seeded = voice.seed is not None or body.seed not in (None, -1)
-        return Plan(reading, form, rate, body.speed, (first, later), voice.name, seeded, told)
+        return Plan(
+            reading, form, rate, body.speed, (body.first_chunk_seconds, body.chunk_seconds), voice.name, seeded, told
+        )
 
     def _prompt(self, dia: "Dia", body: SpeechOptions, voice: ServedVoice) -> tuple[Tensor | None, str | None]:
         if body.ref_audio is None:
@@ -249,6 +251,12 @@ class Service:
             return TextReport(bytes=len(text.encode("utf-8", "replace")), seconds=0, warnings=[], error=str(error))
 
 
+def require_uploads(options: Options) -> None:
+    """Raise an error 403 unless voices may be changed."""
+    if not options.uploads:
+        raise ApiError(403, "voices of this server are fixed: it was started without --uploads", code="uploads_off")
+
+
 def from_data_url(url: str) -> bytes:
     """The contents of a base64 data: URL; nothing is ever fetched. Raises an error 400."""
     head, comma, data = url.partition(",")
@@ -264,21 +272,7 @@ def from_data_url(url: str) -> bytes:
 
 def encode_recording(dia: "Dia", data: bytes) -> Tensor:
     """The codes of a recording. Raises an error 415 for what is not sound, InputError for its length."""
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)):
-            pass
-    except (soundfile.LibsndfileError, TypeError, RuntimeError) as error:
-        message = "the recording cannot be decoded; wav, flac, ogg, mp3 and aiff work"
-        raise ApiError(415, message, param="ref_audio", code="not_audio") from error
-    with tempfile.NamedTemporaryFile(suffix=".audio") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        file.write(data)
-        file.flush()
-        try:
-            [codes] = encode_prompts(dia.config, [file.name], lambda: dia.codec)
-        except InputError as error:
-            raise InputError(f"ref_audio: {str(error).removeprefix(f'{file.name}: ')}") from None
+    audio = Audio(decoded(data, dia.codec.sample_rate, "ref_audio"), dia.codec.sample_rate)
+    [codes] = encode_prompts(dia.config, [audio], lambda: dia.codec)
     assert codes is not None
     return codes

@@ -8,17 +8,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from dia_fast.audio import Samples
-from dia_fast.engine import Handle, Request
+from dia_fast.audio import Audio
+from dia_fast.engine import Request
 from dia_fast.errors import SilentSpeech
 from dia_fast.reading import Reading
-from dia_fast.script import FADE_SECONDS
 from dia_fast.server.driver import Driver
 from dia_fast.server.encoders import Format, Pipeline
 from dia_fast.server.metrics import Metrics
 from dia_fast.server.queueing import Gate
+from dia_fast.streaming import Chunks
 
 if TYPE_CHECKING:
     from dia_fast.codec import Codec
@@ -31,7 +29,7 @@ class Plan:
     Args:
         reading: The text, its segments, voice and sampling.
         rate: Of the response, in Hz.
-        chunks: Frames of the first chunk and of the later ones.
+        chunks: Seconds of the first chunk and of the later ones.
         seeded: Whether the request, or its voice, names the seed.
     """
 
@@ -39,7 +37,7 @@ class Plan:
     form: Format
     rate: int
     speed: float
-    chunks: tuple[int, int]
+    chunks: tuple[float, float]
     voice: str
     seeded: bool
     warnings: list[str] = field(default_factory=list)
@@ -76,7 +74,8 @@ class Speech:
         self.times = {"begin": time.monotonic()}
         self.tokens = 0
         self._pipeline = Pipeline(plan.form, shop.codec.sample_rate, plan.rate, plan.speed)
-        self._seams = Seams(shop.codec.sample_rate, len(plan.reading.pieces))
+        first, later = plan.chunks
+        self._chunks = Chunks(shop.codec, later, first, len(plan.reading.pieces))
         self._ready: deque[tuple[bytes, float]] = deque()
         self._held, self._native = 0.0, 0
         self._changed = asyncio.Event()
@@ -118,7 +117,7 @@ class Speech:
                 await self._segment(*ready)
             if reading.outcome.status == "failed":
                 raise SilentSpeech(reading.outcome.warnings[-1])
-            await self._put(self._finish)
+            await self._put(self._pipeline.close)
             self.shop.gate.ended()
             self._count()
         except Exception as error:
@@ -136,12 +135,11 @@ class Speech:
         except Exception:
             release()
             raise
-        spans = _Spans(self.shop.codec, self.plan.chunks if not self._native else self.plan.chunks[1:] * 2)
         try:
             while True:
-                await self.shop.driver.wait(handle, spans.needed)
+                await self.shop.driver.wait(handle, self._chunks.needed)
                 ended = handle.done
-                while span := spans.cut(handle):
+                while span := self._chunks.cut(handle):
                     await self._put(self._decode, span)
                 if ended:
                     break
@@ -161,21 +159,20 @@ class Speech:
     # In the executor, one at a time
 
     def _decode(self, span: tuple[Any, int, int]) -> bytes:
-        samples = self.shop.codec.decode_span(*span).cpu().numpy()
-        self._native += len(samples)
-        return self._pipeline.write(self._seams.write(samples))
+        self._native += (span[2] - span[1]) * self.shop.codec.hop_length
+        return self._write(self._chunks.decode(span, None))
 
     def _end_segment(self, index: int) -> bytes:
         reading = self.plan.reading
-        if reading.frames[index] is not None:  # not one that is tried again
-            per_second = self.shop.codec.sample_rate * self.plan.speed
-            start = self.spans[-1][2] if self.spans else 0.0
-            self.spans.append((reading.pieces[index], start, self._native / per_second))
-        self._seams.end()
-        return b""
+        if reading.frames[index] is None:  # it is tried again
+            return b""
+        per_second = self.shop.codec.sample_rate * self.plan.speed
+        start = self.spans[-1][2] if self.spans else 0.0
+        self.spans.append((reading.pieces[index], start, self._native / per_second))
+        return self._write(self._chunks.end_segment(None))
 
-    def _finish(self) -> bytes:
-        return self._pipeline.write(self._seams.close()) + self._pipeline.close()
+    def _write(self, chunks: list[Audio]) -> bytes:
+        return b"".join(self._pipeline.write(chunk.samples) for chunk in chunks)
 
     async def _put(self, work: Callable[..., bytes], *args: object) -> None:
         before = self.seconds
@@ -200,86 +197,3 @@ class Speech:
         metrics.factor.observe(self.seconds / max(time.monotonic() - self.times["slot"], 1e-6))
         if self.plan.reading.outcome.finish_reason == "length":
             metrics.cut.inc()
-
-
-class Seams:
-    """Joins the sound of segments as it comes, as `join_pieces` does with all of it at once.
-
-    Args:
-        sample_rate: Hz.
-        pieces: Number of segments; the sound of a single one stays as it is.
-    """
-
-    def __init__(self, sample_rate: int, pieces: int) -> None:
-        self._count = round(FADE_SECONDS * sample_rate)
-        self._single = pieces == 1
-        self._fresh = self._first = True
-        self._held, self._tail = np.zeros(0, np.float32), np.zeros(0, np.float32)
-        self._size = 0
-
-    def write(self, samples: Samples) -> Samples:
-        """Take the next samples of the segment under way; returns those that are certain."""
-        if self._single or not len(samples):
-            return samples
-        self._held = np.concatenate([self._held, samples])
-        if len(self._held) < 2 * self._count:
-            return samples[:0]
-        out = self._begin(self._count)
-        certain, self._held = self._held[: -self._count], self._held[-self._count :]
-        return np.concatenate([out, certain])
-
-    def end(self) -> None:
-        """The segment is complete; its last samples wait for what follows."""
-        if self._single or not len(self._held):
-            return
-        size = min(self._count, len(self._held) // 2) if self._fresh else self._count
-        out = self._begin(size)
-        self._tail, self._size = np.concatenate([out, self._held]), size
-        self._held, self._fresh, self._first = np.zeros(0, np.float32), True, False
-
-    def close(self) -> Samples:
-        """The end of the last segment, which does not fade."""
-        tail, self._tail = self._tail, np.zeros(0, np.float32)
-        return tail
-
-    def _begin(self, count: int) -> Samples:
-        """At the beginning of a segment: fades it in, and the one before out, which is returned."""
-        if not self._fresh:
-            return np.zeros(0, np.float32)
-        self._fresh = False
-        tail, self._tail = self._tail, np.zeros(0, np.float32)
-        if not self._first:
-            if size := self._size:
-                tail = tail.copy()
-                tail[-size:] *= _ramp(size)[::-1]
-            self._held[:count] *= _ramp(count)
-        return tail
-
-
-def _ramp(count: int) -> Samples:
-    return (0.5 - 0.5 * np.cos(np.pi * np.arange(count) / max(count, 1))).astype(np.float32)
-
-
-class _Spans:
-    """Cuts the frames of one sequence into chunks: a short first one, so that sound begins early."""
-
-    def __init__(self, codec: "Codec", sizes: tuple[int, ...]) -> None:
-        self._context, self._sizes, self._sent = codec.decode_context_frames, sizes, 0
-
-    @property
-    def _size(self) -> int:
-        return self._sizes[1] if self._sent else self._sizes[0]
-
-    @property
-    def needed(self) -> int:
-        """Frames that must be complete before the next chunk can be decoded, unless the speech ends."""
-        return self._sent + self._size + self._context
-
-    def cut(self, handle: Handle) -> tuple[Any, int, int] | None:
-        """All frames so far, and the first and last but one of the next chunk; None if it is not there yet."""
-        if handle.status != "done" and not handle.has(self.needed):
-            return None
-        frames, start = handle.ready(), self._sent
-        end = min(start + self._size, len(frames))
-        self._sent = end
-        return (frames, start, end) if end > start else None

@@ -12,31 +12,43 @@ from hypothesis import strategies as st
 pytest.importorskip("fastapi", reason="the extra server is not installed")
 
 from dia_fast import Dia, InputError
-from dia_fast.script import join_pieces
+from dia_fast.server.conversation import Sentences
 from dia_fast.server.encoders import FORMATS, Pipeline, _Sink
 from dia_fast.server.options import Options, read_keys
 from dia_fast.server.queueing import Gate
 from dia_fast.server.schemas import SpeechRequest
 from dia_fast.server.service import Service
-from dia_fast.server.speech import Seams
 from tests.server.serving import LONG
 
 
 @hypothesis.given(
-    st.lists(st.lists(st.integers(1, 900), max_size=4), min_size=1, max_size=4), st.integers(0, 2**31), st.data()
+    st.lists(
+        st.sampled_from(["[S1] ", "[S2] ", "Hello. ", "Dr. No ", "(clears throat. Well) ", "why? ", "x", "。", "\n"])
+    ),
+    st.data(),
 )
-def test_seams_are_those_of_whole_segments(sizes: list[list[int]], seed: int, data: st.DataObject) -> None:
-    """Samples that come in pieces, joined, are what `join_pieces` makes of the segments, at every cut."""
-    drawn = np.random.default_rng(seed)
-    segments = [[drawn.standard_normal(size).astype(np.float32) for size in parts] for parts in sizes]
-    seams = Seams(8000, len(segments))
-    out = []
-    for parts in segments:
-        out += [seams.write(part) for part in parts]
-        seams.end()
-    out.append(seams.close())
-    whole = [np.concatenate([np.zeros(0, np.float32), *parts]) for parts in segments]
-    np.testing.assert_array_equal(np.concatenate(out), join_pieces(whole, 8000))
+def test_sentences_do_not_depend_on_how_the_text_comes(parts: list[str], data: st.DataObject) -> None:
+    text = "".join(parts)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    whole, pieces = Sentences(), Sentences()
+    expected = whole.take(text) + whole.take("", last=True)
+    found = [
+        one for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True) for one in pieces.take(text[start:end])
+    ]
+    found += pieces.take("", last=True)
+    words = [" ".join(" ".join(items).replace("[S1]", "").replace("[S2]", "").split()) for items in (expected, found)]
+    assert words[0].replace(" ", "") == words[1].replace(" ", "")
+    assert all(one.count("[S1]") + one.count("[S2]") <= 1 for one in found)
+
+
+def test_sentences_of_a_dialogue() -> None:
+    one = Sentences()
+    assert one.take("[S1] Dr. No is here. He (clears throat. Well) sits. [S2] Why? Be") == [
+        "[S1] Dr. No is here.",
+        "[S1] He (clears throat. Well) sits.",
+        "[S2] Why?",
+    ]
+    assert one.take("cause.", last=True) == ["[S2] Because."]
 
 
 @hypothesis.given(st.lists(st.tuples(st.integers(0, 30), st.binary(max_size=12)), max_size=20))
