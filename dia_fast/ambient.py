@@ -6,14 +6,18 @@ belongs to the process too and cannot be set for a while without others noticing
 """
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 
 import torch
 
+from dia_fast.utils import forks
+
 _DEVICES = ("cpu", "cuda")
 _lock = threading.Lock()
 _open, _precision = 0, "highest"
+_here = threading.local()  # blocks that this thread has open
 
 
 @contextlib.contextmanager
@@ -25,6 +29,7 @@ def isolated(*, grad: bool = False) -> Iterator[None]:
     Args:
         grad: Leave gradients as the caller has them. By default none are recorded.
     """
+    forks.check_threads()
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
@@ -51,10 +56,24 @@ def _exact_products() -> Iterator[None]:
             if _precision != "highest":
                 torch.set_float32_matmul_precision("highest")
         _open += 1
+    _here.open = getattr(_here, "open", 0) + 1
     try:
         yield
     finally:
+        _here.open -= 1
         with _lock:
             _open -= 1
             if not _open and _precision != "highest":
                 torch.set_float32_matmul_precision(_precision)
+
+
+def _in_child() -> None:
+    """After a fork: the blocks of other threads have gone with them."""
+    global _lock, _open
+    _lock, there, _open = threading.Lock(), _open, getattr(_here, "open", 0)
+    if there and not _open and _precision != "highest":
+        torch.set_float32_matmul_precision(_precision)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -45,6 +45,7 @@ from dia_fast.placement import choose_device, choose_dtype
 from dia_fast.prompts import AudioPrompt, encode_prompts, prompt_for_each
 from dia_fast.reading import Reading, readings_of, speak_scripts
 from dia_fast.settings import SamplingOptions, SamplingParams
+from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
 from dia_kernels import get_ops
 
 if TYPE_CHECKING:
@@ -53,11 +54,12 @@ if TYPE_CHECKING:
     from dia_fast.codec import Codec
 
 
-class Dia:
+class Dia(OneProcess):
     """A loaded model and, from their first use on, a codec and an engine. Make one with `Dia.from_pretrained`.
 
     The result of a call depends on its arguments alone. Calls from several threads share the batch of one engine. Its
-    memory stays taken until `close`, or the end of a `with` block.
+    memory stays taken until `close`, or the end of a `with` block. It belongs to its process: it
+    cannot be copied or pickled, and a forked child makes an engine of its own (`dia_fast.utils.forks`).
     """
 
     def __init__(
@@ -71,7 +73,14 @@ class Dia:
         self.defaults = SamplingParams()
         self._engine: Engine | None = None
         self._limits = engine_limits(max_batch, memory)
+        self._left: Engine | None = None
+        self._renew()
+        renew_in_child(self)
+
+    def _renew(self) -> None:
+        """In a new process: locks and an engine of its own. Nothing of the parent's, its GPU memory least, is freed."""
         self._making = threading.RLock()
+        self._left, self._engine = self._engine or self._left, None
 
     @classmethod
     def from_pretrained(
@@ -141,6 +150,7 @@ class Dia:
             raise InputError("this Dia has no codec (codec=None): use generate_codes, or name one in from_pretrained")
         with self._making:
             codec = self._codec
+            check_device(self.device)
             if isinstance(codec, str | os.PathLike):
                 from dia_fast.codec import load_codec
 
@@ -162,6 +172,7 @@ class Dia:
         """What all calls of this Dia run on, made now if it was not. Raises InputError if its memory holds nothing."""
         with self._making:
             if self._engine is None:
+                check_device(self.device)
                 self._engine = Engine(self.model, **self._limits)
             return self._engine
 

@@ -23,6 +23,7 @@ from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.packing import packed_shapes
 from dia_fast.prepack import pack_matrices, refuse_packed
 from dia_fast.state import DecodeState, cross_pages
+from dia_fast.utils.forks import OneProcess
 from dia_kernels.reference import PackedWeight
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -91,7 +92,7 @@ class Stack(nn.Module):
                 _declare(self, name, shape)
 
 
-class DiaModel(nn.Module):
+class DiaModel(OneProcess, nn.Module):
     """The model; its `state_dict` holds the packed weights by the names of `packing.packed_shapes`.
 
     config: sizes. ops: an op set, see `dia_kernels.get_ops`. The new model has no memory: give it weights with `load`.

@@ -25,6 +25,7 @@ from dia_fast.outcome import Outcome
 from dia_fast.progress import StepBar
 from dia_fast.reading import Reading, warn_of
 from dia_fast.script import FADE_SECONDS, fade_in
+from dia_fast.utils.forks import OneProcess, renew_in_child
 from dia_fast.values import real_number
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def checked_seconds(name: str, value: Any) -> float:
     return seconds
 
 
-class Stream(Generator[Audio, None, None]):
+class Stream(OneProcess, Generator[Audio, None, None]):
     """The chunks of `Dia.stream`, and their outcome."""
 
     def __init__(self, reading: Reading, chunks: Generator[Audio, None, None]) -> None:
@@ -66,7 +67,7 @@ class Stream(Generator[Audio, None, None]):
         self._chunks.close()
 
 
-class AsyncStream(AsyncGenerator[Audio, None]):
+class AsyncStream(OneProcess, AsyncGenerator[Audio, None]):
     """The chunks of `Dia.astream`, and their outcome."""
 
     def __init__(self, made: list[Reading], chunks: AsyncGenerator[Audio, None]) -> None:
@@ -146,7 +147,7 @@ async def astream(
     """As `stream`, with everything that takes time or waits for a lock in threads of asyncio's pool."""
     count, seed = len(reading.pieces), reading.seed
     chunks, segments = Chunks(codec, chunk_seconds, first_chunk_seconds, count), Segments(engine, reading)
-    pump, told = _pump(engine), warn_of(reading)
+    pump, told = _pumps.of(engine), warn_of(reading)
     try:
         while segments.heard < count:
             await asyncio.to_thread(segments.fill)
@@ -182,7 +183,12 @@ class Segments:
         self.engine, self.reading, self.heard = engine, reading, 0
         self._handles: dict[int, Handle] = {}  # of the last attempt at each
         self._running: list[int] = []
-        self._lock, self._withdrawn = threading.Lock(), False
+        self._withdrawn = False
+        self._renew()
+        renew_in_child(self)
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
 
     @property
     def current(self) -> Handle:
@@ -352,12 +358,21 @@ def _is_there(handle: Handle, frames: int) -> bool:
     return handle.done or handle.has(frames)
 
 
-# Event loops end without a word and engines with their Dia, so neither is kept alive here.
-_pumps: WeakKeyDictionary[Engine, WeakKeyDictionary[AbstractEventLoop, _Pump]] = WeakKeyDictionary()
-_pumps_lock = threading.Lock()
+class _Pumps:
+    """The pumps of each engine and event loop. Loops end without a word and engines with their Dia: none is kept."""
+
+    def __init__(self) -> None:
+        self._renew()
+        renew_in_child(self)
+
+    def _renew(self) -> None:
+        self._pumps: WeakKeyDictionary[Engine, WeakKeyDictionary[AbstractEventLoop, _Pump]] = WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def of(self, engine: Engine) -> _Pump:
+        """The pump of an engine for the running event loop."""
+        with self._lock:
+            return self._pumps.setdefault(engine, WeakKeyDictionary()).setdefault(asyncio.get_running_loop(), _Pump())
 
 
-def _pump(engine: Engine) -> _Pump:
-    """The pump of an engine for the running event loop."""
-    with _pumps_lock:
-        return _pumps.setdefault(engine, WeakKeyDictionary()).setdefault(asyncio.get_running_loop(), _Pump())
+_pumps = _Pumps()

@@ -236,7 +236,7 @@ def test_each_event_loop_may_have_its_own_streams(dia: Dia) -> None:
     for item in found:
         assert_same_sound(item, expected, dia.codec)
     gc.collect()
-    assert not len(_pumps[dia.engine]), "loops that are closed are not kept"
+    assert not len(_pumps._pumps[dia.engine]), "loops that are closed are not kept"
 
 
 def test_what_cannot_be_spoken_is_refused(dia: Dia, tmp_path: Path) -> None:

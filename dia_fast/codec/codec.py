@@ -15,6 +15,7 @@ from dia_fast.codec.config import CodecConfig
 from dia_fast.codec.network import DacNetwork
 from dia_fast.codec.weights import check_tensors, write_transformers
 from dia_fast.errors import InputError, NumericError
+from dia_fast.utils.forks import OneProcess
 from dia_fast.values import tensor_of, whole_number
 from dia_kernels import reference
 
@@ -24,7 +25,7 @@ _HELP = (
 )
 
 
-class Codec:
+class Codec(OneProcess):
     """A neural audio codec on one device. Made by `load_codec` or `random_codec`.
 
     network: has `encode`, `decode` and `tensors` as `DacNetwork` does.

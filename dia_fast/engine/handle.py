@@ -11,6 +11,7 @@ from dia_fast.ambient import isolated
 from dia_fast.delay import undo_delay
 from dia_fast.engine.request import Generation, Request
 from dia_fast.errors import DiaFastError
+from dia_fast.utils.forks import OneProcess, renew_in_child
 
 if TYPE_CHECKING:
     from dia_fast.engine.scheduler import Engine
@@ -22,7 +23,7 @@ class Cancelled(DiaFastError, RuntimeError):
     """The request was cancelled before it was done."""
 
 
-class Handle:
+class Handle(OneProcess):
     """A request on its way; made by `Engine.submit`. Safe to use from several threads.
 
     Whoever waits for a handle, by `result` or `frames`, makes the engine's steps meanwhile, for all requests.
@@ -35,7 +36,12 @@ class Handle:
         self._engine, self._first, self._streams = engine, first, streams
         self._generation: Generation | None = None
         self._rows: list[Tensor] = []
-        self._received, self._joining = 0, threading.Lock()
+        self._received = 0
+        self._renew()
+        renew_in_child(self)
+
+    def _renew(self) -> None:
+        self._joining = threading.Lock()
 
     @property
     def done(self) -> bool:

@@ -1,5 +1,6 @@
 """Continuous batching: requests join and leave between the steps of one batch."""
 
+import os
 import threading
 from collections import deque
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from dia_fast.engine.watch import Watch
 from dia_fast.errors import DiaFastError, InputError, OutOfPages
 from dia_fast.model import DiaModel
 from dia_fast.state import DecodeState, Sizes
+from dia_fast.utils.forks import OneProcess, renew_in_child
 
 MAX_BATCH = 32  # requests; the kernels take two rows for each and at most 64
 
@@ -46,7 +48,7 @@ class Stats:
     total_bytes: int
 
 
-class Engine:
+class Engine(OneProcess):
     """Runs many requests as one batch. `submit` them, then wait for their handles, or call `step` until it says False.
 
     There is no thread of its own: whoever waits makes the steps, and several threads may wait at once. A request's
@@ -77,9 +79,10 @@ class Engine:
         if prefill_rows < 1:
             raise InputError(f"prefill_rows must be at least 1, not {prefill_rows}")
         self.model, self.prefill_rows = model, prefill_rows
-        self.lock = threading.RLock()
-        self._turn, self._led = threading.Condition(), False
-        self._busy, self._cancelled = False, list[Handle]()
+        self._process = os.getpid()
+        self._renew()
+        renew_in_child(self)
+        self._cancelled = list[Handle]()
         self._device = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
         if sizes is None:
             sizes = sizes_for_any(model.config, max_batch, memory, model.dtype, model.device)
@@ -96,12 +99,26 @@ class Engine:
         self._shown: tuple[DecodeState, list[int]] | None = None
         self._submitted = self._steps = self._peak = 0
 
+    def _renew(self) -> None:
+        """In a new process: locks of its own. The requests are left to the parent."""
+        self.lock = threading.RLock()
+        self._turn, self._led, self._busy = threading.Condition(), False, False
+
+    @property
+    def _ours(self) -> bool:
+        return self._process == os.getpid()
+
+    def _check_process(self) -> None:
+        if not self._ours:
+            raise InputError("this engine was made before the process was forked: make another one in the child")
+
     @isolated()
     def submit(self, request: Request, *, stream: bool = False) -> Handle:
         """Queues a request. stream: whether `Handle.frames` will be used.
 
         Raises InputError for a request that the model cannot take, OutOfPages for one that could never begin.
         """
+        self._check_process()
         item = plan(self.model.config, request)
         sizes, state = self.state.sizes, self.state
         if item.guided and not state.guided:
@@ -128,6 +145,7 @@ class Engine:
         all that were in the step. Only an interruption (Ctrl-C) is raised, after every request that had begun has
         failed; the engine can be used again.
         """
+        self._check_process()
         with self.lock, self._device:
             self._busy = True
             try:
@@ -164,6 +182,8 @@ class Engine:
 
     def cancel(self, handle: Handle) -> None:
         """Ends a request as `Handle.cancel` does."""
+        if not self._ours:
+            return
         with self.lock:
             self._cancelled.append(handle)
             # Busy is this very thread: the garbage collector can come in anywhere and end whoever holds a handle.

@@ -25,6 +25,7 @@ from dia_fast.outcome import silence
 from dia_fast.progress import StepBar
 from dia_fast.settings import SamplingParams
 from dia_fast.text import TextWarning, encode_text, warn_about
+from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
 from dia_fast.values import whole_number
 from dia_fast.warn import warn
 from dia_kernels import get_ops
@@ -44,7 +45,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Dia:
+class Dia(OneProcess):
     """The original package's `Dia`. Positional arguments, defaults and results are the same; `seed` is new.
 
     dac_model: what encodes and decodes sound, and may be replaced at any time: a `dac.DAC`, a `transformers.DacModel`,
@@ -75,10 +76,15 @@ class Dia:
         self.dac_model: Any = None if isinstance(dac_model, str | os.PathLike) else dac_model
         self._codec_name = os.fspath(dac_model) if isinstance(dac_model, str | os.PathLike) else CODEC
         self._engine: Engine | None = None
+        renew_in_child(self)
         if self.dac_model is not None:
             as_codec(self.dac_model)
         elif not load_dac:
             warn("load_dac=False: generate returns codes instead of sound", UserWarning)
+
+    def _renew(self) -> None:
+        """In a new process: an engine of its own. The parent's is not freed, since its GPU memory is not ours."""
+        self._left, self._engine = self._engine, None
 
     @classmethod
     def from_local(
@@ -225,6 +231,7 @@ class Dia:
         if self.device.type == "cpu":
             return None
         if self._engine is None:
+            check_device(self.device)
             self._engine = Engine(self.model)
         return self._engine
 

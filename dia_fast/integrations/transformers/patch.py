@@ -27,6 +27,7 @@ from dia_fast.errors import InputError
 from dia_fast.integrations.transformers import calls, fallback, loop, modules, weights
 from dia_fast.model import DiaModel
 from dia_fast.settings import RANDOM_SEED, SamplingParams
+from dia_fast.utils.forks import check_device, renew_in_child
 from dia_kernels import get_ops
 
 STATE = "_dia_fast"
@@ -40,12 +41,18 @@ class State:
 
     def __init__(self, backend: str, share_memory: bool, replaced: list[str]) -> None:
         self.backend, self.share_memory, self.replaced = backend, share_memory, replaced
-        self.lock = threading.RLock()
         self._watch: weights.Watch | None = None
         self._fingerprint: list[int] | None = None
         self._obstacle: str | None = None
         self._ours: DiaModel | None = None
         self._engine: Engine | None = None
+        self._renew()
+        renew_in_child(self)
+
+    def _renew(self) -> None:
+        """In a new process: a lock and an engine of its own. The parent's is not freed."""
+        self.lock = threading.RLock()
+        self._left, self._engine = self._engine, None
 
     def forget(self) -> None:
         """Lets go of the engine and its model; the next call makes them again."""
@@ -95,6 +102,7 @@ class State:
         wanted = loop.sizes_with_room(model, requests)
         if self._engine is None or self._engine.model is not model or not loop.holds(self._engine.state.sizes, wanted):
             self._engine = None  # its memory first
+            check_device(model.device)
             self._engine = Engine(model, sizes=wanted)
         return self._engine
 
