@@ -21,6 +21,8 @@ LONG = 2 * (
     "[S2] Yes, good evening. The number is seven four two. My house is in the black garden, please. "
 )
 
+SOON = 2.0  # seconds within which what a client gives up is free; the speech in question takes longer
+
 
 @dataclass
 class Answer:
