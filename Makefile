@@ -6,7 +6,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # A system Python without ensurepip makes environments without pip; its own pip serves them then (pip >= 22.3).
 PIP = $$($(PY) -m pip --version >/dev/null 2>&1 && echo $(PY) -m pip || echo $(PYTHON) -m pip --python $(PY))
-INSTALL = $(PIP) install --quiet --disable-pip-version-check -c constraints.txt
+VERSIONS = -c constraints.txt
+INSTALL = $(PIP) install --quiet --disable-pip-version-check $(VERSIONS)
 
 # Workers of the test run. Tensors in tests are tiny, so each worker computes in one thread.
 WORKERS ?= 2
@@ -14,7 +15,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-voice eval-voice test test-isa test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures \
+.PHONY: help demo demo-voice eval-voice test test-isa test-latest test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures \
 	package-test lint clean
 
 help: ## list the targets
@@ -65,6 +66,14 @@ test: $(VENV)/.dev ## run the test suite (under 15 minutes on two cores)
 test-isa: $(VENV)/.dev ## run the numeric tests under each instruction set of this processor, with one and two threads
 	$(PY) -m tests.isa $(PYTEST_ARGS)
 
+# Its environment is brought up to date each time. pip takes a CUDA build of torch here, of several GB.
+LATEST := .venv-latest
+test-latest: ## run the test suite with the newest release of each dependency, in an environment of its own
+	@rm -f $(LATEST)/.base
+	@$(MAKE) --no-print-directory VENV=$(LATEST) VERSIONS='--upgrade --upgrade-strategy eager' $(LATEST)/.dev
+	@$(LATEST)/bin/python -m tests.versions
+	@$(MAKE) --no-print-directory VENV=$(LATEST) VERSIONS='--upgrade --upgrade-strategy eager' test
+
 test-slow: $(VENV)/.dev ## run the tests that take long or need gigabytes of memory
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
 
@@ -114,5 +123,5 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(PY) -m mypy
 
 clean: ## remove the virtual environment and everything generated
-	rm -rf $(VENV) build dist demo-output bench/results *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) build dist demo-output bench/results *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -143,11 +143,14 @@ def _sample(
     best = tl.argmax(score, 0, tie_break_left=True)
     temperature = tl.load(temperature_ptr + slot)
     drawn = best
-    kind = tl.where(tl.sum(wrong.to(tl.int32), 0) > 0, NOT_FINITE, 0)
+    peak = tl.max(score, 0)
+    kind = tl.where((temperature != 0.0) & (peak == float("-inf")), EMPTY, 0)
+    kind = tl.where(tl.sum(wrong.to(tl.int32), 0) > 0, NOT_FINITE, kind)
+    # Stored before the draw, whose 64-bit weights need the registers.
+    place = status_ptr + slot * CHANNELS + channel
+    tl.store(place, row * 4 + kind, mask=tl.load(place, mask=kind != 0, other=1) == 0)
     if temperature != 0.0:
         top_p = tl.load(top_p_ptr + slot)
-        peak = tl.max(score, 0)
-        kind = tl.where((kind == 0) & (peak == float("-inf")), EMPTY, kind)
         gap = tl.where(score == float("-inf"), float("-inf"), score - peak)
         heat = tl.minimum(tl.div_rn(1.0, temperature), 3.4028234663852886e38)  # 0 times infinity would be NaN
         weight = tl.floor(tl.exp(gap * heat) * WEIGHT_ONE + 0.5).to(tl.int64)
@@ -165,9 +168,6 @@ def _sample(
         target = wide * (total >> 32) + (((wide >> 16) * low + (((wide & 0xFFFF) * low) >> 16)) >> 16)
         drawn = tl.sum((real & (edges <= target)).to(tl.int32), 0)
     tl.store(out_ptr + slot * CHANNELS + channel, drawn)
-    place = status_ptr + slot * CHANNELS + channel
-    first = tl.load(place, mask=kind != 0, other=1) == 0
-    tl.store(place, row * 4 + kind, mask=first)
 
 
 def _rule(dtype: torch.dtype, arch: str, *, vocab: int) -> dict[str, int]:
