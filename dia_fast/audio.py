@@ -35,6 +35,7 @@ FORMATS = {
     ".flac": ("FLAC", "PCM_16"),
     ".ogg": ("OGG", "VORBIS"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
+    ".aiff": ("AIFF", "PCM_16"),
 }
 
 
@@ -73,7 +74,7 @@ class Audio:
         return Audio(convert(self.samples, self.sample_rate, sample_rate), sample_rate, self.seed, self.outcome)
 
     def to_bytes(self, format: str = "wav") -> bytes:
-        """The contents of a `wav`, `flac`, `ogg` or `mp3` file. Louder than full scale is clipped.
+        """The contents of a `wav`, `flac`, `ogg`, `mp3` or `aiff` file. Louder than full scale is clipped.
 
         Raises InputError for another format, for one that cannot hold this sample rate, and for no samples at all.
         """
@@ -101,7 +102,7 @@ class Audio:
         return buffer.getvalue()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a file in the format that the extension names: .wav, .flac, .ogg or .mp3 (16 bit or lossy).
+        """Writes a file in the format that the extension names: .wav, .flac, .ogg, .mp3 or .aiff (16 bit or lossy).
 
         The file appears complete or not at all. Raises InputError for an unknown extension, a missing or read-only
         folder, a full disk; an existing file is untouched then.

@@ -68,7 +68,7 @@ def encode_prompt(
     if prompt is None:
         return None
     if _is_codes(prompt):
-        return _checked_codes(prompt, channels, codes, max_frames)
+        return checked_codes(prompt, channels, codes, max_frames)
     if not isinstance(prompt, str | os.PathLike | Audio | tuple):
         raise InputError(f"audio_prompt must be {KINDS}, not {_describe(prompt)}")
     unit = codec()
@@ -79,7 +79,7 @@ def encode_prompt(
         if isinstance(prompt, Audio):
             prompt = (prompt.samples, prompt.sample_rate)
         samples = _from_samples(prompt, unit.sample_rate, longest)
-    return _checked_codes(unit.encode(samples).cpu(), channels, codes, max_frames)
+    return checked_codes(unit.encode(samples).cpu(), channels, codes, max_frames)
 
 
 def _from_samples(pair: tuple[Any, ...], sample_rate: int, longest: float) -> np.ndarray:
@@ -99,7 +99,9 @@ def _is_codes(prompt: object) -> bool:
     return isinstance(prompt, Tensor | np.ndarray)
 
 
-def _checked_codes(prompt: Any, channels: int, codes: int, max_frames: int) -> Tensor:
+@isolated()
+def checked_codes(prompt: Any, channels: int, codes: int, max_frames: int) -> Tensor:
+    """Codes that a caller passes, `[frames, channels]` int64 on the CPU; the rest as in `encode_prompt`."""
     tensor = tensor_of("audio_prompt", prompt).cpu()
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise InputError(

@@ -1,6 +1,8 @@
 """The original package's interface: names, arguments, results, and programs that were written for it."""
 
 import inspect
+import json
+import re
 import sys
 import types
 import warnings
@@ -122,6 +124,72 @@ def test_quirks_free_the_last_code_of_the_longest_prompt(cache: Path, monkeypatc
     assert torch.equal(grid, expected[:-1]) and (expected[-1, :-1] == -1).all() and expected[-1, -1] == long[-1, -1]
 
 
+@pytest.mark.parametrize("quirks", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (torch.zeros(5, 8, dtype=torch.int64), r"shape \[frames, 9\], not \[5, 8\]"),
+        (torch.zeros(1, 5, 9, dtype=torch.int64), r"shape \[frames, 9\], not \[1, 5, 9\]"),
+        (torch.full((5, 9), 1024), "holds code 1024"),
+        (np.full((5, 9), -1), "holds code -1"),
+        (torch.zeros(0, 9, dtype=torch.int64), "has 0 frames"),
+        (torch.zeros(5, 9), "codes are integers"),
+        (0.5, "must be a path or codes"),
+    ],
+)
+def test_prompts_that_cannot_be(
+    silent: Dia, monkeypatch: pytest.MonkeyPatch, quirks: bool, prompt: Any, message: str
+) -> None:
+    monkeypatch.setattr(silent, "quirks", quirks)
+    with pytest.raises(InputError, match=message):
+        silent.generate(TEXT, 60, audio_prompt=prompt)
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+def test_codes_as_an_array(silent: Dia, monkeypatch: pytest.MonkeyPatch, quirks: bool) -> None:
+    monkeypatch.setattr(silent, "quirks", quirks)
+    codes = prompt_codes(6)
+    wanted = silent.generate(TEXT, 60, audio_prompt=codes, seed=1)
+    for same in (codes.numpy(), codes.int(), codes.numpy().astype(np.int16)):
+        assert np.array_equal(silent.generate(TEXT, 60, audio_prompt=same, seed=1), wanted)
+
+
+def test_verbose_prints_the_lines_of_the_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        endless = Dia.from_pretrained(str(hub.make_model(tmp_path, eos_gain=0.0)), device=CPU, load_dac=False)
+    capsys.readouterr()
+    endless.generate([TEXT, TEXT], 190, verbose=True, audio_prompt=[prompt_codes(4), prompt_codes(9)], seed=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["generate: data loaded", "generate: starting generation loop"]
+    speed = r"generate step (\d+): speed=(\d+\.\d{3}) tokens/s, realtime factor=(\d+\.\d{3})x"
+    told = [re.fullmatch(speed, line) for line in lines[2:-1]]
+    assert [found and found[1] for found in told] == ["86", "172"]
+    for found in told:
+        assert found and float(found[2]) / 86 == pytest.approx(float(found[3]), abs=0.001)  # both have three digits
+    assert re.fullmatch(r"generate: avg steps=\d+\.\d, total duration=\d+\.\d{3}s", lines[-1])
+    endless.generate(TEXT, 60)
+    assert not capsys.readouterr().out
+
+
+def test_configurations_as_the_original_has_them(tmp_path: Path) -> None:
+    config = OriginalConfig(tiny_config())
+    assert config.model_dump() == tiny_config().to_original()
+    assert json.loads(config.model_dump_json()) == config.model_dump()
+    assert OriginalConfig.model_validate(config.model_dump()) == config == OriginalConfig.model_validate(config)
+    config.save(tmp_path / "new" / "config.json")
+    assert OriginalConfig.load(tmp_path / "new" / "config.json") == config
+    assert OriginalConfig() == OriginalConfig(DiaConfig()) and len({OriginalConfig(), OriginalConfig()}) == 1
+    parts = {"encoder_config": config.encoder_config, "decoder_config": config.decoder_config}
+    built = OriginalConfig(**parts, delay_pattern=config.delay_pattern)
+    assert built == config
+    assert built.decoder_config.model_dump()["num_channels"] == built.decoder_config.num_channels == 9
+    assert Dia(config.model_dump(), device=CPU).config == config
+    with pytest.raises(CheckpointError, match="decoder_config"):
+        OriginalConfig(decoder_config={"num_layers": 3})
+    with pytest.raises(InputError, match="not both"):
+        OriginalConfig(DiaConfig(), delay_pattern=[0])
+
+
 def test_guidance_scales(silent: Dia) -> None:
     """1 is a scale like any other here, and 0 is none."""
     rows = {scale: silent.generate(TEXT, 60, scale, 0.0) for scale in (0, 1, 1.0, 3.0)}
@@ -133,7 +201,10 @@ def test_guidance_scales(silent: Dia) -> None:
 
 
 def test_sound_in_and_out(dia: Dia, tmp_path: Path) -> None:
-    dia.save_audio(str(tmp_path / "voice.mp3"), dia.generate(TEXT, max_tokens=60, seed=1))
+    spoken = dia.generate(TEXT, max_tokens=60, seed=1)
+    for name in ("voice.mp3", "voice.aiff"):
+        dia.save_audio(str(tmp_path / name), spoken)
+    assert np.abs(soundfile.read(tmp_path / "voice.aiff")[0] - np.clip(spoken, -1, 1)).max() <= 2**-15
     rate = 22_050
     soundfile.write(tmp_path / "stereo.wav", 0.1 * np.random.default_rng(0).standard_normal((rate // 4, 2)), rate)
     codes = dia.load_audio(str(tmp_path / "stereo.wav"))
@@ -184,6 +255,12 @@ def test_loading(tmp_path: Path, cache: Path) -> None:
             Dia.from_local(*(str(folder / name) for name in missing))
 
 
+def test_steps_inside_generate_are_not_offered(dia: Dia) -> None:
+    with pytest.raises(AttributeError, match="engine makes all steps"):
+        dia._prepare_generation(TEXT, None, False)
+    assert not hasattr(dia, "_decoder_step") and not hasattr(dia, "nothing")
+
+
 def test_what_cannot_be(dia: Dia, silent: Dia, tmp_path: Path) -> None:
     empty = Dia(DiaConfig().to_original(), device=CPU)
     with pytest.raises(RuntimeError, match="no weights"):
@@ -206,6 +283,7 @@ def test_what_cannot_be(dia: Dia, silent: Dia, tmp_path: Path) -> None:
         "cfg_scale must be 0": {"cfg_scale": 0.5},
         "temperature must be": {"temperature": -1},
         "text is empty": {"text": " "},
+        "text is an empty list": {"text": []},
         "seed has 2 entries": {"seed": [1, 2]},
         "seed must be": {"seed": "x"},
         "no such file": {"audio_prompt": str(tmp_path / "nowhere.wav")},
@@ -227,6 +305,17 @@ def test_install_and_uninstall() -> None:
         from dia.model import Dia as inner  # type: ignore[import-not-found]
 
         assert top is inner is Dia and config is OriginalConfig
+        import dia.layers  # type: ignore[import-not-found]
+        from dia.config import DecoderConfig  # type: ignore[import-not-found]
+
+        assert isinstance(config().decoder_config, DecoderConfig) and not hasattr(dia.layers, "__wrapped__")
+        for line in (
+            "from dia.layers import Attention",
+            "from dia.audio import decode",
+            "from dia.config import DataConfig",
+        ):
+            with pytest.raises(ImportError, match=r"is of the original package.*no counterpart"):
+                exec(line, {})
         original.uninstall()
         original.uninstall()
         assert sys.modules["dia"] is other and "dia.model" not in sys.modules

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from dia_fast.ambient import isolated
-from dia_fast.arguments import least_seconds
+from dia_fast.arguments import least_seconds, texts_of
 from dia_fast.audio import Audio, load_audio
 from dia_fast.checkpoint import Checkpoint, open_checkpoint
 from dia_fast.config import DiaConfig
 from dia_fast.delay import delayed_rows
 from dia_fast.engine import Engine, Generation, Request, generate
-from dia_fast.errors import CheckpointError, InputError
+from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.integrations.original.codecs import SoundCodec, as_codec
 from dia_fast.integrations.original.config import ComputeDtype, OriginalConfig, as_config
 from dia_fast.model import DiaModel
 from dia_fast.outcome import silence
-from dia_fast.progress import StepBar
+from dia_fast.prompts import checked_codes
 from dia_fast.settings import SamplingParams
 from dia_fast.text import TextWarning, encode_text, warn_about
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
@@ -33,11 +33,44 @@ from dia_kernels import get_ops
 DEFAULT_SAMPLE_RATE = 44100
 SAMPLE_RATE_RATIO = 512
 CODEC = "descript/dac_44khz"
+_STEPS_PER_SECOND = 86  # as the original rounds them
 # The engine reads a scale of 1 as "no guidance"; in the original's formula it is as good a number as any other.
 _JUST_ABOVE_ONE = float(np.nextafter(np.float32(1), np.float32(2)))
 
-AudioPrompt: TypeAlias = str | Tensor | None
+# Methods of the original that are steps of its `generate`.
+_INSIDE = frozenset(
+    {
+        "_encode_text", "_pad_text_input", "_prepare_text_input", "_prepare_audio_prompt", "_prepare_generation",
+        "_decoder_step", "_generate_output",
+    }
+)  # fmt: skip
+
+AudioPrompt: TypeAlias = str | os.PathLike[str] | Tensor | np.ndarray | None
 Prompts: TypeAlias = AudioPrompt | list[AudioPrompt]
+
+
+class _Report:
+    """The lines that the original prints with `verbose` while it generates. Call it with the number of steps so far.
+
+    count: texts; given: frames of the shortest prompt, from which the original counts its steps.
+    """
+
+    def __init__(self, count: int, given: int) -> None:
+        self.count, self.given = count, given
+        print("generate: data loaded")
+        print("generate: starting generation loop")
+        self._start = time.perf_counter()
+
+    def __call__(self, steps: int) -> None:
+        step = self.given + steps
+        if step % _STEPS_PER_SECOND:
+            return
+        now = time.perf_counter()
+        seconds, self._start = max(now - self._start, 1e-9), now
+        print(
+            f"generate step {step}: speed={_STEPS_PER_SECOND * self.count / seconds:.3f} tokens/s, "
+            f"realtime factor={self.count / seconds:.3f}x"
+        )
 
 
 def default_device() -> torch.device:
@@ -157,9 +190,10 @@ class Dia(OneProcess):
         """Speaks a text, or a list of them as one batch.
 
         max_tokens: rows in all, the audio prompt's included; None for as many as the model has positions. cfg_scale:
-        from 1 to 100, or 0 for no guidance. audio_prompt: a path or codes `[frames, channels]`, for each text of a
-        list its own; only the new words are returned. use_torch_compile: makes no difference here. verbose: a progress
-        bar. seed: by default drawn from torch's random numbers, so `torch.manual_seed` decides.
+        from 1 to 100, or 0 for no guidance. audio_prompt: a path or codes `[frames, channels]`, a tensor or an array,
+        for each text of a list its own; only the new words are returned. use_torch_compile: makes no difference here.
+        verbose: prints the original's lines. seed: by default drawn from torch's random numbers, so that
+        `torch.manual_seed` decides.
         Returns float32 samples `[n]` at 44.1 kHz, or with `load_dac=False` codes `[frames, channels]` int64, as a numpy
         array; for a list of two or more texts a list of them. Raises InputError (a ValueError) for whatever cannot be
         used, CheckpointError (a RuntimeError) if the weights were not loaded.
@@ -171,7 +205,8 @@ class Dia(OneProcess):
             warn("use_cfg_filter is deprecated and does nothing", FutureWarning)
         if self.model is None:
             raise CheckpointError("this Dia has no weights: make it with from_pretrained or from_local")
-        texts = text if isinstance(text, list) else [text]
+        start = time.perf_counter()
+        texts = texts_of(text)
         prompts = self._prompts(audio_prompt, len(texts))
         limit = self.config.decoder_config.max_position_embeddings if max_tokens is None else max_tokens
         settings = {
@@ -186,9 +221,9 @@ class Dia(OneProcess):
             longest = self.config.encoder_config.max_position_embeddings
             warn_about(item, max_length=longest, least_seconds=least_seconds(self.config.native))
         requests = self._requests(texts, prompts, limit, settings, seed)
-        start = time.perf_counter()
-        with StepBar(limit, DEFAULT_SAMPLE_RATE / SAMPLE_RATE_RATIO, hidden=not verbose) as bar:
-            spoken = generate(self.model, requests, progress=bar, engine=self._engine_for(requests))
+        given = min(0 if prompt is None else len(prompt) for prompt in prompts)
+        report = _Report(len(requests), given) if verbose else None
+        spoken = generate(self.model, requests, progress=report, engine=self._engine_for(requests))
         if verbose:
             steps = sum(len(item.frames) for item in spoken) / len(spoken)
             print(f"generate: avg steps={steps:.1f}, total duration={time.perf_counter() - start:.3f}s")
@@ -197,6 +232,14 @@ class Dia(OneProcess):
                 warn(silence(1), TextWarning)
         outputs = [self._output(item) for item in spoken]
         return outputs if len(outputs) > 1 else outputs[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _INSIDE:
+            raise AttributeError(
+                f"{name} of the original's Dia has no counterpart in dia_fast, whose engine makes all steps: call "
+                "generate"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def load_audio(self, audio_path: str) -> Tensor:
         """The codes of an audio file, `[frames, channels]` int64, to be used as `audio_prompt`.
@@ -207,7 +250,7 @@ class Dia(OneProcess):
         return self._encode(torch.from_numpy(load_audio(audio_path, DEFAULT_SAMPLE_RATE))[None].to(self.device))
 
     def save_audio(self, path: str, audio: np.ndarray) -> None:
-        """Writes samples as a .wav, .flac, .ogg or .mp3 file, complete or not at all. Raises InputError."""
+        """Writes samples as a .wav, .flac, .ogg, .mp3 or .aiff file, complete or not at all. Raises InputError."""
         Audio(audio, DEFAULT_SAMPLE_RATE).save(path)
 
     @isolated()
@@ -241,13 +284,20 @@ class Dia(OneProcess):
         listed = given if isinstance(given, list) else [given] * (count if given is None else 1)
         if len(listed) != count:
             raise InputError(f"audio_prompt has {len(listed)} entries for {count} texts: give a list with one for each")
-        return [
-            self.load_audio(os.fspath(item)) if isinstance(item, str | os.PathLike) else item for item in listed
-        ]  # fmt: skip
+        return [None if item is None else self._prompt(item) for item in listed]
+
+    def _prompt(self, given: Any) -> Tensor:
+        config = self.config.native
+        if isinstance(given, str | os.PathLike):
+            given = self.load_audio(os.fspath(given))
+        elif not isinstance(given, Tensor | np.ndarray):
+            raise InputError(f"audio_prompt must be a path or codes [frames, channels], not {shown(given)}")
+        room = config.decoder.max_position_embeddings - max(config.delay_pattern) - 2
+        return checked_codes(given, config.decoder.num_channels, config.decoder.eos_token_id, room)
 
     @isolated()
     def _requests(
-        self, texts: list[str], prompts: list[Tensor | None], limit: int, settings: dict[str, Any], seed: Any
+        self, texts: list[str | bytes], prompts: list[Tensor | None], limit: int, settings: dict[str, Any], seed: Any
     ) -> list[Request]:
         config = self.config.native
         longest = max(0 if prompt is None else len(prompt) for prompt in prompts)
@@ -258,12 +308,12 @@ class Dia(OneProcess):
         for text, prompt, item_seed in zip(texts, prompts, self._seeds(seed, len(texts)), strict=True):
             ids = encode_text(text, max_length=config.encoder.max_position_embeddings)
             frames = 0 if prompt is None else len(prompt)
-            start: dict[str, Any] = {"prompt": None if prompt is None else prompt.long()}
+            start: dict[str, Any] = {"prompt": prompt}
             if self.quirks and frames == longest:
                 codes = (
                     torch.empty(0, config.decoder.num_channels, dtype=torch.float32, device="cpu")
                     if prompt is None
-                    else prompt.cpu()
+                    else prompt
                 )
                 start = {"grid": delayed_rows(codes, config.delay_pattern, self.config.bos_token_id)[:-1]}
             requests.append(Request(ids, **start, max_new_tokens=limit - frames, seed=item_seed, **settings))
