@@ -141,9 +141,10 @@ def test_locks_that_other_threads_hold_at_a_fork_are_not_waited_for(tmp_path: Pa
         dia = make_dia(folder)
         before = speak()
         engine, held, over = dia.engine, threading.Event(), threading.Event()
-        handle = engine.submit(Request([1], max_new_tokens=180), stream=True)
-        stream = dia.stream(TEXT)
+        handle = engine.submit(Request([1], max_new_tokens=180, seed=3), stream=True)  # 68 rows
+        stream = dia.stream(TEXT, seed=8)
         next(stream)
+        assert not handle.done
 
         def hold():
             torch.set_float32_matmul_precision("high")
