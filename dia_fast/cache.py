@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dia_fast.errors import OutOfPages
 
@@ -37,22 +36,24 @@ class PageShape:
 class PagePool:
     """A fixed number of pages and the list of free ones.
 
-    keys, values: one `[pages, kv_heads, page_size, head_dim]` tensor per layer. They are not cleared: a token is
-    written before it is read. On a CPU a page that was never written takes no memory.
+    keys, values: one `[pages, kv_heads, page_size, head_dim]` tensor per layer, views of `all_keys` and `all_values`,
+    `[layers, pages, kv_heads, page_size, head_dim]`. They are not cleared: a token is written before it is read. On a
+    CPU a page that was never written takes no memory.
     """
 
     def __init__(self, shape: PageShape, pages: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         size = (shape.layers, pages, shape.kv_heads, shape.page_size, shape.head_dim)
-        self.keys = list(torch.empty(size, dtype=dtype, device=device))
-        self.values = list(torch.empty(size, dtype=dtype, device=device))
+        self.all_keys = torch.empty(size, dtype=dtype, device=device)
+        self.all_values = torch.empty(size, dtype=dtype, device=device)
+        self.keys, self.values = list(self.all_keys), list(self.all_values)
         self.pages = pages
         self.reset()
 
-    def reset(self) -> None:
-        """Makes all pages free."""
-        self._free = list(reversed(range(self.pages)))
-        self._taken: set[int] = set()
+    def reset(self, taken: Iterable[int] = ()) -> None:
+        """Makes all pages free but those that are taken."""
+        self._taken: set[int] = set(taken)
+        self._free = [page for page in reversed(range(self.pages)) if page not in self._taken]
 
     @property
     def free(self) -> int:
@@ -84,30 +85,33 @@ class PagePool:
 
 
 class BlockTable:
-    """Which pages each owner holds, on the host as lists, and as `table` on the device for the owners of a step.
+    """Which pages each owner holds: on the host as lists, on the device as `table`, and as the table of a step.
 
-    An owner is a number from 0 to `owners - 1`. table: `[rows, max_pages]` int32, row `i` for the `i`th owner last
-    given to `show`; at first, every owner in order. Entries beyond a row's pages are stale and never read.
+    An owner is a number from 0 to `owners - 1`. table: `[owners, max_pages]` int32, one row for each owner; entries
+    beyond an owner's pages are stale and never read. `show` copies rows of it to the table that a step reads.
     """
 
     def __init__(self, pool: PagePool, owners: int, max_tokens: int, device: torch.device) -> None:
         self.pool, self.owners = pool, owners
         self._held: list[list[int]] = [[] for _ in range(owners)]
         self.table = self.new_table(owners, max_tokens, device)
-        self._rows = {owner: owner for owner in range(owners)}
+        self._shown, self._rows = self.table, {owner: owner for owner in range(owners)}
 
     def new_table(self, rows: int, max_tokens: int, device: torch.device) -> Tensor:
         """A table for `show`, with room for `rows` owners of `max_tokens` tokens."""
         return torch.zeros(rows, max(self.pool.shape.pages(max_tokens), 1), dtype=torch.int32, device=device)
 
     def show(self, table: Tensor, owners: Sequence[int]) -> None:
-        """Makes `table` the one that is kept up to date from now on, with row `i` for `owners[i]` (or `NOBODY`)."""
-        self.table = table
-        self._rows = {owner: row for row, owner in enumerate(owners) if owner != NOBODY}
-        pages = torch.zeros(len(owners), table.shape[1], dtype=torch.int32, device="cpu")
-        for owner, row in self._rows.items():
-            pages[row, : self.held(owner)] = self.pages(owner)
-        table[: len(owners)] = pages.to(table.device)
+        """Makes `table` the one that is kept up to date from now on, with row `i` for `owners[i]` (or `NOBODY`).
+
+        Copies on the device; nothing is sent from the host.
+        """
+        before = self._rows if table is self._shown else {}
+        rows = {owner: row for row, owner in enumerate(owners) if owner != NOBODY}
+        for owner, row in rows.items():
+            if before.get(owner) != row and table is not self.table:
+                table[row] = self.table[owner]
+        self._shown, self._rows = table, rows
 
     def held(self, owner: int) -> int:
         """How many pages an owner has."""
@@ -119,17 +123,18 @@ class BlockTable:
 
     def pages_of(self, owners: Sequence[int]) -> Tensor:
         """`[len(owners), max_held]` int32 on the device: a table of its own for some owners, as they are now."""
-        lists = [self.pages(owner) for owner in owners]
-        return pad_sequence(lists, batch_first=True).to(self.table.device, torch.int32)
+        longest = max(self.held(owner) for owner in owners)
+        return torch.stack([self.table[owner, :longest] for owner in owners])
 
     def missing(self, owner: int, tokens: int) -> int:
         """How many more pages the owner needs to hold `tokens` tokens."""
         return max(self.pool.shape.pages(tokens) - len(self._held[owner]), 0)
 
-    def grow(self, owner: int, tokens: int) -> None:
-        """Gives the owner the pages it lacks for `tokens` tokens; writes to the device without waiting for it.
+    def grow(self, owner: int, tokens: int, *, write: bool = True) -> None:
+        """Gives the owner the pages it lacks for `tokens` tokens.
 
-        Raises OutOfPages, and changes nothing, if too few are free.
+        write: False leaves the row on the device to a later `write_row`. One page is written without anything sent from
+        the host. Raises OutOfPages, and changes nothing, if too few are free.
         """
         missing = self.missing(owner, tokens)
         if not missing:
@@ -138,31 +143,50 @@ class BlockTable:
         begin, end = len(held), len(held) + missing
         if end > self.table.shape[1]:
             raise ValueError(f"tokens: {tokens} do not fit in a row of {self.table.shape[1]} pages")
-        fresh = self.pool.take(missing)
-        held += fresh
-        row = self._rows.get(owner)
-        if row is None:
+        held += self.pool.take(missing)
+        if not write:
             return
-        if missing == 1:
-            self.table[row, begin] = fresh[0]
-        else:
-            self.table[row, begin:end] = torch.tensor(fresh, dtype=torch.int32, device="cpu").to(self.table.device)
+        pages = None
+        if missing > 1:
+            pages = torch.tensor(held[begin:], dtype=torch.int32, device="cpu").to(self.table.device)
+        tables = [(self.table, owner)]
+        if self._shown is not self.table and owner in self._rows:
+            tables.append((self._shown, self._rows[owner]))
+        for table, row in tables:
+            if pages is None:
+                table[row, begin] = held[begin]
+            else:
+                table[row, begin:end] = pages
+
+    def write_row(self, owner: int, pages: Tensor) -> None:
+        """Writes the row of an owner that grew with `write=False`. pages: `[held]`, those it holds, on the device."""
+        self.table[owner, : len(pages)] = pages
+
+    def held_pages(self, owner: int) -> list[int]:
+        """The pages of an owner, in the order of its tokens."""
+        return self._held[owner]
 
     def release(self, owner: int) -> None:
         """Gives all pages of the owner back."""
-        self.pool.give(self._held[owner])
-        self._held[owner] = []
+        held, self._held[owner] = self._held[owner], []
+        self._rows.pop(owner, None)  # whoever is this owner next has a row of other contents
+        self.pool.give(held)
+
+    def repair(self) -> None:
+        """After an error anywhere in the methods above: every page that no owner holds is free."""
+        self.pool.reset(page for held in self._held for page in held)
 
     def reset(self) -> None:
         """Forgets who holds what, and makes all pages of the pool free."""
         self._held = [[] for _ in self._held]
+        self._rows = {}
         self.pool.reset()
 
     def slots(self, owner: int, tokens: int, first: int = 0) -> Tensor:
         """`[tokens - first]` int64: where tokens `first` to `tokens - 1` lie, as the op `rope` wants it.
 
-        That is `page * page_size + offset`.
+        That is `page * page_size + offset`. Computed on the device.
         """
-        size = self.pool.shape.page_size
-        places = self.pages(owner)[:, None] * size + torch.arange(size, dtype=torch.int64, device="cpu")
-        return places.flatten()[first:tokens].to(self.table.device)
+        size, device = self.pool.shape.page_size, self.table.device
+        pages = self.table[owner, : self.pool.shape.pages(tokens), None].to(torch.int64)
+        return (pages * size + torch.arange(size, dtype=torch.int64, device=device)).flatten()[first:tokens]

@@ -211,12 +211,12 @@ class DiaModel(OneProcess, nn.Module):
         )  # fmt: skip
 
     @isolated()
-    def encode(self, text_ids: Sequence[int]) -> Tensor:
-        """The encoder's output for one text: `[len(text_ids), encoder hidden]`."""
+    def encode(self, text_ids: Sequence[int] | Tensor) -> Tensor:
+        """The encoder's output for one text: `[len(text_ids), encoder hidden]`. A tensor of ids is on the device."""
         return self._encode(text_ids, self.dtype)
 
     @isolated()
-    def store_text(self, text_ids: Sequence[int], pool: PagePool, slots: Tensor) -> None:
+    def store_text(self, text_ids: Sequence[int] | Tensor, pool: PagePool, slots: Tensor) -> None:
         """Encodes a text and writes the cross-attention keys and values of every layer to the pages of its row.
 
         slots: `[len(text_ids)]` int64, see `BlockTable.slots`.
@@ -244,8 +244,8 @@ class DiaModel(OneProcess, nn.Module):
         """
         owners, total = s.owners(lane, guided), first + rows.shape[0]
         slots = torch.cat([s.blocks.slots(owner, total, first) for owner in owners])
-        text = _Past(s.cross_pool, s.cross_blocks.pages_of([lane]), self._integers([text_length]))
-        past = _Past(s.pool, s.blocks.pages_of(owners), self._integers([total] * len(owners)))
+        text = _Past(s.cross_pool, s.cross_blocks.pages_of([lane]), self._lengths(text_length, 1))
+        past = _Past(s.pool, s.blocks.pages_of(owners), self._lengths(total, len(owners)))
         self._decode_rows(rows.to(self.device), text, guided, past, slots, first)
 
     @isolated()
@@ -266,25 +266,27 @@ class DiaModel(OneProcess, nn.Module):
             blocks = BlockTable(pool, 1, len(ids), self.device)
             blocks.grow(0, len(ids))
             self.store_text(ids, pool, blocks.slots(0, len(ids)))
-            text = _Past(pool, blocks.table, self._integers([len(ids)]))
+            text = _Past(pool, blocks.table, self._lengths(len(ids), 1))
             x = self._decode_rows(rows[request].to(self.device), text, guidance)
             logits = _linear(self._normed(x, self.decoder.norm, config.norm_eps), self.decoder.head)
             for branch, part in zip(branches, logits.split(total), strict=True):
                 branch[request] = part.view(size[1:])
         return branches[0], branches[1] if guidance else None
 
-    def _integers(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device="cpu").to(self.device)
+    def _lengths(self, length: int, count: int) -> Tensor:
+        return torch.full((count,), length, dtype=torch.int32, device=self.device)
 
     def _decoder_layers(self) -> list[DecoderLayer]:
         return cast(list[DecoderLayer], self.decoder.layers)
 
-    def _encode(self, text_ids: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def _encode(self, text_ids: Sequence[int] | Tensor, dtype: torch.dtype) -> Tensor:
         """`encode` in a given dtype, weights converted one at a time where they have another."""
         stack, config = self.encoder, self.config.encoder
-        ids = torch.tensor(text_ids, dtype=torch.int64, device="cpu").to(self.device)
+        ids = text_ids
+        if not isinstance(ids, Tensor):
+            ids = torch.tensor(ids, dtype=torch.int64, device="cpu").to(self.device)
         positions = torch.arange(len(text_ids), dtype=torch.int32, device=self.device)
-        starts = torch.tensor([0, len(text_ids)], dtype=torch.int32, device="cpu").to(self.device)
+        starts = torch.arange(2, dtype=torch.int32, device=self.device) * len(text_ids)
         x = stack.embedding[ids].to(dtype)
         for layer in cast(list[EncoderLayer], stack.layers):
             self._self_attention(x, layer, stack, config, positions, starts)

@@ -70,6 +70,7 @@ class DecodeState:
     ) -> None:
         decoder, batch = config.decoder, sizes.batch
         self.batch, self.guided, self.capacity, self.sizes = batch, sizes.guided, batch, sizes
+        self._spare_pages = 1 if sizes.guided else 0
         self.rows = 2 * batch if sizes.guided else batch
         channels, max_delay = decoder.num_channels, max(config.delay_pattern)
 
@@ -136,11 +137,9 @@ class DecodeState:
         """Lets slot `b` use the pages of `lanes[b]`; fewer lanes than slots leave the others without pages."""
         owners = list(lanes)
         self.cross_blocks.show(self.cross_table, owners)
-        if not self.guided:
-            self.blocks.show(self.table, owners)
-            return
-        # The unconditional rows begin at `batch`: slots without a lane lie between.
-        owners += [NOBODY] * (self.batch - len(owners)) + [self.unconditional(lane) for lane in lanes]
+        if self.guided:
+            # The unconditional rows begin at `batch`: slots without a lane lie between.
+            owners += [NOBODY] * (self.batch - len(owners)) + [self.unconditional(lane) for lane in lanes]
         self.blocks.show(self.table, owners)
 
     def unconditional(self, lane: int) -> int:
@@ -151,15 +150,35 @@ class DecodeState:
         """A lane's owners in `blocks`."""
         return [lane, self.unconditional(lane)] if guided else [lane]
 
-    def grow(self, lane: int, rows: int, guided: bool | None = None) -> None:
+    def pages_needed(self, rows: int, guided: bool) -> int:
+        """Pages of self-attention that `rows` rows of a lane take.
+
+        In a step with guidance every slot has an unconditional row. That of a request without guidance computes what
+        nobody reads: all its rows go to one page, over and over.
+        """
+        pages = self.pool.shape.pages(rows)
+        return 2 * pages if guided else pages + self._spare_pages
+
+    def grow(self, lane: int, rows: int, guided: bool | None = None, *, write: bool = True) -> None:
         """Makes room for the first `rows` rows of a lane's grid. Raises OutOfPages, with nothing taken.
 
-        guided: whether there is an unconditional row to make room for; by default, whether the state is guided.
+        guided: whether there is an unconditional row to keep; by default, whether the state is guided. write: as in
+        `BlockTable.grow`.
         """
-        owners = self.owners(lane, self.guided if guided is None else guided)
-        self.pool.require(sum(self.blocks.missing(owner, rows) for owner in owners))
-        for owner in owners:
-            self.blocks.grow(owner, rows)
+        guided = self.guided if guided is None else guided
+        needs = [(owner, rows) for owner in self.owners(lane, guided)]
+        if self._spare_pages and not guided:
+            needs.append((self.unconditional(lane), 1))
+        self.pool.require(sum(self.blocks.missing(*need) for need in needs))
+        for owner, count in needs:
+            self.blocks.grow(owner, count, write=write)
+        if write and self._spare_pages and not guided:
+            self.write_spare(lane)
+
+    def write_spare(self, lane: int) -> None:
+        """Fills the unconditional row of a lane without guidance with its one page."""
+        owner = self.unconditional(lane)
+        self.blocks.table[owner] = self.blocks.held_pages(owner)[0]
 
     def release(self, lane: int) -> None:
         """Gives all pages of a lane back."""
@@ -199,6 +218,11 @@ class DecodeState:
         self.blocks.reset()
         self.cross_blocks.reset()
         self.reset_scratch()
+
+    def repair(self) -> None:
+        """After an error while pages were taken or given back: every page that no lane holds is free."""
+        self.blocks.repair()
+        self.cross_blocks.repair()
 
     def reset_scratch(self) -> None:
         """After a step that broke off: counters that kernels leave at zero when they end are zero again."""

@@ -8,6 +8,7 @@ import torch
 from dia_fast.cache import NOBODY
 from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Generation, Request, generate
+from dia_fast.engine.sequence import State
 from dia_fast.model import DiaModel
 from dia_fast.packing import packed_shapes
 from dia_kernels import get_ops
@@ -85,13 +86,19 @@ def assert_sound(engine: Engine) -> None:
         assert len(held) == len(set(held)) == blocks.pool.pages - blocks.pool.free
         assert all(0 <= page < blocks.pool.pages for page in held)
     runs = engine._running
-    lanes = [run.lane for run in [*runs, *engine._parked, *filter(None, [engine._newcomer])]]
+    lanes = [run.lane for run in [*runs, *engine._swapped, *filter(None, [engine._newcomer])]]
     assert len(lanes) == len(set(lanes)) and NOBODY not in lanes
     assert sorted(lanes + engine._lanes) == list(range(state.capacity))
+    for numbers, state_of in (
+        (runs, State.RUNNING),
+        (engine._swapped, State.SWAPPED),
+        (engine._waiting, State.WAITING),
+    ):
+        assert all(sequence.state is state_of for sequence in numbers)
     assert (state.row[len(runs) :] == -1).all()
     for slot, run in enumerate(runs):
         assert int(state.seed[slot]) == run.plan.seed
-        assert state.blocks.held(run.lane) * state.pool.shape.page_size >= min(run.row, run.plan.end)
+        assert state.blocks.held(run.lane) * state.pool.shape.page_size >= min(engine._row(run), run.plan.end)
     for idle in set(range(state.capacity)) - set(lanes):
         assert not any(state.blocks.held(owner) for owner in state.owners(idle, state.guided))
         assert not state.cross_blocks.held(idle)

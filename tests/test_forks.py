@@ -148,7 +148,7 @@ def test_locks_that_other_threads_hold_at_a_fork_are_not_waited_for(tmp_path: Pa
 
         def hold():
             torch.set_float32_matmul_precision("high")
-            with isolated(), dia._making, engine.lock, engine._turn, handle._joining:
+            with isolated(), dia._making, engine.lock, engine._turn, engine._door:
                 held.set()
                 over.wait()
 

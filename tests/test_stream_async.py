@@ -97,6 +97,9 @@ class WatchedLock:
     def __exit__(self, *error: object) -> None:
         self.real.release()
 
+    def locked(self) -> bool:
+        return self.real.locked()
+
 
 def test_the_loop_never_computes_and_never_waits_for_a_lock(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[str, threading.Thread]] = set()

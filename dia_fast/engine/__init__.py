@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from dia_fast.engine.handle import Cancelled, Handle
+from dia_fast.engine.metrics import EngineEvent, Stats
 from dia_fast.engine.request import Generation, Plan, Request, plan
-from dia_fast.engine.scheduler import MAX_BATCH, Engine, Stats, StepFailed
+from dia_fast.engine.scheduler import MAX_BATCH, DeadlineExceeded, Engine, EngineFull, StepFailed
 from dia_fast.engine.sizing import sizes_for
 from dia_fast.engine.slots import collect, place, prefill
 from dia_fast.engine.stepper import Stepper
@@ -12,7 +13,10 @@ from dia_fast.model import DiaModel
 
 __all__ = [
     "Cancelled",
+    "DeadlineExceeded",
     "Engine",
+    "EngineEvent",
+    "EngineFull",
     "Generation",
     "Handle",
     "Plan",

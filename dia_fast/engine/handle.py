@@ -1,22 +1,18 @@
-"""What a caller holds of a submitted request."""
+"""The caller's end of a submitted request."""
 
-import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from dia_fast.ambient import isolated
+from dia_fast.config import DiaConfig
 from dia_fast.delay import undo_delay
-from dia_fast.engine.request import Generation, Request
+from dia_fast.engine.request import Generation
+from dia_fast.engine.sequence import Sequence, Status
 from dia_fast.errors import DiaFastError
-from dia_fast.utils.forks import OneProcess, renew_in_child
-
-if TYPE_CHECKING:
-    from dia_fast.engine.scheduler import Engine
-
-Status = Literal["waiting", "running", "done", "failed", "cancelled"]
+from dia_fast.utils.forks import OneProcess
 
 
 class Cancelled(DiaFastError, RuntimeError):
@@ -26,47 +22,71 @@ class Cancelled(DiaFastError, RuntimeError):
 class Handle(OneProcess):
     """A request on its way; made by `Engine.submit`. Safe to use from several threads.
 
-    Whoever waits for a handle, by `result` or `frames`, makes the engine's steps meanwhile, for all requests.
+    Whoever waits for a handle, by `result` or `frames`, makes the engine's steps meanwhile, for all requests, unless
+    the engine has a thread of its own.
     """
 
-    def __init__(self, engine: "Engine", request: Request, first: int, streams: bool) -> None:
-        self.request = request
-        self.status: Status = "waiting"
-        self.error: BaseException | None = None
-        self._engine, self._first, self._streams = engine, first, streams
-        self._generation: Generation | None = None
-        self._rows: list[Tensor] = []
-        self._received = 0
-        self._renew()
-        renew_in_child(self)
+    def __init__(
+        self,
+        sequence: Sequence,
+        config: DiaConfig,
+        advance: Callable[[float | None], None],
+        cancel: Callable[[Sequence], None],
+    ) -> None:
+        self.request = sequence.plan.request
+        self._sequence, self._config, self._advance, self._cancel = sequence, config, advance, cancel
 
-    def _renew(self) -> None:
-        self._joining = threading.Lock()
+    @property
+    def number(self) -> int:
+        """Of the request in its engine, in the order of submission."""
+        return self._sequence.number
+
+    @property
+    def status(self) -> Status:
+        return self._sequence.status
+
+    @property
+    def error(self) -> BaseException | None:
+        return self._sequence.error
 
     @property
     def done(self) -> bool:
         """Whether nothing more will come: `status` is `"done"`, `"failed"` or `"cancelled"`."""
-        return self.status not in ("waiting", "running")
+        return self._sequence.done
 
     def cancel(self) -> None:
-        """Ends the request and frees its memory, before the next step. Does nothing to one that is done."""
-        self._engine.cancel(self)
+        """End the request and free its memory: at once, or when the step that another thread makes has ended.
 
-    def result(self) -> Generation:
-        """Waits for the end. Raises Cancelled, or the error that ended the request."""
+        Does nothing to one that is done, and waits for nothing.
+        """
+        self._cancel(self._sequence)
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Wait for the end.
+
+        Args:
+            timeout: Most seconds to wait; the request goes on afterwards. A step that has begun is not broken off.
+
+        Raises:
+            TimeoutError: If it is not done by then.
+            Cancelled: If the request was cancelled. Other errors are what ended it.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
         while not self.done:
-            self._engine.advance()
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"the request is not done after {timeout} s; it goes on: {self}")
+            self._advance(left)
         self._raise_if_lost()
-        assert self._generation is not None
-        return self._generation
+        assert self._sequence.generation is not None
+        return self._sequence.generation
 
     def frames(self) -> Iterator[Tensor]:
         """The frames as they become complete, `[n, channels]` int64 at a time; together they are `result().frames`.
 
-        The first one is complete `max(delay) + 2` steps after the start. Needs `submit(..., stream=True)`. Raises as
-        `result` does, after the last frame there is.
+        The first one is complete `max(delay) + 2` steps after the start. Raises as `result` does, after the last frame
+        there is.
         """
-        self._require_stream()
         sent = 0
         while True:
             finished = self.done
@@ -76,43 +96,33 @@ class Handle(OneProcess):
                 sent = len(ready)
             if finished:
                 break
-            self._engine.advance()
+            self._advance(None)
         self._raise_if_lost()
 
     @isolated()
     def ready(self) -> Tensor:
-        """The frames that are complete so far, `[n, channels]` int64. Waits for nothing; needs `stream=True`."""
-        if self._generation is not None:
-            return self._generation.frames
-        config = self._engine.model.config
-        return undo_delay(self.rows(), config.delay_pattern, config.decoder.eos_token_id)[self._first :]
+        """The frames that are complete so far, `[n, channels]` int64. Waits for nothing."""
+        generation = self._sequence.generation
+        if generation is not None:
+            return generation.frames
+        config = self._config
+        return undo_delay(self.rows(), config.delay_pattern, config.decoder.eos_token_id)[self._sequence.plan.first :]
 
     @isolated()
     def rows(self) -> Tensor:
-        """The delayed grid so far, from row 0 on, `[rows, channels]` int32. Waits for nothing; needs `stream=True`."""
-        if self._generation is not None:
-            return self._generation.rows
-        self._require_stream()
-        with self._joining:
-            count = len(self._rows)
-            if not count:
-                return torch.empty(0, self._engine.model.config.decoder.num_channels, dtype=torch.int32, device="cpu")
-            # In one go: a step of another thread may add to the list at any time.
-            self._rows[:count] = [torch.cat(self._rows[:count])]
-            return self._rows[0]
+        """The delayed codes so far, from row 0 on, `[rows, channels]` int32. Waits for nothing."""
+        sequence = self._sequence
+        if sequence.generation is not None:
+            return sequence.generation.rows
+        count = sequence.received  # before the rows: a step of another thread may add to them at any time
+        if sequence.rows is None:
+            return torch.empty(0, self._config.decoder.num_channels, dtype=torch.int32, device="cpu")
+        return torch.from_numpy(sequence.rows[:count].copy())
 
     def has(self, frames: int) -> bool:
         """Whether `ready` holds at least so many frames, told cheaply while it does not."""
-        rows = self._first + 1 + frames + max(self._engine.model.config.delay_pattern)
-        return (self._received >= rows or self.done) and len(self.ready()) >= frames
-
-    def _receive(self, rows: Tensor) -> None:
-        self._rows.append(rows)
-        self._received += len(rows)
-
-    def _require_stream(self) -> None:
-        if not self._streams:
-            raise ValueError("frames: this request does not stream; submit it with stream=True")
+        rows = self._sequence.plan.first + 1 + frames + max(self._config.delay_pattern)
+        return (self._sequence.received >= rows or self.done) and len(self.ready()) >= frames
 
     def _raise_if_lost(self) -> None:
         if self.status == "cancelled":

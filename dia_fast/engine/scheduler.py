@@ -1,66 +1,73 @@
 """Continuous batching: requests join and leave between the steps of one batch."""
 
+import math
 import os
 import threading
+import weakref
+from bisect import insort
 from collections import deque
-from contextlib import nullcontext
-from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from dia_fast.ambient import isolated
 from dia_fast.engine import slots
+from dia_fast.engine.device import Device, Event, device_for
 from dia_fast.engine.handle import Handle
+from dia_fast.engine.metrics import EngineEvent, Listener, Stats
+from dia_fast.engine.polling import Polling, Report
 from dia_fast.engine.request import Request, plan
-from dia_fast.engine.run import Run
+from dia_fast.engine.sequence import Sequence, State
 from dia_fast.engine.sizing import sizes_for_any
 from dia_fast.engine.stepper import Capture, Stepper, choose_capture
-from dia_fast.engine.watch import Watch
 from dia_fast.errors import DiaFastError, InputError, OutOfPages
 from dia_fast.model import DiaModel
 from dia_fast.state import DecodeState, Sizes
 from dia_fast.utils.forks import OneProcess, renew_in_child
+from dia_fast.values import real_number, whole_number
+from dia_fast.warn import warn
 
 MAX_BATCH = 32  # requests; the kernels take two rows for each and at most 64
+RUN_AHEAD = 2  # steps that are launched and have not ended, at most
+MAX_PASSED = 8  # how often others may be let in before one that needs more pages than there are
 
 
 class StepFailed(DiaFastError, RuntimeError):
     """A decode step broke off, and with it every request that was running. Its cause is in `__cause__`."""
 
 
-@dataclass(frozen=True)
-class Stats:
-    """An engine at one moment.
+class EngineFull(DiaFastError, RuntimeError):
+    """As many requests wait as may; submit again later."""
 
-    waiting, running, parked: requests not started, in the batch, and set aside for lack of pages; steps: decode steps
-    since the engine was made; pages, text_pages: in use; page_bytes: bytes of all of them; peak_bytes: the most there
-    were after a step; total_bytes: bytes of the pools.
-    """
 
-    waiting: int
-    running: int
-    parked: int
-    steps: int
-    pages: int
-    text_pages: int
-    page_bytes: int
-    peak_bytes: int
-    total_bytes: int
+class DeadlineExceeded(DiaFastError, TimeoutError):
+    """The request was not done by its deadline."""
 
 
 class Engine(OneProcess):
     """Runs many requests as one batch. `submit` them, then wait for their handles, or call `step` until it says False.
 
-    There is no thread of its own: whoever waits makes the steps, and several threads may wait at once. A request's
-    codes depend on the request alone, never on what runs beside it.
+    Without `start` there is no thread of its own: whoever waits makes the steps, and several threads may wait at once.
+    A request's codes depend on the request alone, never on what runs beside it. `submit`, `Handle.cancel` and `stats`
+    never wait for a step.
 
-    model: with its weights. max_batch: most requests at once, 1 to 32; more wait their turn, first come, first served.
-    memory: bytes for pages of keys and values; by default as much as `max_batch` requests could need, at most half of
-    what is free. A request takes pages as it grows. When none are left, the request submitted last is set aside on the
-    host until there are, with nothing lost. prefill_rows: how many rows of text and prompt of newcomers are computed
-    between two steps of those that run, at least one piece (128 rows, or one text). capture: what makes a graph of a
-    step: by default CUDA graphs, for Triton kernels on a GPU; None for none. sizes: instead of memory and max_batch.
-    Raises InputError for arguments that cannot be.
+    The host is at most two steps ahead of the device. A request takes pages as it grows. When none are left, the
+    request that is last in line is swapped out to the host until there are, with nothing lost.
+
+    Args:
+        model: With its weights.
+        max_batch: Most requests at once, 1 to 32; more wait their turn.
+        memory: Bytes for pages of keys and values; by default as much as `max_batch` requests could need, at most half
+            of what is free.
+        prefill_rows: How many rows of text and prompt of newcomers are computed between two steps of those that run, at
+            least one piece (128 rows, or one text).
+        capture: Makes a graph of a step: by default CUDA graphs, for Triton kernels on a GPU; None for none.
+        sizes: Instead of memory and max_batch.
+        max_waiting: Most requests that wait; None for any number.
+        on_event: Called with an `EngineEvent` for each thing that happens to a request, by the thread that makes steps
+            (`"queued"`: that submits). It must be quick; errors in it become warnings.
+        device: What the steps run on; by default the model's.
+
+    Raises:
+        InputError: For arguments that cannot be.
     """
 
     @isolated()
@@ -73,36 +80,51 @@ class Engine(OneProcess):
         prefill_rows: int = 256,
         capture: Capture | str | None = "auto",
         sizes: Sizes | None = None,
+        max_waiting: int | None = None,
+        on_event: Listener | None = None,
+        device: Device | None = None,
     ) -> None:
         if not 1 <= max_batch <= MAX_BATCH:
             raise InputError(f"max_batch must be from 1 to {MAX_BATCH}, not {max_batch}")
         if prefill_rows < 1:
             raise InputError(f"prefill_rows must be at least 1, not {prefill_rows}")
-        self.model, self.prefill_rows = model, prefill_rows
+        if max_waiting is not None and whole_number("max_waiting", max_waiting, 0) < 0:
+            raise InputError(f"max_waiting must be 0 or more, or None, not {max_waiting}")
+        self.model, self.prefill_rows, self.max_waiting = model, prefill_rows, max_waiting
+        self.device = device or device_for(model.device)
+        if sizes is None:
+            sizes = sizes_for_any(model.config, max_batch, memory, model.dtype, model.device)
+        with self.device.active():
+            self.state = DecodeState(model.config, model.ops, sizes, model.dtype, model.device)
+            self._polling = Polling(self.state, self.device)
+            self._stepper = Stepper(model, self.state, choose_capture(capture, model))
+        self._on_event = on_event
         self._process = os.getpid()
         self._renew()
         renew_in_child(self)
-        self._cancelled = list[Handle]()
-        self._device = torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext()
-        if sizes is None:
-            sizes = sizes_for_any(model.config, max_batch, memory, model.dtype, model.device)
-        self.state = DecodeState(model.config, model.ops, sizes, model.dtype, model.device)
-        self._stepper = Stepper(model, self.state, choose_capture(capture, model))
-        with self._device:
-            self._stepper.warm_up()
-        self._watch = Watch(model.device)
-        self._waiting: deque[Run] = deque()
-        self._newcomer: Run | None = None
-        self._running: list[Run] = []  # in the order of their slots
-        self._parked: list[Run] = []  # the oldest first
-        self._lanes = list(reversed(range(sizes.batch)))
-        self._shown: tuple[DecodeState, list[int]] | None = None
+        self._ticks = 0
+        self._inbox: deque[tuple[str, Sequence]] = deque()
         self._submitted = self._steps = self._peak = 0
+        # Every sequence that has not ended, by number; besides, each is in the container of its state.
+        self._live: dict[int, Sequence] = {}
+        self._waiting: list[Sequence] = []  # in the order of service
+        self._newcomer: Sequence | None = None
+        self._running: list[Sequence] = []  # in the order of their slots
+        self._swapped: list[Sequence] = []  # in the order of service
+        self._lanes = list(reversed(range(sizes.batch)))
+        self._unfinished_work = False
+        self._launched: deque[Event] = deque()
+        self._unreported = 0
+        self._deadline = math.inf
+        self._view: DecodeState | None = None  # as the running sequences are shown; None when they have changed
+        self._grow_at = 0.0  # the number of steps at which one of them needs another page
 
     def _renew(self) -> None:
-        """In a new process: locks of its own. The requests are left to the parent."""
-        self.lock = threading.RLock()
-        self._turn, self._led, self._busy = threading.Condition(), False, False
+        """In a new process: locks of its own, and no thread. The requests are left to the parent."""
+        # Who makes a step holds `lock`. `_turn` is notified after each; `_door` is held for a moment by `submit`.
+        self.lock, self._turn, self._door = threading.Lock(), threading.Condition(), threading.Lock()
+        self._driver: threading.Thread | None = None
+        self._wake, self._stop = threading.Event(), threading.Event()
 
     @property
     def _ours(self) -> bool:
@@ -113,10 +135,21 @@ class Engine(OneProcess):
             raise InputError("this engine was made before the process was forked: make another one in the child")
 
     @isolated()
-    def submit(self, request: Request, *, stream: bool = False) -> Handle:
-        """Queues a request. stream: whether `Handle.frames` will be used.
+    def submit(
+        self, request: Request, *, stream: bool = False, priority: int = 0, deadline: float | None = None
+    ) -> Handle:
+        """Queue a request. Waits for nothing.
 
-        Raises InputError for a request that the model cannot take, OutOfPages for one that could never begin.
+        Args:
+            request: What to speak.
+            stream: Has no effect: the frames of every request can be read as they come.
+            priority: Requests with a lower one go first; among equals, first come, first served.
+            deadline: Seconds from now after which the request fails, wherever it is.
+
+        Raises:
+            InputError: For a request that the model cannot take.
+            OutOfPages: For one that could never begin.
+            EngineFull: If `max_waiting` others wait.
         """
         self._check_process()
         item = plan(self.model.config, request)
@@ -125,76 +158,96 @@ class Engine(OneProcess):
             raise InputError("guidance_scale: this engine was made for requests without guidance")
         if item.end + 1 > sizes.rows or len(request.text_ids) > sizes.text:
             raise InputError(f"this engine was made for {sizes.rows} rows and {sizes.text} bytes of text at most")
-        needs = (self._pages_to_start(item.first, item.guided), state.cross_pool.shape.pages(len(request.text_ids)))
+        needs = (state.pages_needed(item.first + 1, item.guided), state.cross_pool.shape.pages(len(request.text_ids)))
         if needs[0] > sizes.pages or needs[1] > sizes.text_pages:
             raise OutOfPages(
                 f"the request needs {needs[0]} pages and {needs[1]} of text to begin, and the cache has {sizes.pages} "
                 f"and {sizes.text_pages}; give the engine more memory, or shorten the text or the prompt"
             )
-        handle = Handle(self, request, item.first, stream)
-        with self.lock:
-            self._waiting.append(Run(handle, item, self._submitted, stream))
+        now = self.device.now()
+        if deadline is not None and not real_number("deadline", deadline) > 0:
+            raise InputError(f"deadline must be a number of seconds above 0, or None, not {deadline}")
+        due, mark = None if deadline is None else now + deadline, self.device.caller_mark()
+        with self._door:
+            waiting = len(self._waiting) + len(self._inbox)
+            if self.max_waiting is not None and waiting >= self.max_waiting:
+                raise EngineFull(f"{waiting} requests wait already, and max_waiting is {self.max_waiting}; try later")
+            sequence = Sequence(item, self._submitted, whole_number("priority", priority, -(1 << 31)), due, mark, now)
+            handle = Handle(sequence, self.model.config, self.advance, self.cancel)
             self._submitted += 1
+            self._emit("queued", sequence)
+            self._inbox.append(("submit", sequence))
+        self._wake.set()
         return handle
 
-    @isolated()
     def step(self) -> bool:
         """A bounded piece of work: some prefill for a newcomer, then one decode step of all that run.
 
         Returns whether there is work left. What goes wrong ends up in the handles of those it concerns: one request, or
-        all that were in the step. Only an interruption (Ctrl-C) is raised, after every request that had begun has
-        failed; the engine can be used again.
+        all that have begun. Only an interruption (Ctrl-C) is raised, after every request that had begun has failed; the
+        engine can be used again.
         """
         self._check_process()
-        with self.lock, self._device:
-            self._busy = True
-            try:
-                self._admit()
-                self._make_room()
-                if self._running:
-                    self._decode()
-            except BaseException as error:
-                self._abandon(error)
-                raise
-            finally:
-                self._busy = False
-                self._sweep()
-            return bool(self._running or self._waiting or self._newcomer or self._parked)
+        with self.lock, isolated(), self.device.active():
+            self._guarded_step()
+        self._read_left_over()
+        with self._turn:
+            self._ticks += 1
+            self._turn.notify_all()
+        return bool(self._live or self._inbox)
 
-    def advance(self) -> None:
+    def advance(self, timeout: float | None = None) -> None:
         """One `step`, or the wait for the end of the one that another thread makes: what waiting for a handle is.
 
         So every thread that waits looks at its handle after every step, whoever made it.
-        """
-        leads = False
-        try:
-            with self._turn:
-                if self._led:
-                    self._turn.wait()
-                    return
-                leads = self._led = True
-            self.step()
-        finally:
-            if leads:
-                with self._turn:
-                    self._led = False
-                    self._turn.notify_all()
 
-    def cancel(self, handle: Handle) -> None:
-        """Ends a request as `Handle.cancel` does."""
-        if not self._ours:
-            return
-        with self.lock:
-            self._cancelled.append(handle)
-            # Busy is this very thread: the garbage collector can come in anywhere and end whoever holds a handle.
-            if not self._busy:
-                self._sweep()
+        Args:
+            timeout: Most seconds to wait for another thread.
+        """
+        left = math.inf if timeout is None else timeout
+        with self._turn:
+            ticks = self._ticks
+            while self._ticks == ticks and left > 0 and (self._driven or self.lock.locked()):
+                # A thread that is interrupted may end a step without a word: look again now and then.
+                self._turn.wait(min(left, 0.05))
+                left -= 0.05
+            if self._ticks != ticks or left <= 0:
+                return
+        self.step()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a request as `Handle.cancel` does."""
+        if not sequence.done and self._ours:
+            self._inbox.append(("cancel", sequence))
+            self._wake.set()
+            self._read_left_over()
+
+    def start(self) -> None:
+        """Make the steps in a thread of its own from now on, until `stop` or `close`. Does nothing if there is one."""
+        with self._door:
+            if self._driven:
+                return
+            self._stop = threading.Event()
+            arguments = (weakref.ref(self, lambda _, wake=self._wake: wake.set()), self._wake, self._stop)
+            self._driver = threading.Thread(target=_drive, args=arguments, name="dia-fast-engine", daemon=True)
+            self._driver.start()
+
+    def stop(self) -> None:
+        """End the thread of `start`, after the step that it makes. Requests go on when somebody waits for them."""
+        driver = self._driver
+        self._stop.set()
+        self._wake.set()
+        if driver is not None and driver is not threading.current_thread():
+            driver.join()
+        self._driver = None
 
     def close(self) -> None:
-        """Cancels everything that is not done."""
-        with self.lock:
-            for run in [*self._waiting, *self._parked, *self._running, *filter(None, [self._newcomer])]:
-                self.cancel(run.handle)
+        """Cancel everything that is not done, and end the thread of `start`."""
+        self.stop()
+        for _, sequence in list(self._inbox):
+            self.cancel(sequence)
+        for sequence in list(self._live.values()):
+            self.cancel(sequence)
 
     def __enter__(self) -> "Engine":
         return self
@@ -204,25 +257,30 @@ class Engine(OneProcess):
 
     @property
     def steps(self) -> int:
-        """Decode steps since the engine was made; `stats` would wait for the one under way."""
+        """Decode steps since the engine was made."""
         return self._steps
 
     @property
     def stats(self) -> Stats:
-        with self.lock:
-            state = self.state
-            newcomers = 1 if self._newcomer else 0
-            return Stats(
-                waiting=len(self._waiting) + newcomers,
-                running=len(self._running),
-                parked=len(self._parked),
-                steps=self._steps,
-                pages=state.pool.pages - state.pool.free,
-                text_pages=state.cross_pool.pages - state.cross_pool.free,
-                page_bytes=self._bytes(state.pool.free, state.cross_pool.free),
-                peak_bytes=self._peak,
-                total_bytes=self._bytes(0, 0),
-            )
+        """The engine's numbers, as they are in the middle of whatever it does. Waits for nothing."""
+        state = self.state
+        submitted = sum(command == "submit" for command, _ in list(self._inbox))
+        return Stats(
+            waiting=len(self._waiting) + submitted + (self._newcomer is not None),
+            running=len(self._running),
+            parked=len(self._swapped),
+            steps=self._steps,
+            pages=state.pool.pages - state.pool.free,
+            text_pages=state.cross_pool.pages - state.cross_pool.free,
+            page_bytes=self._bytes(state.pool.free, state.cross_pool.free),
+            peak_bytes=self._peak,
+            total_bytes=self._bytes(0, 0),
+        )
+
+    @property
+    def _driven(self) -> bool:
+        driver = self._driver
+        return driver is not None and driver.is_alive() and driver is not threading.current_thread()
 
     def _bytes(self, free: int, text_free: int) -> int:
         """Bytes of all pages but the free ones."""
@@ -230,189 +288,384 @@ class Engine(OneProcess):
         text = (state.cross_pool.pages - text_free) * state.cross_pool.shape.bytes(dtype)
         return (state.pool.pages - free) * state.pool.shape.bytes(dtype) + text
 
+    def _emit(self, kind: str, sequence: Sequence, reason: str | None = None) -> None:
+        if self._on_event is None:
+            return
+        item, delay = sequence.plan, max(self.model.config.delay_pattern)
+        frames = max(sequence.received - item.first - 1 - delay, 0)
+        if sequence.generation is not None:
+            frames = len(sequence.generation.frames)
+        seconds = self.device.now() - sequence.submitted
+        try:
+            self._on_event(EngineEvent(kind, sequence.number, seconds, reason, frames))  # type: ignore[arg-type]
+        except Exception as error:
+            warn(f"on_event raised {type(error).__name__}: {error}", RuntimeWarning)
+
+    # One step
+
+    def _guarded_step(self) -> None:
+        """One step; whatever breaks off in its middle, now or the last time, leaves no sequence without an end."""
+        if self._unfinished_work:
+            self._recover(None)
+        self._unfinished_work = True
+        try:
+            self._read_inbox()
+            self._expire()
+            self._bound()
+            self._admit()
+            self._make_room()
+            if self._running:
+                self._decode()
+            self._read_inbox()
+        except BaseException as error:
+            self._recover(error)
+            self._unfinished_work = False
+            if not isinstance(error, Exception):
+                raise
+        self._unfinished_work = False
+
+    def _bound(self) -> None:
+        """Wait until fewer steps are under way than may be, and read what has arrived by then."""
+        while len(self._launched) >= RUN_AHEAD:
+            self._launched[0].wait()
+            self._launched.popleft()
+        self._read_reports()
+
+    def _read_reports(self) -> None:
+        for report in self._polling.arrived():
+            self._hear(report)
+
+    def _settle(self) -> None:
+        """Wait for all steps under way, so that the host knows what the device does."""
+        if self._unreported and self._running:
+            self._launched.append(self._polling.send(list(self._running)))
+            self._unreported = 0
+        while self._launched:
+            self._launched[0].wait()
+            self._launched.popleft()
+        self._read_reports()
+
+    def _recover(self, cause: BaseException | None) -> None:
+        """After an error or an interruption anywhere: fail all that has begun, start over with all pages free.
+
+        May be interrupted itself and called again: it goes by `_live` and the states alone.
+        """
+        told = "in the middle of a step" if cause is None else f"by {type(cause).__name__}: {cause}".rstrip(": ")
+        failed = StepFailed(f"interrupted {told}")
+        failed.__cause__ = cause
+        self._polling.forget()
+        self._launched.clear()
+        self._running, self._swapped, self._newcomer, self._view, self._unreported = [], [], None, None, 0
+        self._lanes = list(reversed(range(self.state.capacity)))
+        self.state.reset()
+        for sequence in list(self._live.values()):
+            if sequence.state is not State.WAITING:
+                if not sequence.done:
+                    sequence.end("failed", error=failed)
+                    self._emit("ended", sequence, "failed")
+                self._live.pop(sequence.number, None)
+        self._waiting = sorted(self._live.values(), key=lambda sequence: sequence.order)
+
+    # Commands
+
+    def _read_inbox(self) -> None:
+        """Do what was asked for meanwhile. A command leaves the inbox when it has been done, and may be done twice."""
+        while self._inbox:
+            command, sequence = self._inbox[0]
+            if command == "cancel":
+                self._end(sequence, "cancelled")
+            elif sequence.number not in self._live and not sequence.done:
+                self._live[sequence.number] = sequence
+                insort(self._waiting, sequence, key=lambda other: other.order)
+                self._deadline = min(self._deadline, sequence.deadline or math.inf)
+            self._inbox.popleft()
+
+    def _read_left_over(self) -> None:
+        """Do what was asked for while a step was made, unless another one is being made, whose end will see to it.
+
+        The garbage collector can call this anywhere, also in a thread that makes a step: it never waits for that.
+        """
+        while self._inbox and not self.lock.locked():
+            with self.lock, isolated(), self.device.active():
+                self._guarded_inbox()
+
+    def _guarded_inbox(self) -> None:
+        try:
+            self._read_inbox()
+        except BaseException as error:
+            self._recover(error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _expire(self) -> None:
+        """End those that are not done by their deadline."""
+        now = self.device.now() if self._deadline < math.inf else 0.0
+        if now < self._deadline:
+            return
+        for sequence in list(self._live.values()):
+            if sequence.deadline is not None and sequence.deadline <= now:
+                asked = sequence.deadline - sequence.submitted
+                self._end(sequence, "failed", DeadlineExceeded(f"the request is not done after {asked:g} s"))
+        self._deadline = min((item.deadline or math.inf for item in self._live.values()), default=math.inf)
+
     # Joining
 
     def _admit(self) -> None:
-        """Lets parked requests back in, then newcomers, for as much work as a step may do."""
-        while self._parked and self._fits(self._parked[0]):
-            back = self._parked.pop(0)
-            assert back.parked is not None
-            slots.unpark(self.state, len(self._running), back.lane, back.guided, back.parked)
-            back.parked = None
-            self._running.append(back)
+        """Let swapped sequences back in, then newcomers, for as much work as a step may do."""
+        while self._swapped and self._fits(self._swapped[0]):
+            self._swap_in(self._swapped[0])
         spent = 0
-        while (run := self._newcomer or self._next_newcomer()) is not None:
-            assert run.prefill is not None
+        while (sequence := self._newcomer or self._next_newcomer()) is not None:
             try:
-                spent += next(run.prefill)
-            except StopIteration:
-                self._newcomer = run.prefill = None
-                slots.place(self.state, len(self._running), run.plan)
-                run.row = run.plan.first
-                self._running.append(run)
+                assert sequence.prefill is not None
+                spent += next(sequence.prefill)
+            except StopIteration as stop:
+                self._place(sequence, stop.value)
             except Exception as error:
-                self._fail([run], error)
+                self._fail_alone(sequence, error)
             if self._running and spent >= self.prefill_rows:
                 return
 
-    def _next_newcomer(self) -> Run | None:
-        """The first waiting request, if there is a lane and there are pages for it."""
-        if not self._waiting or self._parked or not self._lanes or not self._fits(self._waiting[0]):
-            return None
-        run = self._waiting.popleft()
-        state, item = self.state, run.plan
-        run.lane = self._lanes.pop()
-        state.cross_blocks.grow(run.lane, len(item.request.text_ids))
-        state.grow(run.lane, item.first + 1, item.guided)
-        run.prefill = slots.prefill(self.model, state, run.lane, item)
-        run.handle.status = "running"
-        self._newcomer = run
-        return run
+    def _next_newcomer(self) -> Sequence | None:
+        """Begin with the first waiting sequence that there is room for.
 
-    def _fits(self, run: Run) -> bool:
-        """Whether a waiting or parked request can go on, with a page left for each row of those that run."""
-        state = self.state
-        if run.parked is not None and not self._running:
-            return True  # it fitted before; if it cannot grow now that it is alone, it never can
-        if run.parked is None and state.cross_pool.shape.pages(len(run.plan.request.text_ids)) > state.cross_pool.free:
+        One that needs more pages than there are lets others pass, but not for ever.
+        """
+        if not self._waiting or self._swapped or not self._lanes:
+            return None
+        for index, sequence in enumerate(self._waiting[: MAX_PASSED + 1]):
+            if self._fits(sequence):
+                for other in self._waiting[:index]:
+                    other.passed += 1
+                self._begin(sequence)
+                return self._newcomer
+            if sequence.passed >= MAX_PASSED:
+                return None
+        return None
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Give a waiting sequence its lane and its pages."""
+        state, item = self.state, sequence.plan
+        sequence.state = State.PREFILLING
+        self._waiting.remove(sequence)
+        self._newcomer = sequence
+        sequence.lane = self._lanes.pop()
+        try:
+            self.device.follow(sequence.mark)
+            state.cross_blocks.grow(sequence.lane, len(item.request.text_ids), write=False)
+            state.grow(sequence.lane, item.first + 1, item.guided, write=False)
+            sequence.prefill = slots.prefill(self.model, state, sequence.lane, item, self.device.upload)
+        except Exception as error:
+            self._fail_alone(sequence, error)
+            return
+        self._emit("started", sequence)
+
+    def _place(self, sequence: Sequence, codes: object) -> None:
+        """Let a sequence whose prefill is done into the batch."""
+        slot = len(self._running)
+        try:
+            slots.place(self.state, slot, sequence.plan, codes)  # type: ignore[arg-type]
+            sequence.begin(self.state.codes.shape[2])
+        except Exception as error:
+            self.state.clear(slot)
+            self._fail_alone(sequence, error)
+            return
+        self._newcomer = sequence.prefill = None
+        self._join(sequence)
+
+    def _join(self, sequence: Sequence) -> None:
+        sequence.since = self._steps
+        self._running.append(sequence)
+        sequence.state = State.RUNNING
+        self._view = None
+
+    def _swap_in(self, sequence: Sequence) -> None:
+        slot = len(self._running)
+        assert sequence.swapped is not None
+        try:
+            slots.swap_in(self.state, slot, sequence.lane, sequence.guided, sequence.swapped)
+        except Exception as error:
+            self.state.clear(slot)
+            self._fail_alone(sequence, error)
+            return
+        self._swapped.remove(sequence)
+        sequence.swapped = None
+        self._join(sequence)
+        self._emit("swapped_in", sequence)
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether a waiting or swapped sequence can go on, with a page left for each row of those that run."""
+        state, item = self.state, sequence.plan
+        if sequence.state is State.SWAPPED:
+            if not self._running:
+                return True  # it fitted before; if it cannot grow now that it is alone, it never can
+        elif state.cross_pool.shape.pages(len(item.request.text_ids)) > state.cross_pool.free:
             return False
         spare = sum(2 if other.guided else 1 for other in self._running)
-        return self._pages_to_start(max(run.row, run.plan.first), run.guided) + spare <= state.pool.free
-
-    def _pages_to_start(self, row: int, guided: bool) -> int:
-        return self.state.pool.shape.pages(row + 1) * (2 if guided else 1)
+        return state.pages_needed(max(sequence.row, item.first) + 1, sequence.guided) + spare <= state.pool.free
 
     # Stepping
 
+    def _row(self, sequence: Sequence) -> int:
+        """Rows of a running sequence that exist after all launched steps, unless it has finished since."""
+        return sequence.row + self._steps - sequence.since
+
     def _make_room(self) -> None:
-        """Pages for the next row of every running request, the oldest first; parks the youngest when there are none."""
-        guided = any(run.guided for run in self._running)
-        for run in sorted(self._running, key=lambda run: run.number):
-            while run in self._running:
+        """Pages for the next row of every running sequence, the first in line first; the last one makes way."""
+        if self._view is not None and self._steps < self._grow_at:
+            return
+        for sequence in sorted(self._running, key=lambda sequence: sequence.order):
+            while sequence.state is State.RUNNING:
                 try:
-                    self._grow(run, guided)
+                    rows = min(self._row(sequence), sequence.plan.end) + 1
+                    self.state.grow(sequence.lane, rows, sequence.guided)
                     break
                 except OutOfPages as error:
-                    self._make_way(run, error)
+                    if self._launched or self._unreported:
+                        self._settle()  # some may have ended by now
+                    else:
+                        self._make_way(sequence, error)
+        self._peak = max(self._peak, self._bytes(self.state.pool.free, self.state.cross_pool.free))
+        size = self.state.pool.shape.page_size
+        self._grow_at = min(
+            (self.state.blocks.held(other.lane) * size - other.row + other.since for other in self._running),
+            default=0.0,
+        )
 
-    def _grow(self, run: Run, guided: bool) -> None:
-        """Pages for a request's next row. In a batch with guidance every one has an unconditional row, read or not."""
-        if not guided and self.state.guided:
-            self.state.blocks.release(self.state.unconditional(run.lane))
-        self.state.grow(run.lane, run.rows_needed, guided)
-
-    def _make_way(self, run: Run, error: OutOfPages) -> None:
-        """Frees pages for `run`: those of the newcomer, or of the youngest that runs. Alone, `run` fails."""
+    def _make_way(self, sequence: Sequence, error: OutOfPages) -> None:
+        """Free pages for a sequence: those of the newcomer, or of the last in line that runs. Alone, it fails."""
         if self._newcomer:
             newcomer = self._newcomer
             self._drop(newcomer)
-            newcomer.handle.status = "waiting"
-            self._waiting.appendleft(newcomer)
+            newcomer.state = State.WAITING
+            insort(self._waiting, newcomer, key=lambda other: other.order)
             return
-        youngest = max(self._running, key=lambda other: other.number)
+        last = max(self._running, key=lambda other: other.order)
         if len(self._running) == 1:
-            self._fail([run], OutOfPages(f"the request has grown beyond the whole cache: {error}"))
+            self._end(sequence, "failed", OutOfPages(f"the request has grown beyond the whole cache: {error}"))
             return
-        youngest.parked = slots.park(self.state, self._running.index(youngest), youngest.lane, youngest.guided)
-        self._leave(youngest)
-        self._parked.append(youngest)
-        self._parked.sort(key=lambda run: run.number)
+        try:
+            swapped = slots.swap_out(self.state, self._running.index(last), last.lane, last.guided)
+        except Exception as broken:
+            self._fail_alone(last, broken)
+            return
+        last.swapped, last.row = swapped, self._row(last)
+        self.state.release_grid(last.lane)
+        self._leave(last)
+        last.state = State.SWAPPED
+        insort(self._swapped, last, key=lambda other: other.order)
+        self._emit("swapped_out", last)
 
     def _decode(self) -> None:
         """One step of the batch, and whatever the device reports by now."""
-        guided = any(run.guided for run in self._running)
-        view = self._stepper.view(len(self._running), guided)
-        lanes = [run.lane for run in self._running]
-        if self._shown is None or self._shown[0] is not view or self._shown[1] != lanes:
-            view.show(lanes)
-            self._shown = view, lanes
+        if self._view is None:
+            view = self._stepper.view(len(self._running), any(sequence.guided for sequence in self._running))
+            view.show([sequence.lane for sequence in self._running])
+            self._view = view
         try:
-            self._stepper(view)
+            self.device.launch(partial(self._stepper, self._view))
             self._steps += 1
-            for run in self._running:
-                run.row += 1
-            seen = self._watch.after_step(view, self._running)
+            self._unreported += 1
+            if self._unreported >= self.device.poll_every:
+                self._launched.append(self._polling.send(list(self._running)))
+                self._unreported = 0
+            else:
+                self._launched.append(self.device.event())
         except Exception as error:
             self.state.reset_scratch()
-            self._watch.forget()
+            self._polling.forget()
+            self._launched.clear()
             broken = StepFailed(f"a decode step failed: {type(error).__name__}: {error}")
             broken.__cause__ = error
-            self._fail(list(self._running), broken)
+            for sequence in list(self._running):
+                self._end(sequence, "failed", broken)
             return
-        self._peak = max(self._peak, self._bytes(self.state.pool.free, self.state.cross_pool.free))
-        for item in seen:
-            if item.status is not None and item.run in self._running:
-                slot = self._running.index(item.run)
-                failure = slots.failure(self.model.config, self.state, slot, item.status, item.run.plan)
+        self._read_reports()
+
+    def _hear(self, report: Report) -> None:
+        """What a report says of the sequences that still run."""
+        config = self.model.config
+        wrong, finished = bool(report.status.any()), report.finished.tolist()
+        recent, rows = report.recent, report.row.tolist()
+        frame = max(config.delay_pattern) + 2
+        for slot, sequence in enumerate(report.sequences):
+            if sequence.state is not State.RUNNING:
+                continue
+            if wrong and report.status[slot].any():
+                eos_row = int(report.eos_row[slot])
+                failure = slots.failure(config, eos_row, report.status[slot], sequence.plan)
                 if failure is not None:
-                    self._fail([item.run], failure)
+                    self._end(sequence, "failed", failure)
                     continue
-            if item.rows is not None:
-                item.run.handle._receive(item.rows)
-            if item.finished and item.run in self._running:
-                self._finish(item.run)
+            before = sequence.received
+            sequence.receive(recent[slot], rows[slot])
+            if before < sequence.plan.first + frame <= rows[slot]:
+                self._emit("first_frame", sequence)
+            if finished[slot]:
+                self._finish(sequence, int(report.eos_row[slot]))
 
     # Leaving
 
-    def _sweep(self) -> None:
-        """Ends the requests that have been cancelled."""
-        self._busy = True
-        try:
-            while self._cancelled:
-                handle = self._cancelled.pop()
-                for run in [*self._waiting, *self._parked, *self._running, *filter(None, [self._newcomer])]:
-                    if run.handle is handle:
-                        self._drop(run)
-                        handle.status = "cancelled"
-        finally:
-            self._busy = False
+    def _finish(self, sequence: Sequence, eos_row: int) -> None:
+        assert sequence.rows is not None
+        rows = sequence.rows[: sequence.received]
+        generation = slots.collect(self.model.config, rows, eos_row, sequence.plan)
+        self._drop(sequence)
+        sequence.end("done", generation)
+        self._live.pop(sequence.number, None)
+        self._emit("ended", sequence, "done")
 
-    def _finish(self, run: Run) -> None:
-        run.handle._generation = slots.collect(self.model.config, self.state, self._running.index(run), run.plan)
-        self._drop(run)
-        run.handle.status = "done"
+    def _end(self, sequence: Sequence, outcome: str, error: BaseException | None = None) -> None:
+        """End a sequence that has not ended, wherever it is."""
+        if sequence.done:
+            return
+        self._drop(sequence)
+        sequence.end("cancelled" if outcome == "cancelled" else "failed", error=error)
+        self._live.pop(sequence.number, None)
+        self._emit("ended", sequence, "deadline" if isinstance(error, DeadlineExceeded) else outcome)
 
-    def _fail(self, runs: list[Run], error: Exception) -> None:
-        for run in runs:
-            self._drop(run)
-            run.handle.error = error
-            run.handle.status = "failed"
+    def _fail_alone(self, sequence: Sequence, error: Exception) -> None:
+        """End one that broke while it was outside of the batch, or being put into it; nobody else notices."""
+        self.state.repair()
+        self._end(sequence, "failed", error)
 
-    def _abandon(self, cause: BaseException) -> None:
-        """After an interruption anywhere: fails all that has begun, and starts over with every page and slot free."""
-        error = StepFailed(f"interrupted by {type(cause).__name__}")
-        error.__cause__ = cause
-        for run in [*self._running, *self._parked, *filter(None, [self._newcomer])]:
-            run.prefill = run.parked = None
-            run.handle.error = error
-            run.handle.status = "failed"
-        self._running, self._parked, self._newcomer, self._shown = [], [], None, None
-        self._lanes = list(reversed(range(self.state.capacity)))
-        self._watch.forget()
-        self.state.reset()
-
-    def _drop(self, run: Run) -> None:
-        """Takes a request out of wherever it is and gives back all it holds."""
-        if run in self._waiting:
-            self._waiting.remove(run)
-        if run in self._parked:
-            self._parked.remove(run)
-        if run is self._newcomer:
+    def _drop(self, sequence: Sequence) -> None:
+        """Take a sequence out of its container and give back all it holds."""
+        if sequence.state is State.WAITING:
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+        elif sequence.state is State.SWAPPED:
+            self._swapped.remove(sequence)
+        elif sequence.state is State.RUNNING:
+            self._leave(sequence)
+        elif sequence is self._newcomer:
             self._newcomer = None
-        if run in self._running:
-            self._leave(run)
-        run.prefill = run.parked = None
-        if run.lane >= 0:
-            self.state.release(run.lane)
-            self._lanes.append(run.lane)
-            run.lane = -1
+        sequence.prefill = sequence.swapped = None
+        if sequence.lane >= 0:
+            self.state.release(sequence.lane)
+            self._lanes.append(sequence.lane)
+            sequence.lane = -1
 
-    def _leave(self, run: Run) -> None:
-        """Frees the slot of a request; the last one moves up, so that slots in use stay together."""
-        slot, last = self._running.index(run), len(self._running) - 1
+    def _leave(self, sequence: Sequence) -> None:
+        """Free the slot of a sequence; the last one moves up, so that slots in use stay together."""
+        slot, last = self._running.index(sequence), len(self._running) - 1
         if slot < last:
             self.state.move(last, slot)
             self._running[slot] = self._running[last]
         else:
             self.state.clear(slot)
         self._running.pop()
+        self._view = None
+
+
+def _drive(engine: "weakref.ref[Engine]", wake: threading.Event, stop: threading.Event) -> None:
+    """Make an engine's steps while there is work, and wait while there is none, until it is stopped or gone."""
+    while not stop.is_set():
+        running = engine()
+        if running is None:
+            return
+        wake.clear()
+        busy = running.step()
+        del running
+        if not busy:
+            wake.wait()

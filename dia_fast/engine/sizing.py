@@ -11,6 +11,7 @@ from dia_fast.engine.request import Plan
 from dia_fast.errors import InputError
 from dia_fast.state import Sizes, cross_pages, self_pages
 
+_MEMINFO = "/proc/meminfo"
 _SHARE_FOR_TEXT = 0.4  # of the memory for pages: what a text of 1024 bytes takes beside 3072 rows of sound
 
 
@@ -62,9 +63,20 @@ def sizes_for(
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated there now."""
+    """Bytes that could be allocated there now.
+
+    On a GPU what torch's allocator holds without using it counts as free; on a CPU what the system keeps in its cache
+    of files does.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
+    try:
+        with open(_MEMINFO, encoding="ascii") as lines:
+            found = dict(line.split(":", 1) for line in lines if ":" in line)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):  # not Linux, or not as we know it
+        pass
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (ValueError, AttributeError, OSError):  # not every system tells

@@ -13,7 +13,7 @@ from dia_fast.state import DecodeState
 from dia_fast.warn import warn
 
 Capture: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
-"""Takes a step that has been called before on the same buffers, returns what repeats its launches."""
+"""Takes a step, which has been made on the same buffers if `Stepper` calls, and returns what repeats its launches."""
 
 BUCKETS = (1, 2, 4, 8, 16, 32)
 """Batch sizes that a graph is captured for; a batch between two of them runs in the larger one, padded."""
@@ -22,8 +22,13 @@ BUCKETS = (1, 2, 4, 8, 16, 32)
 class Stepper:
     """Runs decode steps of one `DecodeState`.
 
-    capture: makes a graph of a step, once for each bucket and with and without guidance; None runs every step launch by
-    launch. Without it every batch size is its own bucket, since padding would only cost.
+    The first step of a bucket is made launch by launch, which compiles and loads its kernels; the second one captures a
+    graph, and it and all later ones replay that. If a capture fails a warning says why, and all steps run launch by
+    launch from then on: slower, with equal results.
+
+    Args:
+        capture: Makes a graph of a step, once for each bucket and with and without guidance. Without it every batch
+            size is its own bucket, since padding would only cost.
     """
 
     def __init__(self, model: DiaModel, state: DecodeState, capture: Capture | None = None) -> None:
@@ -32,6 +37,7 @@ class Stepper:
         self.buckets: Sequence[int] = sizes if capture is None else _up_to(state.batch)
         self._views: dict[tuple[int, bool], DecodeState] = {}
         self._replays: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._made: set[tuple[int, bool]] = set()
 
     def view(self, count: int, guided: bool) -> DecodeState:
         """The buffers for `count` slots: those of the smallest bucket that holds them, the same ones every time."""
@@ -40,53 +46,56 @@ class Stepper:
             self._views[key] = self.state.view(*key)
         return self._views[key]
 
-    def warm_up(self) -> None:
-        """Captures a graph for every bucket. Call it while no slot is in use: the steps of a capture then do nothing.
-
-        If a capture fails a warning says why, and steps run launch by launch from then on: slower, with equal results.
-        """
-        if self.capture is None:
-            return
-        for guided in (True, False) if self.state.guided else (False,):
-            for count in self.buckets:
-                view = self.view(count, guided)
-                view.show([])
-                try:
-                    self._replays[count, guided] = self.capture(partial(self.model.decode_step, view))
-                except Exception as error:
-                    warn(
-                        f"the decode step for {count} requests could not be captured as a graph "
-                        f"({type(error).__name__}: {error}); steps run launch by launch instead, which is slower",
-                        RuntimeWarning,
-                    )
-                    self.capture = None
-                    self._replays.clear()
-                    return
-
     def __call__(self, view: DecodeState) -> None:
         """One step of a view that `view` returned."""
-        replay = self._replays.get((view.batch, view.guided))
-        if replay is None:
-            self.model.decode_step(view)
-        else:
+        key = view.batch, view.guided
+        replay = self._replays.get(key)
+        if replay is None and self.capture is not None and key in self._made:
+            replay = self._capture(view)
+        if replay is not None:
             replay()
+            return
+        self.model.decode_step(view)
+        self._made.add(key)
+
+    def _capture(self, view: DecodeState) -> Callable[[], None] | None:
+        assert self.capture is not None
+        try:
+            replay = self.capture(partial(self.model.decode_step, view))
+        except Exception as error:
+            warn(
+                f"the decode step for {view.batch} requests could not be captured as a graph "
+                f"({type(error).__name__}: {error}); steps run launch by launch instead, which is slower",
+                RuntimeWarning,
+            )
+            self.capture = None
+            self._replays.clear()
+            return None
+        self._replays[view.batch, view.guided] = replay
+        return replay
 
 
 class CudaGraphs:
-    """Captures steps as CUDA graphs, all of them in one memory pool. For the current device."""
+    """Captures steps as CUDA graphs, all of them in one memory pool, on the current device and stream.
+
+    A capture needs a stream that is not the device's default one; where that is current, one of its own is used.
+    """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()  # compiles and loads the kernels, which a capture cannot
-        torch.cuda.current_stream().wait_stream(side)
+        stream, default = torch.cuda.current_stream(), torch.cuda.default_stream()
+        if stream == default:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(default)
+            with torch.cuda.stream(stream):
+                step()  # compiles and loads the kernels, which a capture cannot
+            default.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do meanwhile, such as decoding sound, is no part of it and may go on.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        # What other threads do meanwhile, such as decoding sound, is no part of it and may go on. Without a stream here
+        # torch would capture on one that all engines share, of the device that was the first to capture.
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
             step()
         return graph.replay
 

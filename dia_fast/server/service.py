@@ -102,7 +102,7 @@ class Service:
         metrics.watch("waiting", "requests that wait for a slot", lambda: gate.waiting)
         metrics.watch("running", "sequences that have a slot", lambda: gate.slots - gate.free)
         metrics.watch("active", "responses under way", lambda: len(self.active))
-        metrics.watch("parked", "sequences set aside for lack of pages", lambda: len(dia.engine._parked))
+        metrics.watch("parked", "sequences set aside for lack of pages", lambda: dia.engine.stats.parked)
         metrics.watch("pages", "pages of keys and values in use", lambda: state.pool.pages - state.pool.free)
         metrics.watch("pages_total", "pages of keys and values", lambda: state.pool.pages)
         metrics.watch("voices", "voices", lambda: len(self.voices))
