@@ -228,7 +228,9 @@ class Engine(OneProcess):
             if self._driven:
                 return
             self._stop = threading.Event()
-            arguments = (weakref.ref(self, lambda _, wake=self._wake: wake.set()), self._wake, self._stop)
+            wake = self._wake
+            myself = weakref.ref(self, lambda _: wake.set())  # an engine that nobody holds ends with its thread
+            arguments = (myself, wake, self._stop)
             self._driver = threading.Thread(target=_drive, args=arguments, name="dia-fast-engine", daemon=True)
             self._driver.start()
 
