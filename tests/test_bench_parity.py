@@ -108,5 +108,5 @@ def test_graphs_that_could_not_be_captured_are_not_called_right() -> None:
 
     model = model_of(small_config())
     assert parity.check_graphs(model, 5, lambda step: step) == ("ok", "the same codes")
-    with pytest.raises(RuntimeWarning, match="could not be captured as a graph .*operation not permitted"):
+    with pytest.raises(RuntimeError, match="could not be captured as a graph .*operation not permitted"):
         parity.check_graphs(model, 5, refuse)
