@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dia_fast.errors import InputError
-from dia_fast.files import replacing
+from dia_fast.utils.files import replacing
 
 FORMAT = 1
 BETTER = ("lower", "higher")

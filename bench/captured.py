@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from bench.device import Device
-from dia_fast.config import DiaConfig
+from dia_fast.diagnostics.launches import CONTEXT
 from dia_fast.engine.stepper import Capture
-from dia_fast.launches import CONTEXT
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes
-from dia_fast.state import DecodeState, Sizes
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.decode_state import DecodeState, Sizes
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.model import DiaModel
 
 MAX_TEXT = 1024
 WARM_UP, SPANS = 10, 7  # replays before the first span, and how many are timed

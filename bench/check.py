@@ -20,7 +20,7 @@ from pathlib import Path
 from bench import baseline, gauges
 from bench.baseline import Finding, Group
 from dia_fast.errors import DiaFastError, InputError
-from dia_fast.files import replacing
+from dia_fast.utils.files import replacing
 
 BASELINE = Path(__file__).with_name("baseline.json")
 ANEW = "python -m bench.check --update"

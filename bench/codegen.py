@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from bench import machine_code
 from bench.machine_code import MACHINES, Code
-from dia_fast import launches
-from dia_fast.config import DiaConfig
-from dia_kernels import ahead
+from dia_fast.diagnostics import launches
+from dia_fast.model.config import DiaConfig
+from dia_kernels import aot as ahead
 
 ROWS = (1, 2, 8, 32, 64)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -28,10 +28,10 @@ from bench.measure import (
     step_times,
     their_run,
 )
-from dia_fast.config import DiaConfig
 from dia_fast.engine import Request
 from dia_fast.errors import DiaFastError
-from dia_fast.model import DiaModel
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.model import DiaModel
 
 
 def requests_for(config: DiaConfig, options: argparse.Namespace) -> list[Request]:

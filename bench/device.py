@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench.measure import describe_machine, use
-from dia_fast.placement import choose_device
+from dia_fast.model.device import choose_device
 
 HOLD_CYCLES = 400_000  # of a GPU's clock, some 0.2 ms: what the host needs to queue a few dozen launches
 _LARGEST_CACHE = 32 << 20  # bytes; where a processor does not say

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.engine import Request
 from dia_fast.integrations.transformers import accelerate, loop, patch
+from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 MEDIUM = DiaConfig(

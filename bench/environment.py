@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from bench.device import Device
-from dia_fast.doctor import environment
+from dia_fast.diagnostics.doctor import environment
 from dia_fast.errors import DiaFastError
-from dia_fast.placement import choose_device
+from dia_fast.model.device import choose_device
 
 QUERY = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"  # none of it tells one card from another
 

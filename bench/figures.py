@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from bench.machine_code import MACHINES
-from dia_fast.config import DiaConfig
-from dia_fast.files import replacing
-from dia_fast.roofline import figures, work
-from dia_fast.roofline.predict import SIZES
-from dia_kernels import gemv
+from dia_fast.diagnostics.roofline import figures, work
+from dia_fast.diagnostics.roofline.predict import SIZES
+from dia_fast.model.config import DiaConfig
+from dia_fast.utils.files import replacing
+from dia_kernels.triton import gemv
 
 OUT = Path(work.__file__).parent / figures.FILE
 Line = dict[str, Any]

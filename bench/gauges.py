@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from bench.baseline import Group, Kind, group_of
-from dia_fast.config import DiaConfig
 from dia_fast.errors import InputError
+from dia_fast.model.config import DiaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_90", "gfx942", "gfx1100")
@@ -50,8 +50,9 @@ def small_config() -> DiaConfig:
 
 def launches() -> Group:
     """Kernels that a decode step launches, at the size of Dia-1.6B and of a small model, with and without guidance."""
-    from dia_fast.launches import all_layers, decode
-    from dia_kernels import kernels, launch
+    from dia_fast.diagnostics.launches import all_layers, decode
+    from dia_kernels import launcher as launch
+    from dia_kernels import triton as kernels
 
     values: dict[str, dict[str, float]] = {}
     for name, config in (("Dia-1.6B", DiaConfig()), ("two layers", small_config())):
@@ -124,7 +125,7 @@ def memory(folder: Path) -> Group:
     from dia_fast.api import Dia
     from dia_fast.engine import Request
     from dia_fast.engine.sizing import sizes_for_any
-    from dia_fast.state import DecodeState
+    from dia_fast.model.decode_state import DecodeState
     from dia_kernels import get_ops
 
     before = resident("VmRSS")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dia_fast.codec import Codec, CodecConfig, load_codec, random_codec
+from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
 from dia_fast.errors import DiaFastError
 
 

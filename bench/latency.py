@@ -19,8 +19,8 @@ import torch
 
 from bench.measure import DTYPES, Seconds, describe_machine, load, median, now, use
 from dia_fast import Dia, DiaFastError, TextWarning
-from dia_fast.codec import Codec, CodecConfig, load_codec, random_codec
-from dia_fast.placement import choose_device
+from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
+from dia_fast.model.device import choose_device
 
 TEXT = "[S1] Did you hear that? [S2] Hear what? [S1] It was a bell, far away. [S2] There is no bell here."
 

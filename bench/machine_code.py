@@ -1,8 +1,8 @@
 """What a compiled kernel does, read off its machine code: SASS for NVIDIA, GCN assembly for AMD.
 
 Written for kernels that stream weights. A load is one of weights when it carries the streaming hint (`.EF` in SASS,
-`nt`, `slc` or `TH_LOAD_NT` in AMD's assembly); kernels/dia_kernels/gemv.py gives it to nothing else. Triton gives
-RDNA 3 no hint.
+`nt`, `slc` or `TH_LOAD_NT` in AMD's assembly); kernels/dia_kernels/triton/gemv.py gives it to nothing else. Triton
+gives RDNA 3 no hint.
 """
 
 import re

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dia_fast.config import DiaConfig
-from dia_fast.convert import write_checkpoint
+from dia_fast.checkpoint.saving import write_checkpoint
 from dia_fast.errors import DiaFastError
-from dia_fast.packing import packed_shapes, parameter_count
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes, parameter_count
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

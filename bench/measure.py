@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dia_fast.checkpoint import open_checkpoint
-from dia_fast.config import DiaConfig
+from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.engine import Request, generate
-from dia_fast.model import DiaModel
-from dia_fast.placement import choose_device
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.device import choose_device
+from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

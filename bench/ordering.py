@@ -21,8 +21,10 @@ from torch import Tensor
 
 from bench import ptx
 from bench.tools.resident import Launch
-from dia_kernels import ahead, kernels, reference
-from dia_kernels.paged import AttentionWorkspace, attention_workspace
+from dia_kernels import aot as ahead
+from dia_kernels import reference
+from dia_kernels import triton as kernels
+from dia_kernels.triton.paged_attention import AttentionWorkspace, attention_workspace
 
 TARGETS = tuple(target for target in ahead.TARGETS if target.startswith("sm_"))
 DTYPE = torch.bfloat16

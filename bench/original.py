@@ -31,8 +31,8 @@ from bench.measure import (
 from bench.parts import installed
 from dia_fast.engine import Request
 from dia_fast.errors import DiaFastError, InputError
-from dia_fast.placement import choose_device
-from dia_fast.text import encode_text
+from dia_fast.model.device import choose_device
+from dia_fast.text.tokenizer import encode_text
 
 TEXT = "[S1] Did you hear that? [S2] Hear what? [S1] It was a bell, far away. [S2] There is no bell here."
 SHORT = 16  # steps of the shorter call

@@ -17,10 +17,10 @@ import torch
 
 from bench.gauges import resident
 from bench.make_checkpoint import DTYPES, random_weight
-from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Request
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 
 MIB = 1 << 20

@@ -25,16 +25,16 @@ from torch import Tensor
 
 from bench.make_checkpoint import random_weight
 from bench.measure import use
-from dia_fast.config import DiaConfig
-from dia_fast.delay import FREE
 from dia_fast.engine import Engine, Request, place, plan, prefill
 from dia_fast.engine.stepper import choose_capture
 from dia_fast.errors import DiaFastError
-from dia_fast.files import replacing
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes
-from dia_fast.placement import choose_device, choose_dtype
-from dia_fast.state import DecodeState, Sizes, cross_pages, self_pages
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
+from dia_fast.model.delay import FREE
+from dia_fast.model.device import choose_device, choose_dtype
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.model import DiaModel
+from dia_fast.utils.files import replacing
 from dia_kernels import get_ops
 
 TEXTS = (list(b"\x01 Did you hear that? \x02 Hear what?"), list(b"\x01 It was a bell, far away. \x02 I see."))

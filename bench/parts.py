@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-from dia_fast.files import replacing
+from dia_fast.utils.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST = 10.0  # seconds that must be left for a part to be begun

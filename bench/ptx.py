@@ -1,7 +1,7 @@
 """Runs the PTX of one program on numpy: what a kernel compiled for an NVIDIA GPU computes, with no GPU.
 
-Made for the projections of kernels/dia_kernels/gemv.py, whose code is straight: no branches, no loops. All threads of
-the program take one instruction at a time, each register an array over threads. What it does not know raises
+Made for the projections of kernels/dia_kernels/triton/gemv.py, whose code is straight: no branches, no loops. All
+threads of the program take one instruction at a time, each register an array over threads. What it does not know raises
 NotImplementedError.
 
 Arithmetic is that of the instructions, with these liberties, none of which depends on a program's other rows: a fused

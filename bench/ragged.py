@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from bench.measure import WARM_UP, Seconds, add_model_options, describe, load, median, now, step_times, their_run
-from dia_fast.config import DiaConfig
 from dia_fast.engine import MAX_BATCH, Engine, Handle, Request
 from dia_fast.errors import DiaFastError
-from dia_fast.model import DiaModel
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.model import DiaModel
 
 
 @dataclass(frozen=True)

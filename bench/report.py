@@ -11,7 +11,7 @@ from bench.parts import Part, Result
 from bench.style import picture
 from bench.suite import table
 from dia_fast.errors import InputError
-from dia_fast.files import replacing
+from dia_fast.utils.files import replacing
 
 DOCTOR = "doctor.json"
 PARITY = "parity.json"

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from bench import ptx
 from bench.codegen import DTYPES, PROJECTIONS, ROWS
-from dia_fast import launches
-from dia_kernels import ahead, launch
+from dia_fast.diagnostics import launches
+from dia_kernels import aot as ahead
+from dia_kernels import launcher as launch
 
 TARGETS = tuple(target for target in ahead.TARGETS if target.startswith("sm_"))
 EPS = 1e-5

@@ -30,12 +30,12 @@ from bench.measure import (
     step_times,
     their_run,
 )
-from dia_fast.arguments import FRAMES_PER_SECOND
-from dia_fast.config import DiaConfig
+from dia_fast.diagnostics.plotting import require_matplotlib
 from dia_fast.engine import MAX_BATCH, Engine, Request
 from dia_fast.errors import DiaFastError
-from dia_fast.model import DiaModel
-from dia_fast.plotting import require_matplotlib
+from dia_fast.generation.inputs import FRAMES_PER_SECOND
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.model import DiaModel
 
 
 def equal_requests(config: DiaConfig, count: int, options: argparse.Namespace, steps: int) -> list[Request]:

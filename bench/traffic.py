@@ -31,12 +31,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.make_checkpoint import DTYPES
-from dia_fast.config import DiaConfig
-from dia_fast.files import replacing
-from dia_fast.launches import one_layer
-from dia_fast.model import DiaModel
-from dia_fast.state import DecodeState, Sizes, cross_pages, self_pages
-from dia_kernels import kernels, launch
+from dia_fast.diagnostics.launches import one_layer
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
+from dia_fast.model.model import DiaModel
+from dia_fast.utils.files import replacing
+from dia_kernels import launcher as launch
+from dia_kernels import triton as kernels
 from tests.kernels.interpreter import Access, install, listening
 
 LIMIT = 1.05  # bytes moved by a step, beside the fewest possible

@@ -31,9 +31,9 @@ from bench.captured import CapturedStep, Load, QuickCapture, random_model, state
 from bench.device import open_device
 from bench.measure import DTYPES
 from dia_fast.errors import DiaFastError
-from dia_fast.files import replacing
-from dia_kernels import gemv
-from dia_kernels.launch import architecture
+from dia_fast.utils.files import replacing
+from dia_kernels.launcher import architecture
+from dia_kernels.triton import gemv
 
 Config = dict[str, int]
 
@@ -128,8 +128,9 @@ def compile_ahead(job: tuple[str, int, str, str]) -> str:
     """Compiles one op of a step under a table for the GPU at hand, into Triton's cache on disk; returns what failed."""
     table, rows, dtype, op = job
     os.environ["DIA_KERNELS_TABLE"] = table
-    from dia_fast import launches as steps
-    from dia_kernels import kernels, launch
+    from dia_fast.diagnostics import launches as steps
+    from dia_kernels import launcher as launch
+    from dia_kernels import triton as kernels
 
     ops = SimpleNamespace(**{name: lambda *args, **named: None for name in kernels.__all__}, name="triton")
     ops.attention_workspace = kernels.attention_workspace

@@ -11,29 +11,29 @@ The names below are imported when they are first used, so `import dia_fast` cost
 TYPE_CHECKING = False  # as type checkers know it; typing takes time, in which Ctrl-C would show a traceback
 if TYPE_CHECKING:
     from dia_fast.api import Dia
-    from dia_fast.audio import Audio
-    from dia_fast.config import DiaConfig
+    from dia_fast.audio.audio import Audio
+    from dia_fast.checkpoint.demo import demo_voice
     from dia_fast.errors import CheckpointError, DiaFastError, InputError, OutOfPages, SilentSpeech
-    from dia_fast.outcome import Outcome
-    from dia_fast.settings import SamplingParams
-    from dia_fast.text import TextWarning
-    from dia_fast.voice import demo_voice
+    from dia_fast.generation.outcome import Outcome
+    from dia_fast.generation.sampling_params import SamplingParams
+    from dia_fast.model.config import DiaConfig
+    from dia_fast.text.tokenizer import TextWarning
 
     __version__: str
 
 _HOMES = {
-    "Audio": "audio",
+    "Audio": "audio.audio",
     "CheckpointError": "errors",
     "Dia": "api",
-    "DiaConfig": "config",
+    "DiaConfig": "model.config",
     "DiaFastError": "errors",
     "InputError": "errors",
     "OutOfPages": "errors",
-    "Outcome": "outcome",
-    "SamplingParams": "settings",
+    "Outcome": "generation.outcome",
+    "SamplingParams": "generation.sampling_params",
     "SilentSpeech": "errors",
-    "TextWarning": "text",
-    "demo_voice": "voice",
+    "TextWarning": "text.tokenizer",
+    "demo_voice": "checkpoint.demo",
 }
 
 __all__ = [

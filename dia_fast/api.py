@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dia_fast import streaming
-from dia_fast.arguments import (
+from dia_fast.audio.audio import Audio
+from dia_fast.checkpoint.loading import open_checkpoint
+from dia_fast.checkpoint.saving import save_pretrained
+from dia_fast.engine import MAX_BATCH, Engine
+from dia_fast.errors import CheckpointError, InputError, shown
+from dia_fast.generation import streaming
+from dia_fast.generation.inputs import (
     FRAMES_PER_SECOND,
     AnyCodec,
     Memory,
@@ -33,25 +38,20 @@ from dia_fast.arguments import (
     seeds_of,
     texts_of,
 )
-from dia_fast.audio import Audio
-from dia_fast.checkpoint import open_checkpoint
-from dia_fast.config import DiaConfig
-from dia_fast.convert import save_pretrained
-from dia_fast.engine import MAX_BATCH, Engine
-from dia_fast.errors import CheckpointError, InputError, shown
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes
-from dia_fast.placement import choose_device, choose_dtype
-from dia_fast.prompts import AudioPrompt, encode_prompts, prompt_for_each
-from dia_fast.reading import Reading, readings_of, speak_scripts
-from dia_fast.settings import SamplingOptions, SamplingParams
+from dia_fast.generation.long_form import Reading, readings_of, speak_scripts
+from dia_fast.generation.prompts import AudioPrompt, encode_prompts, prompt_for_each
+from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.device import choose_device, choose_dtype
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.model import DiaModel
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
 from dia_kernels import get_ops
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from dia_fast.codec import Codec
+    from dia_fast.audio.codec import Codec
 
 
 class Dia(OneProcess):
@@ -123,7 +123,7 @@ class Dia(OneProcess):
         checkpoint = open_checkpoint(os.fspath(name_or_path), revision=revision, local_files_only=local_files_only)
         model = DiaModel(checkpoint.config, ops).load(checkpoint.load(kind, place)).pack(progress=True)
         if isinstance(codec, str | os.PathLike):
-            from dia_fast.codec import codec_for
+            from dia_fast.audio.codec import codec_for
 
             codec = codec_for(name_or_path, codec)
         dia = cls(model, codec, **limits)
@@ -152,7 +152,7 @@ class Dia(OneProcess):
             codec = self._codec
             check_device(self.device)
             if isinstance(codec, str | os.PathLike):
-                from dia_fast.codec import load_codec
+                from dia_fast.audio.codec import load_codec
 
                 codec = load_codec(os.fspath(codec), **self._load_codec)
             self._check_fit(codec)

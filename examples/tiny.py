@@ -11,10 +11,10 @@ import soundfile
 import torch
 
 from dia_fast import DiaConfig
-from dia_fast.codec import CodecConfig, random_codec
-from dia_fast.config import DecoderConfig, EncoderConfig
-from dia_fast.convert import save_pretrained
-from dia_fast.packing import packed_shapes
+from dia_fast.audio.codec import CodecConfig, random_codec
+from dia_fast.checkpoint.saving import save_pretrained
+from dia_fast.model.config import DecoderConfig, EncoderConfig
+from dia_fast.model.fused_weights import packed_shapes
 
 SEED = 7
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
 
 if TYPE_CHECKING:
     from transformers import DiaForConditionalGeneration

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from dia_fast.codec import Codec, CodecConfig
-from dia_fast.codec.codec import build_codec
-from dia_fast.codec.weights import rename_official
+from dia_fast.audio.codec import Codec, CodecConfig
+from dia_fast.audio.codec.codec import build_codec
+from dia_fast.audio.codec.weights import rename_official
 from tests.tolerance import of_weights
 
 SMALL = CodecConfig(

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dia_fast.api import Dia
-from dia_fast.codec import CodecConfig, random_codec
-from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.convert import save_pretrained
+from dia_fast.audio.codec import CodecConfig, random_codec
+from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.errors import DiaFastError
-from dia_fast.packing import packed_shapes
+from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.model.fused_weights import packed_shapes
 
 TEXT = "[S1] Did you hear that? [S2] Hear what?"
 TINY = DiaConfig(

@@ -27,20 +27,21 @@ import numpy as np
 import soundfile
 import torch
 
-from dia_fast.audio import load_audio
-from dia_fast.batch_items import Defaults, Failed, read_items
-from dia_fast.checkpoint import open_checkpoint
-from dia_fast.codec import load_codec, random_codec
-from dia_fast.codec.weights import write_transformers
+from dia_fast.audio.audio import load_audio
+from dia_fast.audio.codec import load_codec, random_codec
+from dia_fast.audio.codec.weights import write_transformers
+from dia_fast.checkpoint.loading import open_checkpoint
+from dia_fast.diagnostics.roofline import devices
 from dia_fast.errors import DiaFastError
-from dia_fast.manifest import Manifest
-from dia_fast.model import DiaModel
-from dia_fast.roofline import devices
-from dia_fast.settings import SamplingParams
+from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.jobs.items import Defaults, Failed, read_items
+from dia_fast.jobs.manifest import Manifest
+from dia_fast.model.model import DiaModel
 from dia_fast.training.data import read_recordings
 from dia_fast.training.run import Run
 from dia_fast.training.settings import TrainSettings
-from dia_kernels import launch, reference
+from dia_kernels import launcher as launch
+from dia_kernels import reference
 from tests.checkpoints import make_original_checkpoint, make_transformers_checkpoint, tiny_config
 from tests.codecs import SMALL, save_official
 

@@ -14,7 +14,7 @@ import torch
 
 from bench import device
 from bench.suite import backends
-from dia_kernels import launch
+from dia_kernels import launcher as launch
 from tests.kernels.interpreter import install
 
 TICK = float(os.environ.get("DIA_TICK", "0.001"))

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from dia_fast.cache import NOBODY
-from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Generation, Request, generate
 from dia_fast.engine.sequence import State
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.kv_cache import NOBODY
+from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 from tests.checkpoints import tiny_config
 

@@ -15,12 +15,12 @@ from torch import Tensor
 import dia_fast
 import dia_kernels
 from dia_fast import Dia
-from dia_fast.ambient import isolated
-from dia_fast.codec import CodecConfig, random_codec
-from dia_fast.codec.load import load_codec
-from dia_fast.convert import convert
+from dia_fast.audio.codec import CodecConfig, random_codec
+from dia_fast.audio.codec.load import load_codec
+from dia_fast.checkpoint.saving import convert
 from dia_fast.engine import Engine, Request
 from dia_fast.training import Example, batch_loss, build_batch
+from dia_fast.utils.ambient import isolated
 from tests.front import TEXT, TINY, make_codec, make_model
 
 SHORT: dict[str, Any] = {"max_new_tokens": 40, "seed": 3, "temperature": 1.0}

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 import dia_fast
 from dia_fast import Audio, CheckpointError, Dia, InputError, TextWarning
-from dia_fast.arguments import FRAMES_PER_SECOND
-from dia_fast.audio import load_audio
-from dia_fast.codec import load_codec
-from dia_fast.settings import SamplingOptions, SamplingParams
+from dia_fast.audio.audio import load_audio
+from dia_fast.audio.codec import load_codec
+from dia_fast.generation.inputs import FRAMES_PER_SECOND
+from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams
 from tests.front import TEXT, TINY, make_codec, make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.TextWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.tokenizer.TextWarning")
 
 SHORT = {"max_new_tokens": 30}
 
@@ -224,7 +224,7 @@ def test_a_loaded_codec_may_be_handed_over(places: tuple[Path, Path], dia: Dia) 
 
 
 def test_forward_logits_are_what_generation_sees(dia: Dia) -> None:
-    from dia_fast.delay import delayed_rows
+    from dia_fast.model.delay import delayed_rows
 
     [codes] = dia.generate_codes(TEXT, do_sample=False, guidance_scale=None, top_k=None, **SHORT)
     rows = delayed_rows(codes, TINY.delay_pattern, 1026)[: len(codes)]

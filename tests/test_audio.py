@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dia_fast.audio import MAX_CHANNELS, Audio, convert, load_audio
+from dia_fast.audio.audio import MAX_CHANNELS, Audio, convert, load_audio
 from dia_fast.errors import InputError
 
 RATE = 44_100

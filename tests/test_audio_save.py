@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from dia_fast.audio import FORMATS, Audio
+from dia_fast.audio.audio import FORMATS, Audio
 from dia_fast.errors import InputError
-from dia_fast.files import replacing
+from dia_fast.utils.files import replacing
 
 RATE = 44_100
 WAVE = (0.5 * np.sin(np.arange(RATE) / 20)).astype(np.float32)

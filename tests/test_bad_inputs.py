@@ -13,7 +13,7 @@ import torch
 from dia_fast import Audio, CheckpointError, Dia, InputError
 from tests.front import TEXT, make_codec, make_model, refused
 
-pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.TextWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.tokenizer.TextWarning")
 
 NAN, INF = math.nan, math.inf
 TONE = (0.3 * np.sin(np.arange(8_000) / 20)).astype(np.float32)

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dia_fast import Dia, InputError
-from dia_fast.batch import Batch
-from dia_fast.batch_items import FIELDS, Defaults, Failed, Item, item_seed, read_items
+from dia_fast.audio.codec import Codec
 from dia_fast.cli import main
 from dia_fast.cli.batch import EPILOG
-from dia_fast.codec import Codec
 from dia_fast.engine import Engine
-from dia_fast.settings import SamplingParams
+from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.jobs.items import FIELDS, Defaults, Failed, Item, item_seed, read_items
+from dia_fast.jobs.runner import Batch
 from tests.front import make_codec, make_model, tree
 
 TEXTS = ["[S1] One. [S2] Two.", "[S1] Three, four."]

@@ -11,9 +11,9 @@ import torch
 from bench import environment, latency, measure, original, parity, throughput
 from bench.device import Device
 from bench.measure import Seconds
-from dia_fast.doctor import random_model
+from dia_fast.diagnostics.doctor import random_model
 from dia_fast.errors import CheckpointError
-from dia_fast.text import encode_text
+from dia_fast.text.tokenizer import encode_text
 from dia_kernels import reference
 from tests.front import TINY
 

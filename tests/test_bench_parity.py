@@ -10,8 +10,8 @@ import torch
 
 from bench import parity
 from bench.parity import Finding
-from dia_fast.config import DiaConfig
-from dia_fast.model import DiaModel
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.model import DiaModel
 from dia_kernels import reference
 from tests.checkpoints import tiny_config
 

@@ -18,10 +18,10 @@ from bench.device import Device, Moment, measure_peaks
 from bench.suite import __main__ as suite
 from bench.suite import backends, cases, table
 from bench.suite.stages import Models, Stage, Work
-from dia_fast.config import DiaConfig
-from dia_fast.doctor import OPS
-from dia_fast.packing import packed_shapes
-from dia_fast.roofline import work
+from dia_fast.diagnostics.doctor import OPS
+from dia_fast.diagnostics.roofline import work
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes
 from dia_kernels import reference
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,8 +16,10 @@ import torch
 from bench import anatomy, captured, tune
 from bench.captured import CapturedStep, Load
 from bench.device import Device
-from dia_fast import launches as steps
-from dia_kernels import gemv, get_ops, launch
+from dia_fast.diagnostics import launches as steps
+from dia_kernels import get_ops
+from dia_kernels import launcher as launch
+from dia_kernels.triton import gemv
 
 ROWS = [1, 2, 16, 64]
 

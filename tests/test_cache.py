@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dia_fast.cache import BlockTable, PagePool, PageShape
 from dia_fast.errors import DiaFastError, OutOfPages
+from dia_fast.model.kv_cache import BlockTable, PagePool, PageShape
 
 CPU = torch.device("cpu")
 

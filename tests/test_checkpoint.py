@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dia_fast import tensor_files
-from dia_fast.checkpoint import open_checkpoint
-from dia_fast.config import DiaConfig
-from dia_fast.convert import write_checkpoint
+from dia_fast.checkpoint import tensor_io as tensor_files
+from dia_fast.checkpoint.loading import open_checkpoint
+from dia_fast.checkpoint.saving import write_checkpoint
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.packing import packed_shapes, parameter_count, pieces
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes, parameter_count, pieces
 from tests.checkpoints import (
     configs,
     make_original_checkpoint,
@@ -171,8 +171,8 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 import torch
-from dia_fast import tensor_files
-from dia_fast.checkpoint import open_checkpoint
+from dia_fast.checkpoint import tensor_io as tensor_files
+from dia_fast.checkpoint.loading import open_checkpoint
 
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

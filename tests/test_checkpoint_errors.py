@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dia_fast.checkpoint import open_checkpoint
-from dia_fast.convert import save_pretrained
+from dia_fast.checkpoint.loading import open_checkpoint
+from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.errors import CheckpointError
-from dia_fast.packing import packed_shapes
+from dia_fast.model.fused_weights import packed_shapes
 from tests.checkpoints import tiny_config
 
 NORM = "model.decoder.norm.weight"

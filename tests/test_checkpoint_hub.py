@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from dia_fast.convert import save_pretrained
-from dia_fast.packing import packed_shapes
+from dia_fast.checkpoint.saving import save_pretrained
+from dia_fast.model.fused_weights import packed_shapes
 from tests.checkpoints import make_original_checkpoint, tiny_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -93,7 +93,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 SCRIPT = """
 import json, sys
-from dia_fast.checkpoint import open_checkpoint
+from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.errors import CheckpointError
 for arguments in json.loads(sys.argv[1]):
     try:

@@ -15,11 +15,11 @@ import pytest
 import soundfile
 import torch
 
-from dia_fast.checkpoint import open_checkpoint
+from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.cli import main
 from dia_fast.cli.info import memory_needed, readable
-from dia_fast.config import DiaConfig
-from dia_fast.progress import StepBar
+from dia_fast.model.config import DiaConfig
+from dia_fast.utils.progress import StepBar
 from tests.front import TEXT, TINY, make_codec, make_model, tree
 
 ROOT = Path(__file__).resolve().parent.parent

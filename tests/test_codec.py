@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dia_fast.codec import Codec, CodecConfig, random_codec
-from dia_fast.codec.network import DacNetwork
+from dia_fast.audio.codec import Codec, CodecConfig, random_codec
+from dia_fast.audio.codec.network import DacNetwork
 from dia_fast.errors import InputError
 from tests.codecs import SMALL, assert_same_sound, exact_ops, ops_with, random_codes, rounding_of
 

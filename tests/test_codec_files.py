@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dia_fast.codec import Codec, CodecConfig, load_codec, random_codec
-from dia_fast.codec.weights import fold_weight_norm, rename_official
+from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
+from dia_fast.audio.codec.weights import fold_weight_norm, rename_official
 from dia_fast.errors import CheckpointError, InputError
 from tests.codecs import SMALL, assert_same_sound, imported_dac, random_codes, save_official
 

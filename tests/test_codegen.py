@@ -61,8 +61,9 @@ OTHER_SIZES = """
 import sys
 import torch
 from bench.codegen import line
-from dia_kernels import ahead, kernels
-from dia_kernels.paged import attention_workspace
+from dia_kernels import aot as ahead
+from dia_kernels import triton as kernels
+from dia_kernels.triton.paged_attention import attention_workspace
 
 target, dtype, dim = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
 
@@ -104,7 +105,8 @@ FIRST_PRODUCT = """
 import sys
 import torch
 from bench.codegen import read
-from dia_kernels import ahead, kernels
+from dia_kernels import aot as ahead
+from dia_kernels import triton as kernels
 
 x, norm, qkv, o, out, residual = (
     torch.empty(shape, dtype=torch.bfloat16, device="meta")

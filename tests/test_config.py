@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.errors import CheckpointError
-from dia_fast.packing import packed_shapes, parameter_count, pieces, transformers_shapes
+from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.model.fused_weights import packed_shapes, parameter_count, pieces, transformers_shapes
 from tests.checkpoints import configs, tiny_config
 
 ENCODER = {

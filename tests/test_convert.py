@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.make_checkpoint import main as make_checkpoint
-from dia_fast import convert as module
-from dia_fast.checkpoint import open_checkpoint
-from dia_fast.config import DiaConfig
-from dia_fast.convert import convert, save_pretrained
+from dia_fast.checkpoint import saving as module
+from dia_fast.checkpoint.loading import open_checkpoint
+from dia_fast.checkpoint.saving import convert, save_pretrained
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.packing import packed_shapes
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes
 from tests.checkpoints import (
     configs,
     make_original_checkpoint,
@@ -172,7 +172,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 LIMITED = """
 import resource, signal, sys
-from dia_fast.convert import convert
+from dia_fast.checkpoint.saving import convert
 from dia_fast.errors import CheckpointError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))

@@ -26,8 +26,8 @@ def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_bytes_of_a_step_of_the_full_model() -> None:
     """One decode step of Dia-1.6B in bf16 reads 2.53 GB."""
-    from dia_fast.config import DiaConfig
-    from dia_fast.model import DiaModel
+    from dia_fast.model.config import DiaConfig
+    from dia_fast.model.model import DiaModel
     from dia_kernels import get_ops
 
     model = DiaModel(DiaConfig(), get_ops("torch")).bfloat16()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dia_fast.delay import FREE, delayed_rows, undo_delay
+from dia_fast.model.delay import FREE, delayed_rows, undo_delay
 
 EOS, PAD, BOS = 1024, 1025, 1026
 

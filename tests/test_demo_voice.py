@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from transformers import DacModel, DiaForConditionalGeneration
 
 from dia_fast import Audio, Dia, demo_voice
+from dia_fast.audio.codec import codec_for, load_codec
+from dia_fast.checkpoint.demo import TEMPERATURE, unknown_words, vocabulary
 from dia_fast.cli import main
-from dia_fast.codec import codec_for, load_codec
-from dia_fast.delay import undo_delay
 from dia_fast.integrations.transformers import accelerate
-from dia_fast.text import encode_text
-from dia_fast.voice import TEMPERATURE, unknown_words, vocabulary
+from dia_fast.model.delay import undo_delay
+from dia_fast.text.tokenizer import encode_text
 from examples.demo_voice.recognisers import score, sphinx
 from examples.demo_voice.sentences import is_held_out, lines, sentence, words
 from examples.demo_voice.sentences import vocabulary as taught

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dia_fast.checkpoint import open_checkpoint
+from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.errors import InputError
-from dia_fast.model import DiaModel
+from dia_fast.model.model import DiaModel
 from dia_fast.training import Example, TrainSettings, batch_loss, build_batch
 from dia_kernels import get_ops
 from examples.demo_voice import speech

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dia_kernels import get_ops, launch, reference
+from dia_kernels import get_ops, reference
+from dia_kernels import launcher as launch
 
 
 def run(code: str, **environment: str) -> list[str]:

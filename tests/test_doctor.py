@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dia_fast import doctor
+from dia_fast.diagnostics import doctor
 from dia_kernels import reference
 
 ROOT = Path(__file__).parent.parent
@@ -111,7 +111,7 @@ def test_without_triton_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch, caps
     from dia_fast.cli import doctor as cli
     from dia_fast.cli import main
 
-    monkeypatch.setattr("dia_kernels.dispatch.triton_obstacle", lambda device: "triton is not installed")
+    monkeypatch.setattr("dia_kernels.ops.triton_obstacle", lambda device: "triton is not installed")
     monkeypatch.setattr(cli, "_has_triton", lambda: False)
     assert main(["doctor", "--device", "cpu"]) == 0
     said = capsys.readouterr().out

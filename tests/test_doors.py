@@ -11,16 +11,16 @@ import soundfile
 import torch
 
 from dia_fast import Dia, InputError, SamplingParams, demo_voice
-from dia_fast.checkpoint import open_checkpoint
+from dia_fast.audio.codec import codec_for
+from dia_fast.checkpoint.loading import open_checkpoint
+from dia_fast.checkpoint.saving import convert, save_pretrained
 from dia_fast.cli import main
 from dia_fast.cli.app import build_parser, in_options
 from dia_fast.cli.speak import at_once, wav_header
-from dia_fast.codec import codec_for
-from dia_fast.config import DiaConfig
-from dia_fast.convert import convert, save_pretrained
 from dia_fast.errors import CheckpointError
-from dia_fast.placement import choose_device
-from dia_fast.settings import from_generation_config
+from dia_fast.generation.sampling_params import from_generation_config
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.device import choose_device
 from dia_fast.training.lora import make_adapters, save_adapters
 from tests.front import TEXT, TINY, make_model
 

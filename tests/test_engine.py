@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dia_fast import engine
-from dia_fast.config import DiaConfig
 from dia_fast.engine import Generation, Request, generate
 from dia_fast.errors import InputError, NumericError, OutOfPages
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes
-from dia_fast.state import DecodeState, Sizes
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.decode_state import DecodeState, Sizes
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops, reference
 from tests.checkpoints import tiny_config
 

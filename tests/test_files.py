@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from dia_fast.audio import Audio, growing_file
-from dia_fast.convert import write_checkpoint
+from dia_fast.audio.audio import Audio, growing_file
+from dia_fast.checkpoint.saving import write_checkpoint
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.files import open_regular, read_regular, replacing, replacing_folder, sweep, writable
-from dia_fast.manifest import Manifest, failed_entry
-from dia_fast.packing import packed_shapes
+from dia_fast.jobs.manifest import Manifest, failed_entry
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.utils.files import open_regular, read_regular, replacing, replacing_folder, sweep, writable
 from tests.front import TINY, tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,7 +163,7 @@ def test_there_were_enough_interrupts() -> None:
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from dia_fast.files import replacing, replacing_folder
+from dia_fast.utils.files import replacing, replacing_folder
 with {kind}(Path(sys.argv[1]) / "target") as temporary:
     print("writing", flush=True)
     for _ in range(3000):

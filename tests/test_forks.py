@@ -52,7 +52,7 @@ PROGRAM = """
 import os, sys, threading, time, traceback
 from pathlib import Path
 import torch
-from dia_fast.ambient import isolated
+from dia_fast.utils.ambient import isolated
 from dia_fast.engine import Request
 from dia_fast.errors import InputError
 from tests.front import TEXT, make_dia

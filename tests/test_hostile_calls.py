@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from dia_fast import Audio, Dia, DiaConfig, SamplingParams
-from dia_fast.codec import CodecConfig, load_codec, random_codec
-from dia_fast.config import DecoderConfig, EncoderConfig
-from dia_fast.convert import convert
+from dia_fast.audio.codec import CodecConfig, load_codec, random_codec
+from dia_fast.checkpoint.saving import convert
 from dia_fast.engine import Request
 from dia_fast.errors import DiaFastError
-from dia_fast.script import split_script
-from dia_fast.settings import SamplingOptions
-from dia_fast.text import encode_text, join_prompt, text_warnings
+from dia_fast.generation.sampling_params import SamplingOptions
+from dia_fast.model.config import DecoderConfig, EncoderConfig
+from dia_fast.text.segmentation import split_script
+from dia_fast.text.tokenizer import encode_text, join_prompt, text_warnings
 from tests.codecs import SMALL
 from tests.front import make_dia
 

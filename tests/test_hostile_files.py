@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from dia_fast.audio import load_audio
-from dia_fast.checkpoint import Checkpoint, open_checkpoint
-from dia_fast.codec import CodecConfig, load_codec
-from dia_fast.config import DiaConfig
-from dia_fast.convert import convert
+from dia_fast.audio.audio import load_audio
+from dia_fast.audio.codec import CodecConfig, load_codec
+from dia_fast.checkpoint.loading import Checkpoint, open_checkpoint
+from dia_fast.checkpoint.saving import convert
+from dia_fast.checkpoint.tensor_io import open_tensors
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.files import checked_path, parse_json
-from dia_fast.tensor_files import open_tensors
+from dia_fast.model.config import DiaConfig
 from dia_fast.training.data import read_recordings
+from dia_fast.utils.files import checked_path, parse_json
 from tests.checkpoints import make_transformers_checkpoint, tiny_config
 
 

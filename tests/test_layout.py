@@ -84,10 +84,10 @@ def test_dependencies_point_one_way() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "allowed"),
     [
-        ("dia_kernels.rope", "from dia_fast.config import DiaConfig", False),
-        ("dia_kernels.rope", "import dia_kernels.launch", True),
+        ("dia_kernels.triton.rope", "from dia_fast.model.config import DiaConfig", False),
+        ("dia_kernels.triton.rope", "import dia_kernels.launcher", True),
         ("dia_kernels.reference.linear", "import triton.language as tl", False),
-        ("dia_kernels.rope", "import triton", True),
+        ("dia_kernels.triton.rope", "import triton", True),
         ("dia_fast.engine", "from dia_fast import cli", False),
         ("dia_fast.engine", "from .cli_speak import run", False),
         ("dia_fast.engine", "from . import integrations", False),
@@ -116,6 +116,68 @@ def test_guests_are_imported_only_when_asked_for() -> None:
             if name.split(".")[0] in GUESTS:
                 found.append(f"{module}:{line} imports {name}")
     assert not found, "\n".join(found)
+
+
+LOOSE = 9  # modules that lie beside the rooms of a package
+
+
+@pytest.mark.parametrize("package", ["dia_fast", "kernels/dia_kernels"])
+def test_modules_lie_in_rooms(package: str) -> None:
+    loose = sorted(path.name for path in (ROOT / package).glob("*.py"))
+    assert len(loose) <= LOOSE, f"give these a folder: {loose}"
+
+
+def test_folders_say_what_lives_there() -> None:
+    """A namespace of names (`__getattr__`) or a docstring: nothing is anonymous."""
+    for package in ("dia_fast", "kernels/dia_kernels"):
+        for path in (ROOT / package).rglob("__init__.py"):
+            assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path.relative_to(ROOT)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Modules of the packages, and those that each imports when it is itself imported."""
+    paths = {
+        module_name(path): path for path in python_files() if path.parts[len(ROOT.parts)] in ("dia_fast", "kernels")
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        top = ast.Module(body=[node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], type_ignores=[])
+        found = set()
+        for _, name in imports(top, module, path.name == "__init__.py"):
+            while name and name not in paths:
+                name = name.rpartition(".")[0]
+            found.add(name)
+        # A package that gathers its modules is imported by them as a namespace only.
+        graph[module] = {name for name in found - {"", module} if not is_inside(module, name)}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A circle of modules, or an empty list."""
+    done: set[str] = set()
+
+    def walk(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return way[way.index(module) :]
+        if module in done:
+            return []
+        for name in sorted(graph.get(module, ())):
+            if found := walk(name, [*way, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := walk(module, []))), [])
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    assert not circle(import_graph())
+
+
+def test_the_circle_check_itself() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert not circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dia_fast.checkpoint import open_checkpoint
+from dia_fast.audio.codec import random_codec
+from dia_fast.checkpoint.demo import located
+from dia_fast.checkpoint.loading import open_checkpoint
+from dia_fast.checkpoint.saving import convert, save_pretrained
 from dia_fast.cli import main
-from dia_fast.codec import random_codec
-from dia_fast.convert import convert, save_pretrained
 from dia_fast.engine import Engine, Request, generate
 from dia_fast.errors import CheckpointError, NumericError
-from dia_fast.model import DiaModel
-from dia_fast.voice import located
+from dia_fast.model.model import DiaModel
 from tests.checkpoints import tiny_config
 from tests.codecs import SMALL
 from tests.test_engine import EOS, random_model, random_request

@@ -14,11 +14,11 @@ import torch
 
 from dia_fast import Dia, Outcome, TextWarning
 from dia_fast.cli import main
-from dia_fast.config import DiaConfig
 from dia_fast.engine import slots
-from dia_fast.outcome import Segment, attempt_seed, silence
-from dia_fast.reading import Reading, cut, piece_seed
-from dia_fast.settings import SamplingParams
+from dia_fast.generation.long_form import Reading, cut, piece_seed
+from dia_fast.generation.outcome import Segment, attempt_seed, silence
+from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.model.config import DiaConfig
 from tests.front import TINY, make_codec, make_model
 
 TEXT = "[S1] One of the words. [S2] Two of the words. [S1] Three of the words. [S2] Four of the words in all."

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dia_fast.engine import Request, generate
 from dia_fast.errors import InputError
-from dia_fast.model import DiaModel
-from dia_kernels import get_ops, kernels, reference
+from dia_fast.model.model import DiaModel
+from dia_kernels import get_ops, reference
+from dia_kernels import triton as kernels
 from dia_kernels.reference import PackedWeight, packed
 from tests.kernels.support import assert_within_budget, poisoned, random
 from tests.test_engine import CONFIG, random_model, random_request

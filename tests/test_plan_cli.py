@@ -12,13 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dia_fast import checkpoint
+from dia_fast.checkpoint import loading as checkpoint
 from dia_fast.cli import main
-from dia_fast.config import DiaConfig
+from dia_fast.diagnostics.roofline import devices, measure, work
+from dia_fast.diagnostics.roofline.predict import Settings
 from dia_fast.errors import InputError
-from dia_fast.roofline import devices, measure, work
-from dia_fast.roofline.predict import Settings
-from dia_kernels import launch
+from dia_fast.model.config import DiaConfig
+from dia_kernels import launcher as launch
 from tests.front import TINY, make_model
 from tests.kernels import executor
 

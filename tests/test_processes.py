@@ -16,12 +16,12 @@ import pytest
 import soundfile
 import torch
 
-from dia_fast.audio import Audio, load_audio
-from dia_fast.batch import Batch
-from dia_fast.batch_items import Defaults, identity_of, read_items
+from dia_fast.audio.audio import Audio, load_audio
 from dia_fast.cli import main
 from dia_fast.errors import AudioWarning, InputError
-from dia_fast.settings import SamplingParams
+from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.jobs.items import Defaults, identity_of, read_items
+from dia_fast.jobs.runner import Batch
 from tests.front import TEXT, make_codec, make_model, tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,8 +152,8 @@ KILLING = """
 import io, json, os, shutil, signal, sys, time
 from pathlib import Path
 from dia_fast.cli import main
-import torch, matplotlib.figure, dia_fast.api, dia_fast.batch, dia_fast.convert, dia_fast.training
-import dia_fast.roofline.plots
+import torch, matplotlib.figure, dia_fast.api, dia_fast.jobs.runner, dia_fast.checkpoint.saving, dia_fast.training
+import dia_fast.diagnostics.roofline.plots
 torch.set_num_threads(1)
 folder, runs = Path(sys.argv[1]), []
 def left():
@@ -180,7 +180,7 @@ def test_a_batch_leaves_alone_what_a_stream_is_writing_into_its_folder(home: Pat
     model = ["--model", str(home / "model"), "--codec", str(home / "codec"), "--device", "cpu", "-q"]
     out = tmp_path / "out"
     out.mkdir()
-    stopped = "import os, signal; from dia_fast.files import replacing\nwith replacing(__import__('sys').argv[1]) as t:"
+    stopped = "import os, signal, sys; from dia_fast.utils.files import replacing\nwith replacing(sys.argv[1]) as t:"
     stopped += " t.write_bytes(b'whole'); os.kill(os.getpid(), signal.SIGSTOP)"
     process = subprocess.Popen([sys.executable, "-c", stopped, str(out / "x.flac")], cwd=ROOT)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)

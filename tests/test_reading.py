@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dia_fast import Dia, InputError, TextWarning
 from dia_fast.cli import main
-from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Generation
-from dia_fast.reading import Reading, Voice, cut, piece_seed, read_all
-from dia_fast.script import continued, join_pieces, split_script
-from dia_fast.settings import SamplingParams
-from dia_fast.text import encode_text, spoken_seconds
+from dia_fast.generation.long_form import Reading, Voice, cut, piece_seed, read_all
+from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.model.config import DiaConfig
+from dia_fast.text.segmentation import continued, join_pieces, split_script
+from dia_fast.text.tokenizer import encode_text, spoken_seconds
 from tests.front import TINY, make_brief_model, make_codec
 
 LONG = (

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.machine_code import MACHINES
-from dia_fast.config import DiaConfig
+from dia_fast.diagnostics.roofline import assumptions, figures, published, work
+from dia_fast.diagnostics.roofline.devices import DEVICES, Device, named_like
+from dia_fast.diagnostics.roofline.predict import STEPS_PER_SECOND, Settings, predict
 from dia_fast.engine.stepper import BUCKETS
-from dia_fast.roofline import assumptions, figures, published, work
-from dia_fast.roofline.devices import DEVICES, Device, named_like
-from dia_fast.roofline.predict import STEPS_PER_SECOND, Settings, predict
+from dia_fast.model.config import DiaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = DiaConfig()

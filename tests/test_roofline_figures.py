@@ -9,7 +9,7 @@ import pytest
 from bench import figures as maker
 from bench.codegen import Line
 from bench.machine_code import MACHINES
-from dia_fast.roofline import figures, work
+from dia_fast.diagnostics.roofline import figures, work
 
 TRITON = pytest.importorskip("triton", reason="the rules that figures are compared with are those of the kernels")
 
@@ -51,7 +51,7 @@ def test_rows_per_program_follow_the_rule_of_the_kernels() -> None:
     import torch
 
     from bench.figures import shapes
-    from dia_kernels import gemv
+    from dia_kernels.triton import gemv
 
     for target, dtypes in table()["figures"].items():
         for dtype, names in dtypes.items():
@@ -70,7 +70,7 @@ def test_rows_per_program_follow_the_rule_of_the_kernels() -> None:
 def test_rows_that_share_code_share_figures(target: str) -> None:
     import torch
 
-    from dia_kernels import gemv
+    from dia_kernels.triton import gemv
 
     found = figures.load(target, "bfloat16")
     for rows in range(1, 65):

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dia_fast.engine import Engine, Generation, Handle, Request, generate, scheduler
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes
-from dia_fast.state import Sizes
+from dia_fast.model.decode_state import Sizes
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 from tests.schedules import CHANNELS, EOS, assert_same, small_config, small_model
 from tests.virtual_device import HOST, VirtualDevice

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from dia_fast.engine import Cancelled, Engine, Handle, Request, StepFailed
 from dia_fast.errors import InputError, OutOfPages
-from dia_fast.state import Sizes, cross_pages, self_pages
+from dia_fast.model.decode_state import Sizes, cross_pages, self_pages
 from tests.schedules import (
     POSITIONS,
     alone,

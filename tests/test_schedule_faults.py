@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dia_fast.engine import Engine, Generation, Handle, StepFailed, generate
-from dia_fast.model import DiaModel
-from dia_fast.state import DecodeState
+from dia_fast.model.decode_state import DecodeState
+from dia_fast.model.model import DiaModel
 from tests.schedules import alone, assert_same, assert_sound, numbered_request, run_to_end, small_model
 
 LONG = [1, 6, 11, 13]  # of the numbered requests: those that run for twenty steps and more

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dia_fast import InputError
-from dia_fast.script import LEAST_SECONDS, TRAILING, continued, join_pieces, split_script
-from dia_fast.text import TAG, encode_text, spoken_seconds, text_warnings
+from dia_fast.text.segmentation import LEAST_SECONDS, TRAILING, continued, join_pieces, split_script
+from dia_fast.text.tokenizer import TAG, encode_text, spoken_seconds, text_warnings
 
 LONG = (
     "[S1] Good evening, and welcome back. Tonight we talk to Dr. Ada M. Finch (laughs) about the sea, its tides, and "

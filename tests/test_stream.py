@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dia_fast import Audio, Dia, InputError, TextWarning
-from dia_fast.codec import Codec, CodecConfig, random_codec
+from dia_fast.audio.codec import Codec, CodecConfig, random_codec
 from dia_fast.engine import Cancelled, Request, StepFailed
-from dia_fast.model import DiaModel
-from dia_fast.script import join_pieces
-from dia_fast.streaming import Chunks, Joiner
+from dia_fast.generation.streaming import Chunks, Joiner
+from dia_fast.model.model import DiaModel
+from dia_fast.text.segmentation import join_pieces
 from tests.codecs import assert_same_sound
 from tests.front import TEXT, make_dia
 
-pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.TextWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.tokenizer.TextWarning")
 
 CONTEXT = 10  # frames on either side that the codec needs
 DELAY = 15

@@ -14,14 +14,14 @@ import torch
 
 from dia_fast import Audio, CheckpointError, Dia, InputError, TextWarning
 from dia_fast.engine import Cancelled, Engine
-from dia_fast.model import DiaModel
-from dia_fast.reading import Reading
-from dia_fast.settings import SamplingParams
-from dia_fast.streaming import Segments, _pumps
+from dia_fast.generation.long_form import Reading
+from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.generation.streaming import Segments, _pumps
+from dia_fast.model.model import DiaModel
 from tests.codecs import assert_same_sound
 from tests.front import TEXT, make_dia, make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.TextWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.tokenizer.TextWarning")
 
 LONG = 8  # a seed: 72 frames
 FRAME = 512 / 44_100

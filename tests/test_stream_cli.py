@@ -16,9 +16,9 @@ import soundfile
 import torch
 
 from dia_fast import Audio
-from dia_fast.audio import growing_file
+from dia_fast.audio.audio import growing_file
+from dia_fast.audio.codec import Codec
 from dia_fast.cli import main
-from dia_fast.codec import Codec
 from dia_fast.engine import slots
 from dia_fast.errors import InputError
 from tests.front import TEXT, make_codec, make_model, tree
@@ -85,7 +85,7 @@ def environment() -> dict[str, str]:
 
 # Waits for a line on standard input before each step from the 40th on.
 PATIENT = """
-from dia_fast.model import DiaModel
+from dia_fast.model.model import DiaModel
 real, steps = DiaModel.decode_step, []
 def step(self, state):
     steps.append(0)
@@ -121,7 +121,7 @@ def test_a_reader_that_goes_away_ends_it_without_a_word(speak: list[str]) -> Non
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(speak: list[str], tmp_path: Path) -> None:
     code = (
-        "import os, signal\nfrom dia_fast.codec import Codec\nreal = Codec.decode_span\n"
+        "import os, signal\nfrom dia_fast.audio.codec import Codec\nreal = Codec.decode_span\n"
         "def decode(self, codes, start, stop):\n"
         "    if start: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return real(self, codes, start, stop)\n"

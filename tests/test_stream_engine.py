@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dia_fast import Dia, InputError
-from dia_fast.arguments import engine_limits
 from dia_fast.engine import Engine, Handle
-from dia_fast.model import DiaModel
-from dia_fast.state import DecodeState
+from dia_fast.generation.inputs import engine_limits
+from dia_fast.model.decode_state import DecodeState
+from dia_fast.model.model import DiaModel
 from tests.front import TEXT, make_dia
 from tests.schedules import alone, assert_same, assert_sound, numbered_request, run_to_end, small_model
 

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dia_fast.errors import InputError
-from dia_fast.text import ABSURD_BYTES, MAX_BYTES, TextWarning, encode_text, join_prompt, text_warnings, warn_about
+from dia_fast.text.tokenizer import (
+    ABSURD_BYTES,
+    MAX_BYTES,
+    TextWarning,
+    encode_text,
+    join_prompt,
+    text_warnings,
+    warn_about,
+)
 
 MORE = " And some more words, so that it takes more than five seconds to say all of them."
 GOOD = "[S1] Dia is a text to dialogue model. [S2] You get full control over scripts and voices. [S1] Wow."

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dia_fast
-from dia_fast.warn import warn
+from dia_fast.utils.warn import warn
 
 SOURCES = sorted(Path(dia_fast.__file__).parent.rglob("*.py"))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.suite import backends, table
 from dia_fast.errors import DiaFastError, InputError
-from dia_fast.placement import choose_device, choose_dtype
+from dia_fast.model.device import choose_device, choose_dtype
 
 FOLDER = Path(__file__).resolve().parent
 CONFIG = str(FOLDER / "pytest.ini")

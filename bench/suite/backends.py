@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from bench.device import Device
-from dia_fast.doctor import ComparingOps, Verdict
+from dia_fast.diagnostics.doctor import ComparingOps, Verdict
 from dia_kernels import get_ops, reference
-from dia_kernels.dispatch import triton_obstacle
+from dia_kernels.ops import triton_obstacle
 
 BACKENDS = ("torch", "compile", "triton")
 

@@ -1,7 +1,7 @@
 """The calls that Dia-1.6B makes, with tensors to make them on: taken from the model's own code, not written down again.
 
-`dia_fast.launches` runs the model on the meta device; what it calls is noted here by name and shape. `Case.make` then
-fills tensors of those shapes with values that the op accepts.
+`dia_fast.diagnostics.launches` runs the model on the meta device; what it calls is noted here by name and shape.
+`Case.make` then fills tensors of those shapes with values that the op accepts.
 """
 
 import inspect
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.suite import costs
-from dia_fast import launches
-from dia_fast.config import DiaConfig
+from dia_fast.diagnostics import launches
+from dia_fast.model.config import DiaConfig
 from dia_kernels import reference
 
 TEXT = 256  # bytes of text that cross-attention reads

@@ -15,9 +15,9 @@ from bench.device import Device, Peaks
 from bench.suite import backends
 from bench.suite.cases import all_cases
 from bench.suite.stages import all_stages
-from dia_fast.doctor import Verdict, environment
+from dia_fast.diagnostics.doctor import Verdict, environment
 from dia_fast.errors import InputError
-from dia_fast.placement import choose_dtype
+from dia_fast.model.device import choose_dtype
 
 WARM_UP = 3  # rounds
 ROUNDS = (5, 200)

@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.device import Device
 from bench.measure import bytes_per_step
 from bench.suite.cases import TEXT, small_config
-from dia_fast.codec import Codec, CodecConfig, random_codec
-from dia_fast.config import DiaConfig
-from dia_fast.doctor import random_model
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes
-from dia_fast.state import DecodeState, Sizes, cross_pages, self_pages
+from dia_fast.audio.codec import Codec, CodecConfig, random_codec
+from dia_fast.diagnostics.doctor import random_model
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.model import DiaModel
 
 SPARE = 8  # rows of a grid beyond the context that is timed: warm-up and capture make a few steps
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dia_fast.files import replacing
+from dia_fast.utils.files import replacing
 
 Run = Mapping[str, Any]  # pytest-benchmark's JSON, with `verdicts` and `complete`
 

@@ -15,7 +15,7 @@ import dia_fast
 from dia_fast.cli import batch, convert, doctor, info, plan, serve, speak, train
 from dia_fast.cli.process import OutputRefused, drop_output
 from dia_fast.errors import AudioWarning, DiaFastError, NumericError, SilentSpeech
-from dia_fast.text import TextWarning
+from dia_fast.text.tokenizer import TextWarning
 
 EXAMPLES = """\
 examples:

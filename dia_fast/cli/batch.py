@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dia_fast.checkpoint.demo import located
 from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, add_sampling, set_threads, settings_from
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.settings import SamplingParams, random_seed
-from dia_fast.voice import located
+from dia_fast.generation.sampling_params import SamplingParams, random_seed
 
 if TYPE_CHECKING:
     from dia_fast.api import Dia
-    from dia_fast.batch import Batch
+    from dia_fast.jobs.runner import Batch
 
 DESCRIPTION = """\
 Speaks many scripts, several at a time, and writes one audio file for each and a manifest.
@@ -80,9 +80,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Checks every line first, then loads the model if anything is to be done."""
-    from dia_fast.arguments import engine_limits
-    from dia_fast.batch import Batch
-    from dia_fast.batch_items import Defaults, identity_of, read_items
+    from dia_fast.generation.inputs import engine_limits
+    from dia_fast.jobs.items import Defaults, identity_of, read_items
+    from dia_fast.jobs.runner import Batch
 
     args.seed = random_seed() if args.seed == -1 else args.seed or 0
     settings_from(args, SamplingParams())
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _defaults(args: argparse.Namespace) -> SamplingParams:
     """The settings that the checkpoint names; a dry run downloads nothing, and takes the usual ones for a new model."""
-    from dia_fast.checkpoint import open_checkpoint
+    from dia_fast.checkpoint.loading import open_checkpoint
 
     try:
         local = args.offline or args.dry_run
@@ -126,10 +126,10 @@ def _dry_run(batch: "Batch", *, told_model: bool) -> int:
 
 def _run(batch: "Batch", args: argparse.Namespace) -> int:
     from dia_fast.api import Dia
-    from dia_fast.arguments import FRAMES_PER_SECOND
-    from dia_fast.batch import Totals
-    from dia_fast.packing import parameter_count
-    from dia_fast.progress import ItemBar
+    from dia_fast.generation.inputs import FRAMES_PER_SECOND
+    from dia_fast.jobs.runner import Totals
+    from dia_fast.model.fused_weights import parameter_count
+    from dia_fast.utils.progress import ItemBar
 
     def load() -> "Dia":
         dia = Dia.from_pretrained(

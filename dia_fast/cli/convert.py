@@ -40,8 +40,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from dia_fast.convert import convert
-    from dia_fast.placement import choose_dtype
+    from dia_fast.checkpoint.saving import convert
+    from dia_fast.model.device import choose_dtype
 
     folder = convert(
         args.source,

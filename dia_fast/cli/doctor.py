@@ -44,8 +44,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dia_fast import doctor
-    from dia_fast.placement import choose_device, choose_dtype
+    from dia_fast.diagnostics import doctor
+    from dia_fast.model.device import choose_device, choose_dtype
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
@@ -73,12 +73,12 @@ def _verdicts(args: argparse.Namespace, device: Any, dtype: Any) -> tuple[list[A
     """A verdict for every op, and what they leave open."""
     import torch
 
-    from dia_fast import doctor
-    from dia_kernels.dispatch import triton_obstacle
+    from dia_fast.diagnostics import doctor
+    from dia_kernels.ops import triton_obstacle
 
     obstacle = triton_obstacle(device)
     if obstacle is None:
-        from dia_kernels import kernels
+        from dia_kernels import triton as kernels
 
         if device.type != "cpu":
             return doctor.check_running(kernels, dtype, device, full_width=True), []
@@ -89,7 +89,7 @@ def _verdicts(args: argparse.Namespace, device: Any, dtype: Any) -> tuple[list[A
         return [doctor.Verdict(op, "unchecked", obstacle) for op in doctor.OPS], [f"all kernels: {obstacle}"]
     try:
         for target in args.targets:
-            from dia_kernels.ahead import gpu_target
+            from dia_kernels.aot import gpu_target
 
             gpu_target(target)
     except ValueError as error:

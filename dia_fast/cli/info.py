@@ -5,12 +5,12 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from dia_fast import hub
-from dia_fast.config import DiaConfig
+from dia_fast.checkpoint import hub
+from dia_fast.checkpoint.demo import located
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.files import checked_path
-from dia_fast.packing import parameter_count
-from dia_fast.voice import located
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import parameter_count
+from dia_fast.utils.files import checked_path
 
 DESCRIPTION = """\
 Shows the configuration of a checkpoint, its parameters and files, and the memory that a run needs. Weights are not
@@ -118,7 +118,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
     args: with `model`, `revision` and `offline`. Raises CheckpointError.
     """
-    from dia_fast.checkpoint import open_checkpoint
+    from dia_fast.checkpoint.loading import open_checkpoint
 
     local = checked_path(located(args.model), "model").exists()
     try:

@@ -76,16 +76,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     if args.gpu is None and not args.measure:
-        from dia_fast.roofline.devices import DEVICES
+        from dia_fast.diagnostics.roofline.devices import DEVICES
 
         raise InputError(f"--gpu is missing: name one of {', '.join(DEVICES)}, or a JSON file that describes another")
     if args.device is not None and not args.measure:
         raise InputError("--device names the GPU to measure on: it goes with --measure")
     if args.plots is not None:
-        from dia_fast.plotting import require_matplotlib
+        from dia_fast.diagnostics.plotting import require_matplotlib
 
         require_matplotlib()
-    from dia_fast.roofline import devices
+    from dia_fast.diagnostics.roofline import devices
 
     named = devices.find(args.gpu) if args.gpu is not None else None
     timer = _timer(args)
@@ -101,9 +101,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_predicted(args: argparse.Namespace, settings: Any, device: Any, measured: Any, notes: list[str]) -> int:
-    from dia_fast.roofline import report
-    from dia_fast.roofline.predict import predict
-    from dia_fast.roofline.published import compare
+    from dia_fast.diagnostics.roofline import report
+    from dia_fast.diagnostics.roofline.predict import predict
+    from dia_fast.diagnostics.roofline.published import compare
 
     made = predict(device, settings)
     made.notes.extend([*_fit(made), *notes])
@@ -111,7 +111,7 @@ def _show_predicted(args: argparse.Namespace, settings: Any, device: Any, measur
     compared = compare(min(settings.context, 3072), min(settings.text, 1024))
     paths = []
     if args.plots is not None:
-        from dia_fast.roofline import plots
+        from dia_fast.diagnostics.roofline import plots
 
         paths = plots.save(made, args.plots, measured)
     if args.json:
@@ -126,7 +126,7 @@ def _show_predicted(args: argparse.Namespace, settings: Any, device: Any, measur
 
 def _show_measured(args: argparse.Namespace, settings: Any, measured: dict[str, Any]) -> int:
     """What there is to say of a GPU that has no published figures here."""
-    from dia_fast.roofline import devices, report
+    from dia_fast.diagnostics.roofline import devices, report
 
     why = (
         f"no prediction stands beside it: {measured['device']} has no published figures here; name a similar GPU with "
@@ -144,8 +144,8 @@ def _show_measured(args: argparse.Namespace, settings: Any, measured: dict[str, 
 
 def _settings(args: argparse.Namespace) -> tuple[Any, Any]:
     """`predict.Settings`, every number checked, and the checkpoint if its weights are wanted. Raises DiaFastError."""
+    from dia_fast.diagnostics.roofline.predict import Settings
     from dia_fast.engine import MAX_BATCH
-    from dia_fast.roofline.predict import Settings
 
     guided = not args.no_guidance
     requests = 1 if args.batch is None else args.batch
@@ -173,8 +173,8 @@ def _settings(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The configuration, and with --measure the checkpoint that was asked for. Raises DiaFastError."""
-    from dia_fast.checkpoint import open_checkpoint
-    from dia_fast.config import DiaConfig
+    from dia_fast.checkpoint.loading import open_checkpoint
+    from dia_fast.model.config import DiaConfig
 
     if args.model is None:
         return DiaConfig(), None
@@ -193,7 +193,7 @@ def _flipped(settings: Any) -> Any:
 def _fit(made: Any) -> list[str]:
     """A sentence if the weights and what the requests need are more than the device's memory."""
     from dia_fast.cli.info import memory_needed, readable
-    from dia_fast.roofline.predict import SIZES
+    from dia_fast.diagnostics.roofline.predict import SIZES
 
     settings = made.settings
     needed = memory_needed(
@@ -209,13 +209,13 @@ def _timer(args: argparse.Namespace) -> Any:
     """What measures on the GPU, or None without --measure. Raises InputError where there is none."""
     if not args.measure:
         return None
-    from dia_fast.roofline import measure
+    from dia_fast.diagnostics.roofline import measure
 
     return measure.gpu_timer(args.device)
 
 
 def _measure(settings: Any, timer: Any, checkpoint: Any) -> dict[str, Any]:
-    from dia_fast.roofline import measure
+    from dia_fast.diagnostics.roofline import measure
 
     print(f"measuring on {timer.name}, a minute or so ...", file=sys.stderr, flush=True)
     return measure.measure(settings, timer, checkpoint)

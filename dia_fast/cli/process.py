@@ -68,7 +68,7 @@ def _open_streams() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     if _importing(frame):
-        abandon = getattr(sys.modules.get("dia_fast.files"), "abandon", None)  # which is being imported, maybe
+        abandon = getattr(sys.modules.get("dia_fast.utils.files"), "abandon", None)  # which is being imported, maybe
         if abandon is not None:
             abandon()
         with contextlib.suppress(OSError):

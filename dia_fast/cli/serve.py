@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f'the server needs packages that are not installed ({error.name}): pip install "dia-fast[server]"'
         ) from error
-    from dia_fast.arguments import _bytes, engine_limits
     from dia_fast.engine import MAX_BATCH
+    from dia_fast.generation.inputs import _bytes, engine_limits
     from dia_fast.server.options import Options, read_keys
 
     keys: tuple[str, ...] = (args.api_key,) if args.api_key is not None else ()
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace, model: str, max_batch: int) -> "Dia":
     from dia_fast.api import Dia
-    from dia_fast.packing import parameter_count
+    from dia_fast.model.fused_weights import parameter_count
 
     dia = Dia.from_pretrained(
         model,

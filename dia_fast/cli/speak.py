@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dia_fast.cli import process
 from dia_fast.errors import InputError, SilentSpeech
-from dia_fast.files import NOT_REGULAR, open_regular, writable
-from dia_fast.settings import CHECKPOINT, SamplingParams, random_seed
-from dia_fast.text import ABSURD_BYTES, TextWarning, checked_text, join_prompt, spoken_seconds
-from dia_fast.warn import warn
+from dia_fast.generation.sampling_params import CHECKPOINT, SamplingParams, random_seed
+from dia_fast.text.tokenizer import ABSURD_BYTES, TextWarning, checked_text, join_prompt, spoken_seconds
+from dia_fast.utils.files import NOT_REGULAR, open_regular, writable
+from dia_fast.utils.warn import warn
 
 if TYPE_CHECKING:
     from dia_fast.api import Dia
-    from dia_fast.audio import Audio, Samples
-    from dia_fast.outcome import Outcome
-    from dia_fast.progress import StepBar
+    from dia_fast.audio.audio import Audio, Samples
+    from dia_fast.generation.outcome import Outcome
+    from dia_fast.utils.progress import StepBar
 
 OFFICIAL_MODEL = "nari-labs/Dia-1.6B-0626"
 
@@ -240,7 +240,7 @@ def check_output(path: Path) -> None:
 
     Raises InputError: unknown extension, missing or unwritable folder, a folder of that name.
     """
-    from dia_fast.audio import FORMATS
+    from dia_fast.audio.audio import FORMATS
 
     if path == STANDARD_OUTPUT:
         raise InputError("-o - writes the sound to standard output while it is generated: it needs --stream")
@@ -294,7 +294,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _tell_demo_voice(text: str, *, quiet: bool) -> None:
     """Says that the demo voice speaks, unless quiet, and warns of words that it cannot say."""
-    from dia_fast.voice import demo_voice, unknown_words, vocabulary
+    from dia_fast.checkpoint.demo import demo_voice, unknown_words, vocabulary
 
     folder = demo_voice()
     if not quiet:
@@ -320,9 +320,9 @@ def at_once(args: argparse.Namespace, text: str) -> int:
 
 def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
     from dia_fast.api import Dia
-    from dia_fast.arguments import expected_steps
-    from dia_fast.packing import parameter_count
-    from dia_fast.progress import StepBar
+    from dia_fast.generation.inputs import expected_steps
+    from dia_fast.model.fused_weights import parameter_count
+    from dia_fast.utils.progress import StepBar
 
     dia = Dia.from_pretrained(
         args.model,
@@ -372,7 +372,7 @@ def _speak_at_once(
 
 def _lost(outcome: "Outcome | None") -> str:
     """Says which segments stayed silent."""
-    from dia_fast.outcome import silence
+    from dia_fast.generation.outcome import silence
 
     assert outcome is not None
     if outcome.status == "failed":
@@ -384,7 +384,7 @@ def _lost(outcome: "Outcome | None") -> str:
 def _speak_piecewise(
     dia: "Dia", args: argparse.Namespace, settings: SamplingParams, text: str, output: Path, bar: "StepBar"
 ) -> Made:
-    from dia_fast.audio import growing_file
+    from dia_fast.audio.audio import growing_file
 
     start, seconds, first = time.perf_counter(), 0.0, None
     rate = dia.codec.sample_rate
@@ -413,7 +413,7 @@ def samples_to_stdout(header: bytes = b"") -> Iterator[Callable[["Samples"], Non
 
     header: goes before the first.
     """
-    from dia_fast.audio import pcm16
+    from dia_fast.audio.audio import pcm16
 
     with open(sys.stdout.fileno(), "wb", buffering=0, closefd=False) as raw:
 

@@ -9,7 +9,7 @@ from dia_fast.engine.scheduler import MAX_BATCH, DeadlineExceeded, Engine, Engin
 from dia_fast.engine.sizing import sizes_for
 from dia_fast.engine.slots import collect, place, prefill
 from dia_fast.engine.stepper import Stepper
-from dia_fast.model import DiaModel
+from dia_fast.model.model import DiaModel
 
 __all__ = [
     "Cancelled",

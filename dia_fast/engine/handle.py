@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dia_fast.ambient import isolated
-from dia_fast.config import DiaConfig
-from dia_fast.delay import undo_delay
 from dia_fast.engine.request import Generation
 from dia_fast.engine.sequence import Sequence, Status
 from dia_fast.errors import DiaFastError
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.delay import undo_delay
+from dia_fast.utils.ambient import isolated
 from dia_fast.utils.forks import OneProcess
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dia_fast.engine.device import Device, Event
 from dia_fast.engine.sequence import Sequence
-from dia_fast.state import DecodeState
+from dia_fast.model.decode_state import DecodeState
 
 RECENT = 4  # rows in a report: at least the steps between two of them
 _REPORTS = 4  # under way at once, at most

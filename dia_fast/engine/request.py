@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dia_fast.config import DiaConfig
-from dia_fast.delay import FREE, delayed_rows
 from dia_fast.errors import InputError, shown
-from dia_fast.settings import SamplingParams, random_seed
-from dia_fast.values import tensor_of
+from dia_fast.generation.sampling_params import SamplingParams, random_seed
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.delay import FREE, delayed_rows
+from dia_fast.utils.values import tensor_of
 
 
 @dataclass(frozen=True)
 class Request:
     """One text to speak.
 
-    text_ids: bytes of the text, see `dia_fast.text`; prompt: `[frames, channels]` integer codes to go on from, or None;
+    text_ids: bytes of the text; prompt: `[frames, channels]` integer codes to go on from, or None;
     grid: instead of a prompt, the beginning of the delayed grid itself, `[rows, channels]` integer codes from row 0 on,
     special ones too, and -1 where the model chooses: never in row 0, and always in channel 0 after the first choice;
     max_new_tokens: most rows to generate, the `max(delay)` that complete the last frames included;

@@ -8,7 +8,6 @@ from bisect import insort
 from collections import deque
 from functools import partial
 
-from dia_fast.ambient import isolated
 from dia_fast.engine import slots
 from dia_fast.engine.device import Device, Event, device_for
 from dia_fast.engine.handle import Handle
@@ -19,11 +18,12 @@ from dia_fast.engine.sequence import Sequence, State
 from dia_fast.engine.sizing import sizes_for_any
 from dia_fast.engine.stepper import Capture, Stepper, choose_capture
 from dia_fast.errors import DiaFastError, InputError, OutOfPages
-from dia_fast.model import DiaModel
-from dia_fast.state import DecodeState, Sizes
+from dia_fast.model.decode_state import DecodeState, Sizes
+from dia_fast.model.model import DiaModel
+from dia_fast.utils.ambient import isolated
 from dia_fast.utils.forks import OneProcess, renew_in_child
-from dia_fast.values import real_number, whole_number
-from dia_fast.warn import warn
+from dia_fast.utils.values import real_number, whole_number
+from dia_fast.utils.warn import warn
 
 MAX_BATCH = 32  # requests; the kernels take two rows for each and at most 64
 RUN_AHEAD = 2  # steps that are launched and have not ended, at most

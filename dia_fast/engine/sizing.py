@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from dia_fast.config import DiaConfig
 from dia_fast.engine.request import Plan
 from dia_fast.errors import InputError
-from dia_fast.state import Sizes, cross_pages, self_pages
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.decode_state import Sizes, cross_pages, self_pages
 
 _MEMINFO = "/proc/meminfo"
 _SHARE_FOR_TEXT = 0.4  # of the memory for pages: what a text of 1024 bytes takes beside 3072 rows of sound

@@ -7,13 +7,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dia_fast.config import DiaConfig
-from dia_fast.delay import undo_delay
 from dia_fast.engine.request import Generation, Plan
 from dia_fast.engine.sequence import Swapped
 from dia_fast.errors import NumericError
-from dia_fast.model import DiaModel
-from dia_fast.state import DecodeState
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.decode_state import DecodeState
+from dia_fast.model.delay import undo_delay
+from dia_fast.model.model import DiaModel
 from dia_kernels.reference.sampling import NOT_FINITE
 
 CHUNK = 128

@@ -8,9 +8,9 @@ from typing import TypeAlias
 import torch
 
 from dia_fast.errors import InputError
-from dia_fast.model import DiaModel
-from dia_fast.state import DecodeState
-from dia_fast.warn import warn
+from dia_fast.model.decode_state import DecodeState
+from dia_fast.model.model import DiaModel
+from dia_fast.utils.warn import warn
 
 Capture: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes a step, which has been made on the same buffers if `Stepper` calls, and returns what repeats its launches."""

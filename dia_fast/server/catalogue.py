@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.responses import Response
 
+from dia_fast.generation.sampling_params import MAX_SEED
 from dia_fast.server.encoders import media_type
 from dia_fast.server.errors import ApiError, as_api_error
 from dia_fast.server.schemas import (
@@ -23,7 +24,6 @@ from dia_fast.server.schemas import (
 from dia_fast.server.sending import first_or_gone
 from dia_fast.server.service import Service, require_uploads
 from dia_fast.server.voices import ServedVoice
-from dia_fast.settings import MAX_SEED
 
 
 def add_voices(app: FastAPI, service: Service) -> None:

@@ -17,14 +17,14 @@ from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from dia_fast.script import sentence_ends
 from dia_fast.server.errors import ApiError, as_api_error, validation_error
 from dia_fast.server.guard import KEY_PROTOCOL
 from dia_fast.server.schemas import SpeechRequest
 from dia_fast.server.service import Service
 from dia_fast.server.speech import Plan, Speech
 from dia_fast.server.voices import ServedVoice
-from dia_fast.text import ABSURD_BYTES, TAG
+from dia_fast.text.segmentation import sentence_ends
+from dia_fast.text.tokenizer import ABSURD_BYTES, TAG
 
 logger = logging.getLogger("dia_fast.server.requests")
 

@@ -14,9 +14,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from dia_fast.audio import Samples, pcm16
+from dia_fast.audio.audio import Samples, pcm16
 from dia_fast.errors import InputError
-from dia_fast.files import uninterrupted
+from dia_fast.utils.files import uninterrupted
 
 UNKNOWN_SIZE = 0xFFFF_FFFF
 _SET_PAGE_LATENCY = 0x1302  # SFC_SET_OGG_PAGE_LATENCY_MS, which soundfile has no name for

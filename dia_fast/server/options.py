@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dia_fast.engine import MAX_BATCH
 from dia_fast.errors import InputError
-from dia_fast.files import LARGEST_TEXT, read_regular
+from dia_fast.utils.files import LARGEST_TEXT, read_regular
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 

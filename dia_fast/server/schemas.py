@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dia_fast.settings import MAX_SEED
-from dia_fast.text import ABSURD_BYTES
+from dia_fast.generation.sampling_params import MAX_SEED
+from dia_fast.text.tokenizer import ABSURD_BYTES
 
 ResponseFormat = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
 

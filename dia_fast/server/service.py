@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 import dia_fast
-from dia_fast.arguments import params_for
-from dia_fast.audio import Audio
+from dia_fast.audio.audio import Audio
+from dia_fast.checkpoint.demo import unknown_words
 from dia_fast.errors import InputError
-from dia_fast.prompts import encode_prompts
-from dia_fast.reading import readings_of
+from dia_fast.generation.inputs import params_for
+from dia_fast.generation.long_form import readings_of
+from dia_fast.generation.prompts import encode_prompts
+from dia_fast.generation.sampling_params import CHECKPOINT, random_seed
 from dia_fast.server import encoders
 from dia_fast.server.driver import Driver
 from dia_fast.server.encoders import FORMATS
@@ -28,9 +30,7 @@ from dia_fast.server.queueing import Gate
 from dia_fast.server.schemas import SpeechOptions, TextReport, VoiceId, extras
 from dia_fast.server.speech import Plan, Speech, Workshop
 from dia_fast.server.voices import ServedVoice, Voices, decoded
-from dia_fast.settings import CHECKPOINT, random_seed
-from dia_fast.text import TAG, checked_text, spoken_seconds, text_warnings
-from dia_fast.voice import unknown_words
+from dia_fast.text.tokenizer import TAG, checked_text, spoken_seconds, text_warnings
 
 if TYPE_CHECKING:
     from dia_fast.api import Dia

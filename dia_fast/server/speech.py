@@ -8,18 +8,18 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dia_fast.audio import Audio
+from dia_fast.audio.audio import Audio
 from dia_fast.engine import Request
 from dia_fast.errors import SilentSpeech
-from dia_fast.reading import Reading
+from dia_fast.generation.long_form import Reading
+from dia_fast.generation.streaming import Chunks
 from dia_fast.server.driver import Driver
 from dia_fast.server.encoders import Format, Pipeline
 from dia_fast.server.metrics import Metrics
 from dia_fast.server.queueing import Gate
-from dia_fast.streaming import Chunks
 
 if TYPE_CHECKING:
-    from dia_fast.codec import Codec
+    from dia_fast.audio.codec import Codec
 
 
 @dataclass(frozen=True)

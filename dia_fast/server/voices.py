@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 import soundfile
 from torch import Tensor
 
-from dia_fast.audio import Audio, load_audio
+from dia_fast.audio.audio import Audio, load_audio
 from dia_fast.errors import InputError
-from dia_fast.files import LARGEST_TEXT, parse_json, read_regular, replacing
-from dia_fast.prompts import encode_prompt
+from dia_fast.generation.prompts import encode_prompt
+from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.server.errors import ApiError
-from dia_fast.settings import SamplingParams
-from dia_fast.text import ABSURD_BYTES, checked_text
+from dia_fast.text.tokenizer import ABSURD_BYTES, checked_text
 from dia_fast.training.data import CodeStore, default_cache
+from dia_fast.utils.files import LARGEST_TEXT, parse_json, read_regular, replacing
 
 if TYPE_CHECKING:
-    from dia_fast.codec import Codec
-    from dia_fast.config import DiaConfig
+    from dia_fast.audio.codec import Codec
+    from dia_fast.model.config import DiaConfig
 
 logger = logging.getLogger("dia_fast.server")
 

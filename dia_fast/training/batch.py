@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dia_fast.ambient import isolated
-from dia_fast.config import DiaConfig
 from dia_fast.errors import InputError
+from dia_fast.model.config import DiaConfig
+from dia_fast.utils.ambient import isolated
 
 IGNORED = -100  # a label that does not count, as in torch.nn.functional.cross_entropy
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text and how it is spoken. text: ids, see `dia_fast.text.encode_text`; codes: `[frames, channels]` integer."""
+    """A text and how it is spoken. text: ids, see `tokenizer.encode_text`; codes: `[frames, channels]` integer."""
 
     text: Sequence[int]
     codes: Tensor

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dia_fast.audio import FORMATS, load_audio
-from dia_fast.codec import Codec
-from dia_fast.config import DiaConfig
+from dia_fast.audio.audio import FORMATS, load_audio
+from dia_fast.audio.codec import Codec
 from dia_fast.errors import InputError
-from dia_fast.files import LARGEST_SOUND, LARGEST_TEXT, checked_path, parse_json, read_regular, replacing
-from dia_fast.text import ABSURD_BYTES, TextWarning, encode_text, text_warnings
+from dia_fast.model.config import DiaConfig
+from dia_fast.text.tokenizer import ABSURD_BYTES, TextWarning, encode_text, text_warnings
 from dia_fast.training.batch import Example, check_example, longest_speech
-from dia_fast.warn import warn
+from dia_fast.utils.files import LARGEST_SOUND, LARGEST_TEXT, checked_path, parse_json, read_regular, replacing
+from dia_fast.utils.warn import warn
 
 SHOWN = 3  # sentences about data before "and n more"
 

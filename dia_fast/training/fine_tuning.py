@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dia_fast.checkpoint import Checkpoint, open_checkpoint
-from dia_fast.codec import Codec, codec_for, load_codec
-from dia_fast.codec.load import AUTO
-from dia_fast.convert import write_checkpoint
+from dia_fast.audio.codec import Codec, codec_for, load_codec
+from dia_fast.audio.codec.load import AUTO
+from dia_fast.checkpoint.loading import Checkpoint, open_checkpoint
+from dia_fast.checkpoint.saving import write_checkpoint
 from dia_fast.errors import CheckpointError, InputError
-from dia_fast.files import checked_path, replacing_folder
-from dia_fast.placement import choose_device
+from dia_fast.model.device import choose_device
 from dia_fast.training.data import Dataset, Recording, default_cache, load_dataset, read_recordings, split
 from dia_fast.training.lora import save_adapters
 from dia_fast.training.plot import plot_losses
 from dia_fast.training.run import Run
 from dia_fast.training.settings import TrainSettings
 from dia_fast.training.trainer import Trainer, train_steps
+from dia_fast.utils.files import checked_path, replacing_folder
 
 PLOT_SECONDS = 60.0  # between pictures of the loss during a run
 

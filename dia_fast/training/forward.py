@@ -1,8 +1,8 @@
 """The model as a differentiable function of its weights: what `DiaModel` computes, a whole batch at a time.
 
 Attention and matrix products are torch's; RMSNorm, RoPE, GLU and the heads with their loss are those of
-`dia_kernels.differentiable`. Weights may be wider than the arithmetic: they are rounded where they are used, and their
-gradients arrive in their own dtype.
+`dia_kernels.autograd.differentiable`. Weights may be wider than the arithmetic: they are rounded where they are used,
+and their gradients arrive in their own dtype.
 """
 
 import functools
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dia_fast.ambient import isolated
-from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.model import DiaModel, rope_table
+from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.model.model import DiaModel, rope_table
 from dia_fast.training.batch import Batch
-from dia_kernels.differentiable import glu, gradient_ops, linear_cross_entropy, rms_norm, rope
+from dia_fast.utils.ambient import isolated
+from dia_kernels.autograd.differentiable import glu, gradient_ops, linear_cross_entropy, rms_norm, rope
 
 
 class Adapter(Protocol):

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dia_fast.config import DiaConfig
-from dia_fast.packing import packed_shapes, pieces
-from dia_fast.tensor_files import save_safetensors
+from dia_fast.checkpoint.tensor_io import save_safetensors
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes, pieces
 from dia_fast.training.data import generator
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dia_fast.files import replacing
+from dia_fast.utils.files import replacing
 
 
 def plot_losses(lines: Iterable[Mapping[str, Any]], path: Path) -> bool:

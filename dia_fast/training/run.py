@@ -22,10 +22,10 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from dia_fast.checkpoint.tensor_io import save_torch
 from dia_fast.errors import InputError, shown
-from dia_fast.files import LARGEST_TEXT, parse_json, read_json, read_regular, replacing, sweep
-from dia_fast.tensor_files import save_torch
 from dia_fast.training.settings import FREE, TrainSettings
+from dia_fast.utils.files import LARGEST_TEXT, parse_json, read_json, read_regular, replacing, sweep
 
 _STATE = re.compile(r"step-(\d{8,})\.pt")
 

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dia_fast.ambient import isolated
-from dia_fast.checkpoint import Checkpoint
+from dia_fast.checkpoint.loading import Checkpoint
 from dia_fast.errors import InputError, NumericError
-from dia_fast.model import DiaModel
-from dia_fast.placement import DTYPES
+from dia_fast.model.device import DTYPES
+from dia_fast.model.model import DiaModel
 from dia_fast.training.batch import Batch, Example, build_batch, disturb_codes, drop_conditions
 from dia_fast.training.data import Dataset, drawn, generator
 from dia_fast.training.forward import batch_loss
 from dia_fast.training.lora import LoRA, make_adapters
 from dia_fast.training.run import Run
 from dia_fast.training.settings import TrainSettings
+from dia_fast.utils.ambient import isolated
 from dia_kernels import get_ops
 
 _CALM = "Lower the learning rate, or lengthen the warm-up"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dia_fast.codec import load_codec
+from dia_fast.audio.codec import load_codec
 from dia_fast.training import TrainSettings
 from examples.demo_voice import on_gpu
 from examples.demo_voice.sentences import vocabulary

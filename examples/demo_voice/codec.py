@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dia_fast.codec import CodecConfig, random_codec
-from dia_fast.codec.network import Codebook, DacNetwork, DecoderBlock, EncoderBlock, ResidualUnit, Snake
+from dia_fast.audio.codec import CodecConfig, random_codec
+from dia_fast.audio.codec.network import Codebook, DacNetwork, DecoderBlock, EncoderBlock, ResidualUnit, Snake
 
 CONFIG = CodecConfig(
     encoder_hidden_size=16,

@@ -19,7 +19,7 @@ import soundfile
 import torch
 
 from dia_fast import Audio, Dia, demo_voice
-from dia_fast.voice import TEMPERATURE
+from dia_fast.checkpoint.demo import TEMPERATURE
 from examples.demo_voice.recognisers import RATE, score, sphinx, whisper
 from examples.demo_voice.sentences import lines, words
 from examples.demo_voice.speech import different, record

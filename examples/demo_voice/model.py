@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.convert import save_pretrained
-from dia_fast.packing import packed_shapes
+from dia_fast.checkpoint.saving import save_pretrained
+from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.model.fused_weights import packed_shapes
 
 CODES = 256  # per codebook; end of speech, padding and begin of speech come after them
 CONFIG = DiaConfig(

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from dia_fast.checkpoint import open_checkpoint
-from dia_fast.codec import load_codec
-from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.convert import write_checkpoint
+from dia_fast.audio.codec import load_codec
+from dia_fast.checkpoint.loading import open_checkpoint
+from dia_fast.checkpoint.saving import write_checkpoint
 from dia_fast.errors import InputError
-from dia_fast.model import rope_table
-from dia_fast.placement import DTYPES
+from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.model.device import DTYPES
+from dia_fast.model.model import rope_table
 from dia_fast.training import Example, TrainSettings, load_dataset, read_recordings
 from dia_fast.training.data import split
 

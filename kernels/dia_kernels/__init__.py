@@ -3,6 +3,6 @@
 Needs torch, and Triton for the Triton op set only. `get_ops` picks one of the two for a device.
 """
 
-from dia_kernels.dispatch import get_ops
+from dia_kernels.ops import get_ops
 
 __all__ = ["get_ops"]

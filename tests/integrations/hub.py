@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from dia_fast.config import DiaConfig
-from dia_fast.convert import save_pretrained
-from dia_fast.packing import packed_shapes
+from dia_fast.checkpoint.saving import save_pretrained
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes
 from tests.front import TINY, make_codec
 
 ROOT = Path(__file__).resolve().parent.parent.parent

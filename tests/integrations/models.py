@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DiaForConditionalGeneration
 
-from dia_fast.config import DiaConfig
+from dia_fast.model.config import DiaConfig
 from tests.checkpoints import random_state, tiny_config, transformers_model
 from tests.parity.pairs import grid_inputs, random_prompts, random_texts, text_inputs
 

@@ -37,7 +37,7 @@ def test_with_original(program: str, made: Path) -> None:
 
 def test_single_kernels(tmp_path: Path) -> None:
     text = hub.run(["-m", "examples.single_kernels", "--backend", "aot_eager"], tmp_path, ROOT).stdout
-    from dia_kernels import library
+    from dia_kernels import torch_library as library
 
     ops = {name for name in vars(library) if hasattr(getattr(library, name), "_opoverload")}
     shown = {line.split()[0] for line in text.splitlines()[1:]}

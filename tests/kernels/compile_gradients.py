@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from bench.codegen import line, violations
-from dia_kernels import ahead, gradients
+from dia_kernels import aot as ahead
+from dia_kernels.autograd import gradients
 
 ROWS, HIDDEN, INTERMEDIATE, CHANNELS, VOCAB = 1024, 2048, 8192, 9, 1028
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dia_kernels.paged import AttentionWorkspace, attention_workspace
+from dia_kernels.triton.paged_attention import AttentionWorkspace, attention_workspace
 from tests.kernels.support import random
 
 NOWHERE = 2**31 - 1  # in block tables where no page is needed: following it is out of bounds

@@ -2,8 +2,8 @@
 
 import torch
 
-from dia_fast.codec import random_codec
-from dia_kernels import kernels
+from dia_fast.audio.codec import random_codec
+from dia_kernels import triton as kernels
 from tests.codecs import SMALL, assert_same_sound, random_codes
 from tests.kernels.support import random
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dia_kernels import reference
-from dia_kernels.cross_attention import cross_attention
-from dia_kernels.paged import attention_workspace
+from dia_kernels.triton.cross_attention import cross_attention
+from dia_kernels.triton.paged_attention import attention_workspace
 from tests.kernels import executor
 from tests.kernels.paged_cases import exact_attention, fresh_workspace, make_cache, same_bits, unluckiest
 from tests.kernels.support import DTYPES, assert_within_budget, poisoned, random

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dia_kernels import reference
-from dia_kernels.glu import glu
-from dia_kernels.rms_norm import rms_norm
-from dia_kernels.snake import snake, snake_residual
+from dia_kernels.triton.glu import glu
+from dia_kernels.triton.rms_norm import rms_norm
+from dia_kernels.triton.snake import snake, snake_residual
 from tests.kernels.support import DTYPES, ODD_SIZES, assert_within_budget, poisoned, random
 
 EPS = 1e-5

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dia_kernels import reference
-from dia_kernels.embed_codes import embed_codes
+from dia_kernels.triton.embed_codes import embed_codes
 from tests.kernels import executor
 from tests.kernels.support import DTYPES, assert_within_budget, poisoned, random
 

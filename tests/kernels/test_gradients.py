@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dia_kernels import differentiable
+from dia_kernels.autograd import differentiable
 from dia_kernels.reference import gradients as reference
 from tests.kernels import executor
 from tests.kernels.support import DTYPES, assert_within_budget, poisoned, program_orders, random
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to test")
 
-from dia_kernels import gradients as kernels
+from dia_kernels.autograd import gradients as kernels
 
 EPS = 1e-5
 SHAPES = settings(max_examples=10, deadline=None)

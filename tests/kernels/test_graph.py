@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dia_fast.engine import Engine, Request, generate, stepper
-from dia_kernels import get_ops, launch
+from dia_kernels import get_ops
+from dia_kernels import launcher as launch
 from tests.kernels.test_whole_model import model
 
 

@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dia_kernels import get_ops, launch
+from dia_kernels import get_ops
+from dia_kernels import launcher as launch
 from tests.kernels import executor
 from tests.kernels.support import (
     DTYPES,

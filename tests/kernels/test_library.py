@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dia_kernels import library, reference
+from dia_kernels import reference
+from dia_kernels import torch_library as library
 from tests.kernels.support import random
 
 EPS = 1e-5

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dia_kernels import gemv, reference
-from dia_kernels.codebook_logits import codebook_logits
-from dia_kernels.linear_residual import linear_residual
-from dia_kernels.rms_norm_glu import rms_norm_glu
-from dia_kernels.rms_norm_linear import rms_norm_linear
+from dia_kernels import reference
+from dia_kernels.triton import gemv
+from dia_kernels.triton.codebook_logits import codebook_logits
+from dia_kernels.triton.linear_residual import linear_residual
+from dia_kernels.triton.rms_norm_glu import rms_norm_glu
+from dia_kernels.triton.rms_norm_linear import rms_norm_linear
 from tests.kernels import executor
 from tests.kernels.support import DTYPES, assert_untouched, assert_within_budget, poisoned, random
 

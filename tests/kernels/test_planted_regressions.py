@@ -14,7 +14,9 @@ import triton.language as tl
 
 from bench import baseline, check, gauges
 from bench.baseline import Group, Kind, group_of
-from dia_kernels import kernels, launch, reference
+from dia_kernels import launcher as launch
+from dia_kernels import reference
+from dia_kernels import triton as kernels
 from tests.checkpoints import make_transformers_checkpoint, tiny_config
 from tests.kernels import executor
 from tests.kernels.test_traffic import wide
@@ -134,9 +136,9 @@ def in_a_process(measure: str, plant: str = "", **environment: str) -> Group:
 
 # The products of one decode step alone: what has to be compiled for this test is little.
 ONE_KERNEL = """
-from dia_fast import launches
+from dia_fast.diagnostics import launches
 import torch
-from dia_kernels import kernels
+from dia_kernels import triton as kernels
 def little(dtype):
     shapes = (2, 2048), (2048,), (3072, 2048), (2, 3072)
     x, norm, weight, out = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
@@ -161,7 +163,7 @@ def test_a_kernel_with_too_many_live_registers(tmp_path: Path, capsys: pytest.Ca
 # Weights that are kept twice, and a decode step that leaks.
 WASTEFUL = """
 import torch
-from dia_fast.model import DiaModel
+from dia_fast.model.model import DiaModel
 load, step, kept = DiaModel.load, DiaModel.decode_step, []
 def copying(self, weights):
     kept.extend(weight.clone() for weight in weights.values())
@@ -185,8 +187,8 @@ def test_memory_that_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_pool_with_larger_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dia_fast.config import DiaConfig
-    from dia_fast.state import DecodeState, Sizes
+    from dia_fast.model.config import DiaConfig
+    from dia_fast.model.decode_state import DecodeState, Sizes
 
     def held(rows: int) -> Group:
         sizes = Sizes(1, True, rows, 8, 4, 1)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dia_kernels import reference
-from dia_kernels.ragged_attention import ragged_attention
+from dia_kernels.triton.ragged_attention import ragged_attention
 from tests.kernels import executor
 from tests.kernels.paged_cases import make_cache, same_bits, unluckiest
 from tests.kernels.support import DTYPES, assert_within_budget, poisoned, random

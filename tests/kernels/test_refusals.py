@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dia_kernels.codebook_logits import codebook_logits
-from dia_kernels.cross_attention import cross_attention
-from dia_kernels.paged import attention_workspace
+from dia_kernels.triton.codebook_logits import codebook_logits
+from dia_kernels.triton.cross_attention import cross_attention
+from dia_kernels.triton.paged_attention import attention_workspace
 
 
 def attend(head_dim: int, page_size: int, room: tuple[int, int, int, int], rows: int, device: torch.device) -> None:

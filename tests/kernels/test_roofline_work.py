@@ -1,12 +1,13 @@
-"""The formulas of `dia_fast.roofline.work` give what `bench.traffic` counts, to the byte."""
+"""The formulas of `dia_fast.diagnostics.roofline.work` give what `bench.traffic` counts, to the byte."""
 
 import pytest
 import torch
 
 from bench import traffic
-from dia_fast.config import DiaConfig
-from dia_fast.roofline import work
-from dia_kernels import gemv, paged
+from dia_fast.diagnostics.roofline import work
+from dia_fast.model.config import DiaConfig
+from dia_kernels.triton import gemv
+from dia_kernels.triton import paged_attention as paged
 from tests.kernels import executor
 from tests.kernels.test_traffic import wide
 

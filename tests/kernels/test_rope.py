@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dia_kernels import reference
-from dia_kernels.rope import rope
+from dia_kernels.triton.rope import rope
 from tests.kernels import executor
 from tests.kernels.paged_cases import angles, exact_rotation, same_bits
 from tests.kernels.support import DTYPES, assert_untouched, assert_within_budget, poisoned, random

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dia_kernels import reference
-from dia_kernels.paged import attention_workspace
-from dia_kernels.rope_attention import SPLIT, rope_attention
+from dia_kernels.triton.paged_attention import attention_workspace
+from dia_kernels.triton.rope_attention import SPLIT, rope_attention
 from tests.kernels import executor
 from tests.kernels.paged_cases import (
     Cache,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dia_kernels import reference
-from dia_kernels.sample import sample
+from dia_kernels.triton.sample import sample
 from tests.kernels import executor
 from tests.kernels.support import assert_untouched, poisoned, random
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bench import traffic
-from dia_fast.config import DiaConfig
-from dia_kernels import launch
+from dia_fast.model.config import DiaConfig
+from dia_kernels import launcher as launch
 from tests.kernels import executor
 from tests.kernels.test_whole_model import config
 

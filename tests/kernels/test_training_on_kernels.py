@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.model import DiaModel
 from dia_fast.training import Example, batch_loss, build_batch
 from dia_kernels import get_ops
 from tests.checkpoints import tiny_config

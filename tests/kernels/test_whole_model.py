@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dia_fast.config import DiaConfig
 from dia_fast.engine import Request, generate
-from dia_fast.model import DiaModel
-from dia_fast.state import DecodeState, Sizes
-from dia_kernels import get_ops, launch
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.decode_state import DecodeState, Sizes
+from dia_fast.model.model import DiaModel
+from dia_kernels import get_ops
+from dia_kernels import launcher as launch
 from tests.checkpoints import tiny_config
 from tests.kernels.support import random
 

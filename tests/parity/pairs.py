@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import DiaForConditionalGeneration
 
-from dia_fast.config import DiaConfig
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes, pieces
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes, pieces
+from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 from tests.checkpoints import random_state
 

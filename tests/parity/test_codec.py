@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dia_fast.codec import Codec, CodecConfig, load_codec, random_codec
+from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
 from tests.codecs import assert_same_sound, imported_dac, save_official
 
 # The 44.1 kHz codec of Dia at its full size, and one with odd and reordered ratios, where lengths are uneven.

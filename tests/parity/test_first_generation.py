@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dia_fast.checkpoint import open_checkpoint
-from dia_fast.config import DiaConfig
-from dia_fast.convert import convert, save_pretrained
+from dia_fast.checkpoint.loading import open_checkpoint
+from dia_fast.checkpoint.saving import convert, save_pretrained
 from dia_fast.engine import Generation, Request, generate
 from dia_fast.errors import CheckpointError
-from dia_fast.model import DiaModel
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.model import DiaModel
 from dia_fast.training import Example, batch_loss, build_batch
 from dia_kernels import get_ops, reference
 from tests.checkpoints import make_original_checkpoint, original_state, random_state, tiny_config

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dia_fast.config import DiaConfig
-from dia_fast.delay import FREE
 from dia_fast.engine import Request, place, plan, prefill
-from dia_fast.model import DiaModel
-from dia_fast.state import DecodeState, Sizes
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.decode_state import DecodeState, Sizes
+from dia_fast.model.delay import FREE
+from dia_fast.model.model import DiaModel
 from tests.checkpoints import tiny_config
 from tests.parity.pairs import pair, random_grid, random_prompts, random_texts, their_logits
 

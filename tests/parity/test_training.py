@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dia_fast.config import DiaConfig
-from dia_fast.model import DiaModel
-from dia_fast.packing import pieces
-from dia_fast.text import encode_text
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import pieces
+from dia_fast.model.model import DiaModel
+from dia_fast.text.tokenizer import encode_text
 from dia_fast.training import Batch, Example, batch_loss, build_batch
 from dia_kernels import get_ops
 from tests.checkpoints import configs, random_state, tiny_config, transformers_model

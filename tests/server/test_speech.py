@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from dia_fast import Dia, TextWarning
-from dia_fast.audio import pcm16
+from dia_fast.audio.audio import pcm16
 from tests.server.serving import LONG, TEXT, Server
 
 pytest.importorskip("fastapi", reason="the extra server is not installed")

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dia_fast.codec import Codec, load_codec
+from dia_fast.audio.codec import Codec, load_codec
 from dia_fast.errors import InputError
-from dia_fast.text import TextWarning
+from dia_fast.text.tokenizer import TextWarning
 from dia_fast.training import Dataset, Example, load_dataset, read_recordings
 from dia_fast.training.data import default_cache, drawn, split
 from tests.front import TINY, make_codec, tree

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dia_fast.model import DiaModel
-from dia_fast.packing import packed_shapes
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.model import DiaModel
 from dia_fast.training import Batch, Example, batch_loss, build_batch, drop_conditions
 from dia_fast.training.forward import Forward
 from dia_kernels import get_ops

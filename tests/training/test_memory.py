@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dia_kernels.differentiable import linear_cross_entropy
+from dia_kernels.autograd.differentiable import linear_cross_entropy
 from dia_kernels.reference import gradients
 
 HIDDEN, CHANNELS, VOCAB = 2048, 9, 1028

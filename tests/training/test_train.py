@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from dia_fast import Dia
-from dia_fast.checkpoint import open_checkpoint
+from dia_fast.checkpoint.loading import open_checkpoint
+from dia_fast.checkpoint.saving import convert
 from dia_fast.cli import main
-from dia_fast.convert import convert
 from dia_fast.errors import CheckpointError, InputError, NumericError
 from dia_fast.training import TrainSettings, finetune
 from tests.front import TINY, make_codec, tree

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dia_fast.codec import Codec
+from dia_fast.audio.codec import Codec
 from dia_fast.errors import InputError
 
 SAMPLE_RATE = 44_100

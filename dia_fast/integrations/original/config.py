@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from dia_fast import config as native
-from dia_fast.config import DiaConfig
 from dia_fast.errors import InputError, shown
-from dia_fast.files import checked_path, replacing
+from dia_fast.model import config as native
+from dia_fast.model.config import DiaConfig
+from dia_fast.utils.files import checked_path, replacing
 
 
 class ComputeDtype(str, Enum):
@@ -33,7 +33,7 @@ class ComputeDtype(str, Enum):
 
 @dataclass(frozen=True)
 class EncoderConfig(native.EncoderConfig):
-    """The text encoder: `EncoderConfig` of `dia_fast.config`, as a dictionary by `model_dump`."""
+    """The text encoder: `EncoderConfig` of `dia_fast.model.config`, as a dictionary by `model_dump`."""
 
     def model_dump(self) -> dict[str, Any]:
         """The fields and their values."""
@@ -42,7 +42,7 @@ class EncoderConfig(native.EncoderConfig):
 
 @dataclass(frozen=True)
 class DecoderConfig(native.DecoderConfig):
-    """The audio decoder: `DecoderConfig` of `dia_fast.config`, as a dictionary by `model_dump`."""
+    """The audio decoder: `DecoderConfig` of `dia_fast.model.config`, as a dictionary by `model_dump`."""
 
     def model_dump(self) -> dict[str, Any]:
         """The fields and their values."""

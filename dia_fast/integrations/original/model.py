@@ -10,24 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dia_fast.ambient import isolated
-from dia_fast.arguments import least_seconds, texts_of
-from dia_fast.audio import Audio, load_audio
-from dia_fast.checkpoint import Checkpoint, open_checkpoint
-from dia_fast.config import DiaConfig
-from dia_fast.delay import delayed_rows
+from dia_fast.audio.audio import Audio, load_audio
+from dia_fast.checkpoint.loading import Checkpoint, open_checkpoint
 from dia_fast.engine import Engine, Generation, Request, generate
 from dia_fast.errors import CheckpointError, InputError, shown
+from dia_fast.generation.inputs import least_seconds, texts_of
+from dia_fast.generation.outcome import silence
+from dia_fast.generation.prompts import checked_codes
+from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.integrations.original.codecs import SoundCodec, as_codec
 from dia_fast.integrations.original.config import ComputeDtype, OriginalConfig, as_config
-from dia_fast.model import DiaModel
-from dia_fast.outcome import silence
-from dia_fast.prompts import checked_codes
-from dia_fast.settings import SamplingParams
-from dia_fast.text import TextWarning, encode_text, warn_about
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.delay import delayed_rows
+from dia_fast.model.model import DiaModel
+from dia_fast.text.tokenizer import TextWarning, encode_text, warn_about
+from dia_fast.utils.ambient import isolated
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
-from dia_fast.values import whole_number
-from dia_fast.warn import warn
+from dia_fast.utils.values import whole_number
+from dia_fast.utils.warn import warn
 from dia_kernels import get_ops
 
 DEFAULT_SAMPLE_RATE = 44100
@@ -167,7 +167,7 @@ class Dia(OneProcess):
         return self
 
     def _load_dac_model(self) -> None:
-        from dia_fast.codec import load_codec
+        from dia_fast.audio.codec import load_codec
 
         self.dac_model = load_codec(self._codec_name, device=self.device, ops=get_ops("auto", self.device))
 

@@ -21,10 +21,10 @@ from transformers.generation.logits_process import (
     DiaEOSDelayPatternLogitsProcessor,
 )
 
-from dia_fast.config import DiaConfig
-from dia_fast.delay import FREE
 from dia_fast.engine import Generation, Request
 from dia_fast.errors import InputError
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.delay import FREE
 
 
 class NotOurs(Exception):

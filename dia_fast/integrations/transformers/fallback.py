@@ -9,8 +9,8 @@ import torch
 from transformers import DiaForConditionalGeneration, GenerationConfig
 
 from dia_fast.errors import InputError
-from dia_fast.settings import RANDOM_SEED
-from dia_fast.warn import warn
+from dia_fast.generation.sampling_params import RANDOM_SEED
+from dia_fast.utils.warn import warn
 
 # Inputs that the engine takes; every other one of `forward` asks for something that only the model itself can do.
 INPUTS = {"inputs", "input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dia_fast.integrations.transformers.modules import gradient_ops
-from dia_kernels import differentiable
+from dia_kernels.autograd import differentiable
 
 
 class RMSNorm(nn.Module):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dia_fast.engine import MAX_BATCH, Engine, Generation, Request, plan
 from dia_fast.engine.sizing import sizes_for
-from dia_fast.model import DiaModel
-from dia_fast.state import Sizes, cross_pages
+from dia_fast.model.decode_state import Sizes, cross_pages
+from dia_fast.model.model import DiaModel
 
 # Sizes are rounded up, so that calls of some variety find room in the engine of the first.
 _ROWS, _TEXT = 512, 256

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dia.modeling_dia import DiaMLP, DiaRMSNorm, DiaSelfAttention, eager_attention_forward
 
 from dia_fast.integrations.transformers import attention
-from dia_kernels import differentiable
+from dia_kernels.autograd import differentiable
 
 BACKEND = "_dia_fast_backend"
 

@@ -20,13 +20,13 @@ import transformers
 from torch import Tensor
 from transformers import DiaForConditionalGeneration
 
-from dia_fast.ambient import isolated
-from dia_fast.config import DiaConfig
 from dia_fast.engine import Engine, Request
 from dia_fast.errors import InputError
+from dia_fast.generation.sampling_params import RANDOM_SEED, SamplingParams
 from dia_fast.integrations.transformers import calls, fallback, loop, modules, weights
-from dia_fast.model import DiaModel
-from dia_fast.settings import RANDOM_SEED, SamplingParams
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.model import DiaModel
+from dia_fast.utils.ambient import isolated
 from dia_fast.utils.forks import check_device, renew_in_child
 from dia_kernels import get_ops
 

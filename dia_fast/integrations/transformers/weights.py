@@ -17,9 +17,9 @@ from transformers import DiaForConditionalGeneration
 from transformers.activations import ACT2FN
 from transformers.models.dia import modeling_dia
 
-from dia_fast.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.model import DiaModel, Stack
-from dia_fast.packing import packed_shapes, pieces
+from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.model.fused_weights import packed_shapes, pieces
+from dia_fast.model.model import DiaModel, Stack
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _STACK = {item.name for kind in (EncoderConfig, DecoderConfig) for item in fields(kind)}

@@ -1,0 +1,1 @@
+"""Sound: samples in and out of files, and the codec between samples and codes."""

@@ -1,0 +1,206 @@
+"""The codec as the rest of the package sees it: samples in, frames of codes out, and back."""
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dia_fast.audio.codec.config import CodecConfig
+from dia_fast.audio.codec.network import DacNetwork
+from dia_fast.audio.codec.weights import check_tensors, write_transformers
+from dia_fast.errors import InputError, NumericError
+from dia_fast.utils.ambient import isolated
+from dia_fast.utils.forks import OneProcess
+from dia_fast.utils.values import tensor_of, whole_number
+from dia_kernels import reference
+
+_HELP = (
+    "its weights may be damaged; get them again",
+    "values have grown too large for float16, or its weights are damaged; use bfloat16 or float32",
+)
+
+
+class Codec(OneProcess):
+    """A neural audio codec on one device. Made by `load_codec` or `random_codec`.
+
+    network: has `encode`, `decode` and `tensors` as `DacNetwork` does.
+    """
+
+    @isolated()
+    def __init__(self, network: Any, config: CodecConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.network = network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second, in and out."""
+        return self.config.sampling_rate
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per frame."""
+        return self.config.hop_length
+
+    @property
+    def frames_per_second(self) -> float:
+        return self.sample_rate / self.hop_length
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codes per frame."""
+        return self.config.n_codebooks
+
+    @property
+    def codebook_size(self) -> int:
+        """Codes are 0 to `codebook_size - 1`."""
+        return self.config.codebook_size
+
+    @property
+    def decode_context_frames(self) -> int:
+        """Frames on either side that the samples of a frame depend on."""
+        return self.config.decode_context_frames
+
+    def __repr__(self) -> str:
+        return (
+            f"Codec({self.sample_rate} Hz, {self.num_codebooks} x {self.codebook_size} codes per {self.hop_length} "
+            f"samples, {self.dtype} on {self.device})"
+        )
+
+    @isolated()
+    def encode(self, samples: Tensor | np.ndarray) -> Tensor:
+        """Mono samples `[n]`, floating point at `sample_rate` -> codes `[frames, num_codebooks]` int64, on the device.
+
+        The end is padded with silence to a whole number of frames: `frames = ceil(n / hop_length)`.
+        Raises InputError for no samples, another shape or dtype, and for NaN or infinity; NumericError where what the
+        network makes of the samples is not finite.
+        """
+        if not isinstance(samples, Tensor | np.ndarray):
+            raise InputError(f"samples: expected a torch tensor or numpy array, got {type(samples).__name__}")
+        wave = tensor_of("samples", samples)
+        if not wave.is_floating_point():
+            raise InputError(f"samples: expected floating point from -1 to 1, got {wave.dtype}")
+        if wave.dim() != 1 or not len(wave):
+            raise InputError(f"samples: expected mono, shape [n] with n >= 1, got {list(wave.shape)}")
+        if not wave.isfinite().all():
+            raise InputError(f"samples: sample {int((~wave.isfinite()).nonzero()[0, 0])} is not a finite number")
+        wave = functional.pad(wave.to(self.device, self.dtype), (0, -len(wave) % self.hop_length))
+        if not wave.isfinite().all():
+            raise InputError(f"samples: some are too large for {self.dtype}; full scale is from -1 to 1")
+        return self.network.encode(wave[None, None])[0].T.contiguous()
+
+    @isolated()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes `[frames, num_codebooks]`, integers from 0 to `codebook_size - 1` -> samples `[n]` float32.
+
+        `n = frames * hop_length` (a few less if an upsampling ratio is odd, as none is in Dia's codec); on the device.
+        Raises InputError for another shape or dtype and for a code outside the codebook, NumericError where the sound
+        comes out as NaN or infinity.
+        """
+        self._check_codes(codes)
+        if not len(codes):
+            return torch.zeros(0, device=self.device, dtype=torch.float32)
+        wave = self.network.decode(codes.to(self.device, torch.int64).T[None])[0, 0].float()
+        if not wave.isfinite().all():
+            raise NumericError(f"the codec's sound is NaN or infinity: {_HELP[self.dtype == torch.float16]}")
+        return wave
+
+    @isolated()
+    def decode_span(self, codes: Tensor, start: int, stop: int) -> Tensor:
+        """The samples of frames start..stop-1 as in `decode(codes)`, at the price of those frames and their context.
+
+        Pieces of consecutive spans, joined, are the whole to 1e-6 on a CPU, single frames to 1.4e-6: a sum here and
+        there rounds differently.
+        A span is final as soon as `codes` holds `decode_context_frames` frames beyond `stop`, or all there will be.
+        Raises InputError for a span outside `codes`, and as `decode` does.
+        """
+        self._check_codes(codes)
+        start, stop = whole_number("start", start, -(1 << 63)), whole_number("stop", stop, -(1 << 63))
+        if not 0 <= start <= stop <= len(codes):
+            raise InputError(f"frames {start} to {stop} are not a span of the {len(codes)} frames in codes")
+        first = max(0, start - self.decode_context_frames)
+        piece = self.decode(codes[first : stop + self.decode_context_frames])
+        return piece[(start - first) * self.hop_length : (stop - first) * self.hop_length]
+
+    @isolated()
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the codec in the transformers layout; makes the folder if needed. Raises InputError if that fails."""
+        return write_transformers(folder, self.config, self.network.tensors())
+
+    def _check_codes(self, codes: Tensor) -> None:
+        if (
+            not isinstance(codes, Tensor)
+            or codes.is_floating_point()
+            or codes.is_complex()
+            or codes.dtype == torch.bool
+        ):
+            kind = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+            raise InputError(f"codes: expected an integer tensor, got {kind}")
+        codes = tensor_of("codes", codes)
+        if codes.dim() != 2 or codes.shape[1] != self.num_codebooks:
+            raise InputError(f"codes: expected shape [frames, {self.num_codebooks}], got {list(codes.shape)}")
+        outside = (codes < 0) | (codes >= self.codebook_size)
+        if outside.any():
+            frame, channel = (int(index) for index in outside.nonzero()[0])
+            raise InputError(
+                f"codes: {int(codes[frame, channel])} at frame {frame}, channel {channel} is outside "
+                f"0..{self.codebook_size - 1}"
+            )
+
+
+@isolated()
+def build_codec(
+    config: CodecConfig,
+    tensors: dict[str, Tensor],
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    ops: ModuleType | None,
+) -> Codec:
+    """The native codec around loaded tensors. Raises CheckpointError, naming `source`, if they do not fit `config`."""
+    with torch.device("meta"):
+        network = DacNetwork(config, reference if ops is None else ops)
+    check_tensors(tensors, {name: tensor.shape for name, tensor in network.state_dict().items()}, source)
+    network.load_state_dict(tensors, assign=True)
+    return Codec(network, config, device, dtype)
+
+
+@isolated()
+def random_codec(
+    config: CodecConfig,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    ops: ModuleType | None = None,
+) -> Codec:
+    """A codec with random weights, the same ones for the same config and seed. It speaks noise; for demos and tests.
+
+    Weights are scaled by the inputs that each output sums, so that signals neither die out nor saturate on their way.
+    """
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in DacNetwork(config, reference).state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        if name.endswith("alpha"):
+            tensor = tensor.mul_(0.1).exp_()
+        elif name.endswith("bias"):
+            tensor.mul_(0.01)
+        elif name.endswith("conv_t1.weight"):  # [in, out, 2 * stride]: each output sample sees two taps of every input
+            tensor.div_((2 * shape[0]) ** 0.5)
+        elif not name.endswith("codebook.weight"):  # [out, in, kernel]
+            tensor.div_((shape[1] * shape[2]) ** 0.5)
+        if name.endswith(("res_unit1.conv2.weight", "res_unit2.conv2.weight", "res_unit3.conv2.weight")):
+            tensor.mul_(0.3)  # added to a residual stream that should not double with every unit
+        elif name == "decoder.conv2.weight":
+            tensor.mul_(0.02)  # the sum of nine codebooks comes out at a fifth of full scale
+        tensors[name] = tensor
+    return build_codec(config, tensors, "random weights", torch.device(device), dtype, ops)

@@ -1,0 +1,50 @@
+"""The small voice that comes with the package: a whole Dia that speaks some four dozen words, for demos and tests.
+
+How it was made, and how well it is understood, is in the model card beside its weights; `examples/demo_voice` makes it.
+"""
+
+import os
+from pathlib import Path
+
+from dia_fast.errors import CheckpointError, InputError
+from dia_fast.text.tokenizer import TAG
+
+DEMO = "demo"
+"""The name of the demo voice where a model is asked for; a folder of that name is `./demo`."""
+
+TEMPERATURE = 0.5
+"""At which the demo voice is understood best."""
+
+_FOLDER = Path(__file__).parent.parent / "demo_voice"
+
+
+def demo_voice() -> Path:
+    """The folder of the demo voice: a checkpoint in the layout of transformers, its codec in `codec` within.
+
+        Dia.from_pretrained(demo_voice()).generate("[S1] Please open the red door.")
+
+    Raises CheckpointError if the package was installed without it.
+    """
+    if not (_FOLDER / "model.safetensors").is_file():
+        raise CheckpointError(f"the demo voice is missing from this installation: there is no {_FOLDER}")
+    return _FOLDER
+
+
+def located(model: str | os.PathLike[str]) -> str:
+    """The name of a model, or for `"demo"` the folder of the demo voice. Raises CheckpointError if that is missing."""
+    if not os.fspath(model):
+        raise InputError("name_or_path must be a Hub repository or a path, not ''")
+    return str(demo_voice()) if os.fspath(model) == DEMO else os.fspath(model)
+
+
+def vocabulary() -> list[str]:
+    """The words that the demo voice can say, in lower case."""
+    return (demo_voice() / "vocabulary.txt").read_text(encoding="utf-8").split()
+
+
+def unknown_words(text: str) -> list[str]:
+    """The words of a transcript that the demo voice never learnt, each once, as they are written."""
+    spoken = TAG.sub(" ", text)
+    words = "".join(letter if letter.isalnum() else " " for letter in spoken).split()
+    known = set(vocabulary())
+    return list(dict.fromkeys(word for word in words if word.lower() not in known))

@@ -1,0 +1,91 @@
+"""The two official layouts of a checkpoint, as places within the packed weights.
+
+| original (`DenseGeneral`: input axes first) | transformers (`nn.Linear`: output first) |
+|---|---|
+| `encoder.embedding.weight` | `model.encoder.embedding.weight` |
+| `*.{self,cross}_attention.{q,k,v}_proj.weight` `[in, heads, head_dim]` | `model.*` + same `[heads * head_dim, in]` |
+| `*.{self,cross}_attention.o_proj.weight` `[heads, head_dim, out]` | `model.*` + same `[out, heads * head_dim]` |
+| `*.mlp.wi_fused.weight` `[in, 2, F]` | `model.*.mlp.gate_up_proj.weight` `[2 * F, in]` |
+| `*.mlp.wo.weight` `[F, out]` | `model.*.mlp.down_proj.weight` `[out, F]` |
+| `decoder.embeddings.{channel}.weight` | `model.decoder.embeddings.embed.weight`, the channels one after another |
+| `decoder.logits_dense.weight` `[in, channels, vocab]` | `logits_dense.weight` `[channels * vocab, in]` |
+| norms | `model.` + same |
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dia_fast.errors import CheckpointError
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes, pieces
+
+# Buffers that follow from the configuration; some versions store them, none needs them.
+_DERIVED = (".offsets", ".inv_freq", ".original_inv_freq", ".timescale")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one tensor of a layout lies: rows `first` to `last` (exclusive) of the packed weight `packed`.
+
+    shape: as stored. transposed: the stored tensor, its axes merged to `[in, out]`, is the transpose of those rows.
+    """
+
+    packed: str
+    first: int
+    last: int
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+def placements(config: DiaConfig, layout: str) -> dict[str, Placement]:
+    """Every tensor of a layout ("transformers" or "original") by name; together they cover each packed row once."""
+    shapes = packed_shapes(config)
+    found: dict[str, Placement] = {}
+    for name, (packed, first, last) in pieces(config).items():
+        place = Placement(packed, first, last, (last - first, *shapes[packed][1:]))
+        found |= {name: place} if layout == "transformers" else _original(config, name, place)
+    return found
+
+
+def detect_layout(names: Iterable[str]) -> str:
+    """Tell the layouts apart by the names of the tensors. Raises CheckpointError if they are of neither."""
+    names = list(names)
+    if any(name.startswith("model.") or name == "logits_dense.weight" for name in names):
+        return "transformers"
+    if any(name.startswith(("encoder.", "decoder.")) for name in names):
+        return "original"
+    some = ", ".join(sorted(names)[:3]) or "none at all"
+    raise CheckpointError(f"the tensors are not those of Dia in either official layout; the first are: {some}")
+
+
+def is_derived(name: str) -> bool:
+    """Whether a tensor is a buffer that the configuration determines, so that it may be there or not."""
+    return name.endswith(_DERIVED)
+
+
+def _original(config: DiaConfig, full_name: str, place: Placement) -> dict[str, Placement]:
+    decoder = config.decoder
+    name = full_name.removeprefix("model.")
+    stack = config.encoder if name.startswith("encoder.") else decoder
+    rows, columns = place.last - place.first, place.shape[-1]
+    shape: tuple[int, ...]
+    if name == "decoder.embeddings.embed.weight":
+        size = decoder.vocab_size
+        return {
+            f"decoder.embeddings.{channel}.weight": Placement(
+                place.packed, channel * size, (channel + 1) * size, (size, columns)
+            )
+            for channel in range(decoder.num_channels)
+        }
+    if name == "logits_dense.weight":
+        name, shape = "decoder.logits_dense.weight", (columns, decoder.num_channels, decoder.vocab_size)
+    elif "_attention." in name:
+        head_dim = decoder.cross_head_dim if "cross_attention" in name else stack.head_dim
+        shape = (columns // head_dim, head_dim, rows) if "o_proj" in name else (columns, rows // head_dim, head_dim)
+    elif "gate_up_proj" in name:
+        name, shape = name.replace("gate_up_proj", "wi_fused"), (columns, 2, stack.intermediate_size)
+    elif "down_proj" in name:
+        name, shape = name.replace("down_proj", "wo"), (columns, rows)
+    else:
+        return {name: place}
+    return {name: Placement(place.packed, place.first, place.last, shape, transposed=True)}

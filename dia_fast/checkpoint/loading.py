@@ -1,0 +1,313 @@
+"""Checkpoints: find one, check it against its configuration, and stream it into packed weights.
+
+Everything that can be wrong with names, shapes, dtypes and lengths is found when a checkpoint is opened, before any
+memory is taken. Loading fills the packed weights in place: the peak is those weights and one chunk.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dia_fast.checkpoint import hub
+from dia_fast.checkpoint import tensor_io as tensor_files
+from dia_fast.checkpoint.adapters import Adapter, base_of, is_adapter, open_adapter
+from dia_fast.checkpoint.demo import located
+from dia_fast.checkpoint.layouts import Placement, detect_layout, is_derived, placements
+from dia_fast.checkpoint.tensor_io import MappedTensor, StoredTensor, open_tensors
+from dia_fast.errors import CheckpointError, InputError, shown
+from dia_fast.generation.sampling_params import SamplingParams, from_generation_config
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes, parameter_count
+from dia_fast.utils.ambient import isolated
+from dia_fast.utils.files import checked_path, read_json
+
+GENERATION_CONFIG = "generation_config.json"
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened and checked checkpoint; its weights are still in the files.
+
+    source: as the caller named it. layout: "transformers" or "original". tensors: by their name in the files.
+    defaults: the settings of a generation that its generation_config.json names. adapter: what is added when it is
+    loaded, or None.
+    """
+
+    source: str
+    config: DiaConfig
+    layout: str
+    files: tuple[Path, ...]
+    tensors: dict[str, StoredTensor]
+    defaults: SamplingParams = field(default_factory=SamplingParams)
+    adapter: Adapter | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the stored weights have."""
+        counts: Counter[torch.dtype] = Counter()
+        for tensor in self.tensors.values():
+            counts[tensor.dtype] += torch.Size(tensor.shape).numel()
+        return counts.most_common(1)[0][0]
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the model has."""
+        return parameter_count(self.config)
+
+    @property
+    def stored_bytes(self) -> int:
+        """The size of the weights in the files, in bytes."""
+        return sum(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in self.tensors.values())
+
+    @isolated()
+    def load(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The packed weights by name (see `packing.packed_shapes`), in `dtype` (default: the stored one) on `device`.
+
+        Raises CheckpointError if a file breaks off, for values that are NaN, infinity, or too large for `dtype`, and if
+        the device has no memory left.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in DTYPES:
+            raise InputError(f"weights can be loaded as {_names(DTYPES)}, not as {_name(dtype)}")
+        places = placements(self.config, self.layout)
+        try:
+            packed = {
+                name: torch.empty(shape, dtype=dtype, device=device)
+                for name, shape in packed_shapes(self.config).items()
+            }
+        except (RuntimeError, MemoryError) as error:  # on a CPU torch has no class of its own for it
+            need = self.parameters * dtype.itemsize / 2**30
+            raise CheckpointError(f"{device} has no room for the weights: {need:.2f} GiB in {_name(dtype)}") from error
+        for name in sorted(places, key=lambda name: (self.tensors[name].path, self.tensors[name].offset)):
+            place = places[name]
+            _copy(self.tensors[name], place, packed[place.packed][place.first : place.last])
+        for name in self.adapter.parts if self.adapter else ():
+            packed[name].copy_(self.load_packed(name))
+            if wrong := not_finite(packed[name]):
+                raise CheckpointError(
+                    f"{self.source}: with the adapter {wrong} values of {name} are NaN or infinity in {_name(dtype)}"
+                )
+        return packed
+
+    @isolated()
+    def load_packed(self, packed: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One packed weight, on the CPU, in `dtype` (default: one that holds its stored parts exactly)."""
+        places = {n: p for n, p in placements(self.config, self.layout).items() if p.packed == packed}
+        dtype = dtype or self.stored_dtype(packed)
+        weight = torch.empty(packed_shapes(self.config)[packed], dtype=dtype, device="cpu")
+        for name, place in places.items():
+            _copy(self.tensors[name], place, weight[place.first : place.last])
+        return weight if self.adapter is None else self.adapter.merged(packed, weight)
+
+    def stored_dtype(self, packed: str) -> torch.dtype:
+        """The dtype that holds the stored parts of a packed weight exactly."""
+        places = placements(self.config, self.layout)
+        dtypes = [self.tensors[name].dtype for name, place in places.items() if place.packed == packed]
+        dtype = dtypes[0]
+        for other in dtypes[1:]:
+            dtype = torch.promote_types(dtype, other)
+        return dtype
+
+
+@isolated()
+def open_checkpoint(
+    name_or_path: str | Path,
+    *,
+    config: DiaConfig | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> Checkpoint:
+    """Find a checkpoint and check it completely, short of reading the weights.
+
+    name_or_path: a folder, a file of weights (its config.json beside it, or given as `config`), `"demo"` for the demo
+    voice, a folder with an adapter (see `adapters`), or the id of a repository on the Hugging Face Hub, of which
+    `revision` is loaded. local_files_only: do not go online.
+    Raises CheckpointError for whatever is missing, damaged, unsupported or does not fit together.
+    """
+    source = str(name_or_path)
+    path = checked_path(located(source), "name_or_path")
+    if is_adapter(path):
+        base = open_checkpoint(base_of(path), config=config, revision=revision, local_files_only=local_files_only)
+        if base.adapter is not None:
+            raise CheckpointError(f"{path}: its base {base.source} is an adapter itself; merge that one first")
+        return replace(base, source=source, adapter=open_adapter(path, base.config))
+    if path.exists():
+        if revision is not None:
+            raise InputError(f"revision {revision!r} is for repositories of the Hub, but {source} is on this machine")
+    elif not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", source) or source.endswith(
+        (".pth", ".safetensors")
+    ):
+        raise CheckpointError(f"{source}: no such file or folder, and not the id of a Hub repository (owner/name)")
+    else:
+        path = hub.download(source, find_weights, read_index, revision=revision, local_files_only=local_files_only)
+    folder, entry = (path, None) if path.is_dir() else (path.parent, path.name)
+    if config is None:
+        if not os.path.isfile(folder / "config.json"):
+            raise CheckpointError(
+                f"{folder} has no config.json; it tells the sizes of the model and which generation of Dia it is"
+            )
+        config = DiaConfig.from_file(folder / "config.json")
+    if entry is None:
+        entry = find_weights(_file_names(folder), str(folder))
+    names = read_index(folder / entry) if entry.endswith(".index.json") else [entry]
+    files = tuple(folder / name for name in names)
+    tensors = _open_files(files)
+    try:
+        layout = detect_layout(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / entry}: {error}") from error
+    _check(tensors, placements(config, layout), folder / entry)
+    kept = {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
+    return Checkpoint(source, config, layout, files, kept, _defaults(folder / GENERATION_CONFIG))
+
+
+def _defaults(path: Path) -> SamplingParams:
+    if not os.path.exists(path):
+        return SamplingParams()
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must be an object of named fields, not {type(data).__name__}")
+    try:
+        return from_generation_config(data)
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _file_names(folder: Path) -> list[str]:
+    try:
+        return [item.name for item in folder.iterdir() if item.is_file()]
+    except OSError as error:
+        raise CheckpointError(f"cannot read the folder {folder}: {error.strerror or error}") from None
+
+
+def find_weights(names: Collection[str], where: str) -> str:
+    """The file of a folder or repository to load weights from: an index of shards, or the weights themselves."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        for found in (f"{name}.index.json", name):
+            if found in names:
+                return found
+    for endings in ((".safetensors",), (".pth", ".pt", ".bin")):
+        several = sorted(name for name in names if name.endswith(endings) and "/" not in name)
+        if len(several) > 1:
+            raise CheckpointError(f"{where} has several files of weights: {', '.join(several)}. Name the one to load")
+        if several:
+            return several[0]
+    raise CheckpointError(f"{where} has no weights: no model.safetensors, pytorch_model.bin or *.pth")
+
+
+def read_index(path: Path) -> list[str]:
+    """The shards that an index names, each once, all of them in its own folder."""
+    try:
+        shards = sorted(set(read_json(path)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not an index of shards: it has no readable weight_map") from error
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{path} names the shard {shown(shard)}; shards must lie in the same folder")
+    return shards
+
+
+def _open_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        for name, tensor in open_tensors(file).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} is in both {tensors[name].path} and {file}")
+            tensors[name] = tensor
+    return tensors
+
+
+def _check(tensors: dict[str, StoredTensor], places: dict[str, Placement], where: Path) -> None:
+    missing = [name for name in places if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{where}: {_list(missing)} missing, though config.json asks for it")
+    extra = [name for name in tensors if name not in places and not is_derived(name)]
+    if extra:
+        raise CheckpointError(f"{where}: {_list(extra)} not part of the model that config.json describes")
+    for name, place in places.items():
+        tensor = tensors[name]
+        if tensor.shape != place.shape:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, "
+                f"but config.json asks for {list(place.shape)}"
+            )
+        if tensor.dtype not in (*DTYPES, torch.float64):
+            raise CheckpointError(
+                f"{tensor.path}: tensor {name} has dtype {_name(tensor.dtype)}; weights must be {_names(DTYPES)}"
+            )
+
+
+def not_finite(weight: Tensor) -> int:
+    """How many values are NaN or infinity. Where none is, which is told in one pass, nothing is allocated."""
+    if not weight.numel() or all(bool(end.isfinite()) for end in weight.aminmax()):
+        return 0
+    return sum(int((~part.isfinite()).sum()) for part in weight.view(-1).split(tensor_files.CHUNK))
+
+
+def _copy(tensor: StoredTensor, place: Placement, out: Tensor) -> None:
+    """Fill `out`, rows of a packed weight, with a stored tensor, whatever its layout, dtype and device.
+
+    Raises CheckpointError where values are NaN or infinity, or become infinity in the dtype of `out`.
+    """
+    _fill(tensor, place, out)
+    if wrong := not_finite(out):
+        raise CheckpointError(f"{tensor.path}: {_not_finite(tensor, wrong, out.dtype)}")
+
+
+def _not_finite(tensor: StoredTensor, wrong: int, dtype: torch.dtype) -> str:
+    """The reason why values of a tensor are not finite after reading it as `dtype`."""
+    size, largest, stored = torch.Size(tensor.shape).numel(), 0.0, 0
+    for first in range(0, size, tensor_files.CHUNK):
+        part = tensor.read(first, min(first + tensor_files.CHUNK, size))
+        good = part[part.isfinite()]
+        stored += part.numel() - good.numel()
+        largest = max(largest, float(good.abs().max()) if good.numel() else 0.0)
+    if stored:
+        return (
+            f"tensor {tensor.name} is damaged: {stored} of its {size} values are NaN or infinity; get the checkpoint "
+            "again"
+        )
+    return (
+        f"{wrong} of the {size} values of tensor {tensor.name} are too large for {_name(dtype)}, which ends at "
+        f"{torch.finfo(dtype).max:.5g} (the largest is {largest:.5g}); use bfloat16 or float32 instead (bf16, fp32)"
+    )
+
+
+def _fill(tensor: StoredTensor, place: Placement, out: Tensor) -> None:
+    if not place.transposed and tensor.dtype is out.dtype and out.device.type == "cpu":
+        tensor.read_into(out)
+        return
+    columns = out.shape[0] if place.transposed else out.numel() // out.shape[0]
+    lines = out.numel() // columns
+    step = max(1, tensor_files.CHUNK // columns)
+    for first in range(0, lines, step):
+        last = min(first + step, lines)
+        chunk = tensor.read(first * columns, last * columns).view(last - first, columns)
+        if place.transposed:
+            # Transposing a contiguous block and then placing it is twice as fast as writing across the rows.
+            out[:, first:last] = chunk.to(out.device, out.dtype).T.contiguous()
+        else:
+            out.view(lines, columns)[first:last] = chunk
+        if isinstance(tensor, MappedTensor):
+            tensor.release(first * columns, last * columns)
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"tensor{'s' if len(names) > 1 else ''} {shown} {'are' if len(names) > 1 else 'is'}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(map(_name, dtypes))

@@ -1,0 +1,223 @@
+"""Does this machine run the kernels, and do they compute what they should?
+
+Where Triton can run, a model of Dia's width with random weights speaks a few rows on an op set that runs every call
+twice, as a kernel and as its torch reference, and compares. Elsewhere the kernels are compiled for common GPUs, and
+what could not be checked is said.
+"""
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dia_fast.engine import Request, generate
+from dia_fast.errors import NumericError
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.model import DiaModel
+from dia_kernels import reference
+from dia_kernels.ops import triton_obstacle
+
+_NO_KERNELS = ("philox", "sample_weights", "attention_workspace", "pack", "PackedWeight")
+OPS = tuple(op for op in reference.__all__ if op not in _NO_KERNELS)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found out about one op.
+
+    outcome: "ok", "wrong" (ran, other numbers), "failed" (raised), "compiled" (not run) or "unchecked"; share: largest
+    error as a share of what is allowed, 0 where nothing ran.
+    """
+
+    op: str
+    outcome: str
+    detail: str
+    share: float = 0.0
+
+    @property
+    def healthy(self) -> bool:
+        return self.outcome not in ("wrong", "failed")
+
+
+class ComparingOps:
+    """An op set that runs `kernels` and the torch reference side by side, notes how they differ, and goes on.
+
+    Allowed for half-precision results: twice the error of the reference itself against fp32, plus one rounding. For
+    fp32 results: 1e-5 of the largest, some hundred ulps, which a sum of 8,192 products in another order stays below.
+    Integers have to be equal.
+    """
+
+    name = "comparing"
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self.kernels = kernels
+        self.calls: dict[str, int] = {}
+        self.shares: dict[str, float] = {}
+        self.errors: dict[str, str] = {}
+
+    def attention_workspace(self, *args: Any) -> Any:
+        return self.kernels.attention_workspace(*args)
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        if op not in OPS:
+            raise AttributeError(op)
+        return lambda *args, **named: self._both(op, args, named)
+
+    def _both(self, op: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        self.calls[op] = self.calls.get(op, 0) + 1
+        plain = [_copied(value) for value in args], {k: _copied(v) for k, v in named.items()}
+        exact = [_copied(value, widen=True) for value in args], {k: _copied(v, widen=True) for k, v in named.items()}
+        getattr(reference, op)(*plain[0], **plain[1])
+        getattr(reference, op)(*exact[0], **exact[1])
+        try:
+            result = getattr(self.kernels, op)(*args, **named)
+            if args[0].device.type == "cuda":
+                torch.cuda.synchronize(args[0].device)
+        except Exception as error:
+            first = (str(error).strip() or "no message").splitlines()[0]
+            self.errors.setdefault(op, f"{type(error).__name__}: {first}")
+            return getattr(reference, op)(*args, **named)
+        given = ((*values, *others.values()) for values, others in ((args, named), plain, exact))
+        for got, low, wide in zip(*given, strict=True):
+            if isinstance(got, Tensor) and not isinstance(got, nn.Parameter):
+                self.shares[op] = max(self.shares.get(op, 0.0), _share(got, low, wide))
+        return result
+
+    def verdicts(self) -> Iterator[Verdict]:
+        """One for every op."""
+        for op in OPS:
+            share = self.shares.get(op, 0.0)
+            if op in self.errors:
+                yield Verdict(op, "failed", self.errors[op])
+            elif op not in self.calls:
+                yield Verdict(op, "unchecked", "was not called")
+            elif not share <= 1:
+                yield Verdict(op, "wrong", f"error {share:.3g} times what is allowed, in {self.calls[op]} calls", share)
+            else:
+                yield Verdict(op, "ok", f"error at most {share:.2f} of what is allowed, {self.calls[op]} calls", share)
+
+
+def _copied(value: Any, widen: bool = False) -> Any:
+    """A copy of what an op may write to; weights, which none does, are copied only to be widened."""
+    if not isinstance(value, Tensor):
+        return value
+    if widen and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value if isinstance(value, nn.Parameter) else value.clone()
+
+
+def _share(got: Tensor, low: Tensor, exact: Tensor) -> float:
+    """Largest error of `got` over what it may be; infinite where it is not even finite, or integers differ."""
+    if not got.is_floating_point():
+        return 0.0 if torch.equal(got, low) else float("inf")
+    if not torch.equal(got.isfinite(), low.isfinite()):
+        return float("inf")
+    rounding = torch.finfo(got.dtype).eps / 2
+    finite = low.isfinite()
+    got, low, exact = got[finite].double(), low[finite].double(), exact[finite].double()
+    if not got.numel() or torch.equal(got, low):
+        return 0.0
+    error, plain, largest = ((a - b).abs().max().item() for a, b in ((got, exact), (low, exact), (exact, 0 * exact)))
+    return error / (2 * plain + max(rounding, 1e-5 if plain == 0 else 0.0) * largest)
+
+
+def random_model(config: DiaConfig, ops: Any, dtype: torch.dtype, device: torch.device) -> DiaModel:
+    """Random weights of the size that training gives them: unit norms, matrices that keep the scale."""
+    generator = torch.Generator(device).manual_seed(0)
+    weights = {}
+    for name, shape in packed_shapes(config).items():
+        values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+        weights[name] = (1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5).to(dtype)
+    return DiaModel(config, cast(ModuleType, ops)).load(weights)
+
+
+def check_running(kernels: Any, dtype: torch.dtype, device: torch.device, *, full_width: bool) -> list[Verdict]:
+    """Speaks a few rows on both op sets; at the width of Dia-1.6B, or with small tensors for an interpreter."""
+    ops = ComparingOps(kernels)
+    config = DiaConfig()
+    frames, rows = 300, 40
+    if full_width:
+        config = replace(
+            config,
+            encoder=replace(config.encoder, num_hidden_layers=1),
+            decoder=replace(config.decoder, num_hidden_layers=1),
+        )
+    else:
+        small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+        cross = {"cross_num_attention_heads": 2, "cross_num_key_value_heads": 2, "cross_head_dim": 16}
+        codes = {"num_channels": 2, "vocab_size": 40, "eos_token_id": 36, "pad_token_id": 37, "bos_token_id": 38}
+        config = DiaConfig(
+            encoder=replace(config.encoder, **small, **heads),
+            decoder=replace(config.decoder, **small, **heads, **cross, **codes, cross_hidden_size=32),
+            delay_pattern=(0, 1),
+        )
+        frames, rows = 3, 3
+    model = random_model(config, ops, dtype, device)
+    prompt = torch.zeros(frames, config.decoder.num_channels, dtype=torch.int32, device="cpu")
+    with suppress(NumericError):  # of an op that leaves no numbers, which its verdict tells
+        generate(model, [Request(list(b"\x01 Are these kernels sound?"), prompt=prompt, max_new_tokens=rows, seed=1)])
+    x = torch.linspace(-9, 9, 3000 if full_width else 40, device=device, dtype=torch.float32).to(dtype).view(1, 2, -1)
+    alpha = torch.ones(2, dtype=dtype, device=device)
+    ops.snake(x, alpha, torch.empty_like(x))
+    ops.snake_residual(x, x, alpha, torch.empty_like(x), torch.empty_like(x))
+    return list(ops.verdicts())
+
+
+def check_compiling(targets: Sequence[str], dtype: torch.dtype) -> list[Verdict]:
+    """Compiles every kernel at the shapes of Dia-1.6B for GPUs that need not be here. Needs Triton, uninterpreted."""
+    from dia_fast.diagnostics import launches
+    from dia_kernels import aot as ahead
+    from dia_kernels import triton as kernels
+
+    failures: dict[str, str] = {}
+    for target in targets:
+        for op in OPS:
+            ops = SimpleNamespace(**{name: getattr(kernels, name) for name in kernels.__all__})
+            for other in OPS:
+                if other != op:
+                    setattr(ops, other, lambda *args, **named: None)
+            try:
+                with ahead.compiling(target):
+                    launches.decode(2, dtype, ops)
+                    first_generation = DiaConfig(first_generation=True)
+                    launches.decode(2, dtype, ops, launches.one_layer(dtype, ops, first_generation))
+                    launches.prefill(dtype, ops)
+            except Exception as error:
+                failures.setdefault(op, f"for {target}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    return [
+        Verdict(op, "failed", failures[op]) if op in failures else Verdict(op, "compiled", f"for {', '.join(targets)}")
+        for op in OPS
+    ]
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, for a report."""
+    facts = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for package in ("dia-fast", "torch", "triton", "transformers"):
+        try:
+            # torch itself also names its build (+cpu, +cu130), which its package's version may leave out.
+            facts[package] = torch.__version__ if package == "torch" else version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["device"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    else:
+        facts["device"] = f"{device} (torch sees {torch.cuda.device_count()} GPUs)"
+    return facts
+
+
+def backend_choice(device: torch.device) -> tuple[str, str]:
+    """The backend that `backend="auto"` takes on `device`, and why."""
+    obstacle = triton_obstacle(device)
+    if device.type == "cpu":
+        return "torch", "a CPU runs the torch ops" + (f"; Triton cannot run here: {obstacle}" if obstacle else "")
+    return ("torch", obstacle) if obstacle else ("triton", "Triton has a driver for this device")

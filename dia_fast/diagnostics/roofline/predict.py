@@ -1,0 +1,271 @@
+"""The time of a decode step on a device, between a best and a worst case.
+
+    launch = gap + serial + max(memory, flight, issue, cache, compute, turns)
+    step   = max(sum of launches, time of the host)
+
+memory: bytes over bandwidth. flight: Little's law, program by program: a program takes `bytes / bytes in flight` times
+the latency, and there are `programs / (resident * SMs)` waves of them. issue: warp instructions over the issue slots of
+the SMs that have a program. cache: what is read again, too, comes through L2. compute: operations, padding included.
+turns: every program of an attention, those beyond the context too, has to find out where it stands; in the worst case
+nothing hides that and it is added. gap: from one kernel to the next. serial: loads that wait for loads, the reduction
+at a program's end, the sampler's bisections.
+
+No launch is ever predicted to be faster than its weights, keys and values over the published bandwidth.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from dia_fast.diagnostics.roofline import assumptions as assumed
+from dia_fast.diagnostics.roofline import work as counted
+from dia_fast.diagnostics.roofline.devices import Device
+from dia_fast.diagnostics.roofline.figures import Figure, Figures, load
+from dia_fast.diagnostics.roofline.work import Step, Work
+from dia_fast.engine.stepper import BUCKETS
+from dia_fast.generation.inputs import FRAMES_PER_SECOND
+from dia_fast.model.config import DiaConfig
+
+STEPS_PER_SECOND = FRAMES_PER_SECOND  # of realtime: a step makes one frame of the codec
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for. requests: at once; context: tokens of sound, text: bytes of text of each; graph: a CUDA graph
+    of the step, in which requests are padded to the next size that the engine captures."""
+
+    config: DiaConfig
+    dtype: str
+    requests: int
+    context: int
+    text: int
+    guided: bool = True
+    graph: bool = True
+
+    @property
+    def step(self) -> Step:
+        """The launches' shapes, in an engine that has room for any request."""
+        slots = (
+            next(size for size in (*BUCKETS, self.requests) if size >= self.requests) if self.graph else self.requests
+        )
+        decoder, encoder = self.config.decoder, self.config.encoder
+        return Step(
+            self.requests, self.context, self.text, SIZES[self.dtype], self.guided, slots,
+            decoder.max_position_embeddings + 1, encoder.max_position_embeddings,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Range:
+    """Seconds: best and worst case."""
+
+    low: float
+    high: float
+
+    def __add__(self, other: "Range") -> "Range":
+        return Range(self.low + other.low, self.high + other.high)
+
+    def times(self, factor: float) -> "Range":
+        return Range(self.low * factor, self.high * factor)
+
+    @property
+    def middle(self) -> float:
+        return (self.low + self.high) / 2
+
+
+@dataclass(frozen=True)
+class Line:
+    """One launch. each: time of one of them; parts: what it consists of, see the module; ceiling: seconds that its
+    weights, keys and values take at the published bandwidth; bound: the part that decides."""
+
+    work: Work
+    each: Range
+    parts: dict[str, Range]
+    ceiling: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A whole step. gpu: sum of its launches; host: time of the host beside it; step: the longer of the two."""
+
+    device: Device
+    settings: Settings
+    figures: Figures
+    lines: list[Line]
+    gpu: Range
+    host: Range
+    step: Range
+    ceiling: float
+    notes: list[str]
+
+    @property
+    def launches(self) -> int:
+        return sum(line.work.times for line in self.lines)
+
+    def moved(self) -> int:
+        return sum(line.work.times * line.work.moved for line in self.lines)
+
+    def streamed(self) -> int:
+        return sum(line.work.times * line.work.streamed for line in self.lines)
+
+
+def predict(device: Device, settings: Settings) -> Prediction:
+    """The prediction for one device. settings must have been checked, see `dia_fast.cli.plan`."""
+    found, step = load(device.target, settings.dtype), settings.step
+    decoder = settings.config.decoder
+    tiles = counted.Tiles(
+        block=lambda name, rows: found.find(name, rows).block,
+        self_split=counted.split(decoder.head_dim, step.itemsize, device.target, counted.SELF_SPLIT),
+        cross_split=counted.split(decoder.cross_head_dim, step.itemsize, device.target, counted.CROSS_SPLIT),
+        reads_twice=device.target.startswith("gfx") or settings.dtype == "float16",
+    )
+    lines = [
+        _line(item, found.find(item.name, item.rows), found, device, settings)
+        for item in counted.launches(settings.config, step, tiles)
+    ]
+    gpu = Range(0.0, 0.0)
+    for line in lines:
+        gpu += line.each.times(line.work.times)
+    launches = sum(line.work.times for line in lines)
+    if settings.graph:
+        host = Range(assumed.HOST_STEP.best, assumed.HOST_STEP.worst)
+    else:
+        host = Range(assumed.HOST_LAUNCH.best, assumed.HOST_LAUNCH.worst).times(launches)
+    whole = Range(max(gpu.low, host.low), max(gpu.high, host.high))
+    ceiling = sum(line.ceiling * line.work.times for line in lines)
+    made = Prediction(device, settings, found, lines, gpu, host, whole, ceiling, [])
+    made.notes.extend(_notes(made))
+    return made
+
+
+def _line(item: Work, figure: Figure, found: Figures, device: Device, settings: Settings) -> Line:
+    low = _parts(item, figure, found, device, settings, worst=False)
+    high = _parts(item, figure, found, device, settings, worst=True)
+    parts = {key: Range(low[key], high[key]) for key in low}
+    streams = {key: part for key, part in parts.items() if key not in ("gap", "serial")}
+    fixed = parts["gap"] + parts["serial"]
+    each = Range(
+        fixed.low + max(part.low for part in streams.values()),
+        fixed.high + parts["turns"].high + max(part.high for part in streams.values()),
+    )
+    bound = max(streams, key=lambda key: streams[key].middle)
+    if fixed.middle > streams[bound].middle:
+        bound = "gap" if parts["gap"].middle > parts["serial"].middle else "serial"
+    return Line(item, each, parts, item.streamed / device.bandwidth, bound)
+
+
+def _parts(
+    item: Work, figure: Figure, found: Figures, device: Device, settings: Settings, worst: bool
+) -> dict[str, float]:
+    """Seconds of each part of one launch."""
+    size = SIZES[settings.dtype]
+    latency = device.latency * assumed.LATENCY.value(worst)
+    clock = device.clock * assumed.CLOCK.value(worst)
+    room = figure.resident * device.units
+    if worst:  # whole waves, of programs that come to SMs one by one
+        waves, per_unit = float(ceil(item.active / room)), float(ceil(item.active / device.units))
+    else:
+        waves, per_unit = max(1.0, item.active / room), max(1.0, item.active / device.units)
+    trips, instructions = _per_program(item, figure, device, size)
+    other = assumed.OTHER_FROM_MEMORY.value(worst) * item.other
+    memory = (item.streamed + other) / (device.bandwidth * assumed.MEMORY_SHARE.value(worst))
+    slow = max(trips, 1.0) / assumed.IN_FLIGHT.value(worst) if trips else 0.0
+    flight = slow * latency * (waves + (1 if worst and item.active > room else 0))
+    # Of attentions all is fetched from L2: what their programs share is little.
+    shared = 1 if worst or not item.features else min(figure.resident, ceil(item.active / device.units))
+    cache = (item.moved + item.again / shared) / (device.cache_bandwidth * assumed.CACHE_SHARE.value(worst))
+    operations = per_unit * device.units * _operations(item, figure, found, settings)
+    return {
+        "memory": memory,
+        "flight": flight,
+        "issue": per_unit * instructions / (device.issue * clock * assumed.ISSUE.value(worst)),
+        "cache": cache,
+        "compute": operations / (device.peak(size) * assumed.COMPUTE.value(worst)),
+        "turns": _turns(item, room, device, worst),
+        "gap": _gap(item, device, settings, worst),
+        "serial": _serial(item, device, worst),
+    }
+
+
+def _per_program(item: Work, figure: Figure, device: Device, size: int) -> tuple[float, float]:
+    """How many latencies a program's loads of weights or of K and V take, 0 if unknown, and its warp instructions."""
+    if not item.features:
+        return float(item.name in counted.ATTENTIONS), figure.instructions * figure.warps
+    bytes_of_program = figure.block * item.width * size
+    loads = bytes_of_program / (16 * device.lanes)
+    trips = bytes_of_program / figure.in_flight if figure.in_flight else 0.0
+    return trips, loads * figure.instructions
+
+
+def _operations(item: Work, figure: Figure, found: Figures, settings: Settings) -> float:
+    """Operations of a program, those on padding included: rows of x, the group's 16 rows of a matrix instruction, and
+    tokens of a split beyond the context."""
+    decoder = settings.config.decoder
+    if item.features:
+        return 2 * found.bucket(item.rows) * figure.block * item.width
+    if item.name not in counted.ATTENTIONS:
+        return item.flops / item.active
+    if item.name == "self_attention":
+        group, dim = decoder.num_attention_heads // decoder.num_key_value_heads, decoder.head_dim
+    else:
+        group, dim = decoder.cross_num_attention_heads // decoder.cross_num_key_value_heads, decoder.cross_head_dim
+    return 4 * (max(16, group) if SIZES[settings.dtype] == 2 else group) * item.split * dim
+
+
+def _gap(item: Work, device: Device, settings: Settings, worst: bool) -> float:
+    if device.target.startswith("gfx"):
+        return assumed.AMD_GAP.value(worst)
+    chained = device.chained and item.name not in ("embed", "sample")
+    return (assumed.PDL_GAP if chained else assumed.GRAPH_GAP).value(worst)
+
+
+def _cached(device: Device, worst: bool) -> float:
+    """Seconds of a load that hits L2."""
+    return device.latency * assumed.LATENCY.value(worst) * assumed.CACHED_LATENCY.value(worst)
+
+
+def _turns(item: Work, room: int, device: Device, worst: bool) -> float:
+    if item.name not in counted.ATTENTIONS:
+        return 0.0
+    turns = item.programs / room
+    return (ceil(turns) if worst else turns) * _cached(device, worst)
+
+
+def _serial(item: Work, device: Device, worst: bool) -> float:
+    """What nothing else hides: loads that depend on loads, the end of a program, the bisections."""
+    clocks = assumed.EPILOGUE.value(worst)
+    if item.name == "sample":
+        cached, trips, clocks = 2, 0, clocks + assumed.SAMPLING.value(worst)
+    elif item.name == "embed":
+        cached, trips = 2, 1
+    elif item.features:  # x, and the first weights unless they are requested while the launch before still runs
+        cached, trips = 1, 1 if worst or not device.chained else 0
+    else:  # to merge splits: their sums, the counter, the others' sums
+        cached, trips = (3 if item.splits > 1 else 0), 1 if worst else 0
+    latency = device.latency * assumed.LATENCY.value(worst)
+    return cached * _cached(device, worst) + trips * latency + clocks / (device.clock * assumed.CLOCK.value(worst))
+
+
+def _notes(made: Prediction) -> list[str]:
+    """What somebody who reads these numbers should know, sentence by sentence."""
+    device, settings, step = made.device, made.settings, made.settings.step
+    notes = [made.figures.stand_in] if made.figures.stand_in else []
+    if step.slots > settings.requests:
+        notes.append(f"{settings.requests} requests run in the graph for {step.slots}: the others are padding")
+    rows = {line.work.rows for line in made.lines if line.work.features}
+    missing = sorted(
+        rows_of
+        for rows_of in rows
+        if all(made.figures.bucket(rows_of) not in made.figures.lines[name] for name in counted.PROJECTIONS)
+    )
+    if missing:
+        notes.append(f"nothing was compiled for {missing[0]} rows: figures of the next larger count stand in")
+    if any(not made.figures.find(name, 1).in_flight for name in counted.PROJECTIONS):
+        notes.append(f"the machine code of {made.figures.target} does not tell bytes in flight: taken to be enough")
+    if made.streamed() < device.cache:
+        notes.append("all that a step streams fits the cache: the ceiling of the memory's bandwidth is none here")
+    decoder, default = settings.config.decoder, DiaConfig().decoder
+    if (decoder.hidden_size, decoder.intermediate_size) != (default.hidden_size, default.intermediate_size):
+        notes.append("figures of compiled code are those of Dia-1.6B's shapes")
+    return notes

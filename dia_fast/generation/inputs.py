@@ -1,0 +1,198 @@
+"""What callers of `Dia` may pass, checked and brought into one form."""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dia_fast.engine import MAX_BATCH, Request
+from dia_fast.errors import InputError, shown
+from dia_fast.generation.prompts import AudioPrompt
+from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams, random_seed
+from dia_fast.model.config import DecoderConfig, DiaConfig
+from dia_fast.text.tokenizer import SHORT_SECONDS, encode_text
+from dia_fast.utils.ambient import isolated
+from dia_fast.utils.progress import StepBar
+from dia_fast.utils.values import tensor_of, whole_number
+
+if TYPE_CHECKING:
+    from dia_fast.audio.codec import Codec
+
+Texts: TypeAlias = str | bytes | Sequence[str | bytes]
+Prompts: TypeAlias = AudioPrompt | list[AudioPrompt]
+Seeds: TypeAlias = int | Sequence[int] | None
+Progress: TypeAlias = bool | Callable[[int], None]
+AnyCodec: TypeAlias = "str | os.PathLike[str] | Codec | None"
+Memory: TypeAlias = int | str | None
+
+FRAMES_PER_SECOND = 44_100 / 512  # of the codec that Dia was trained on
+
+_OPTIONS = (*SamplingOptions.__annotations__, "seed")
+
+_POWERS = ("", "K", "M", "G", "T")  # of 1000, or of 1024 as in KiB
+
+
+def check_codec(codec: object) -> None:
+    """Raises InputError unless it is the name or path of a codec, a loaded one, or None."""
+    if codec is None or isinstance(codec, str | os.PathLike):
+        return
+    from dia_fast.audio.codec import Codec
+
+    if not isinstance(codec, Codec):
+        raise InputError(f"codec must be the name or path of one, a loaded Codec, or None, not {shown(codec)}")
+
+
+def is_list(text: Texts) -> bool:
+    return isinstance(text, list | tuple)
+
+
+def texts_of(text: Texts) -> list[str | bytes]:
+    """One text or several, as a list. Raises InputError for an empty one."""
+    if not is_list(text):
+        return [text]  # type: ignore[list-item]
+    if not text:
+        raise InputError("text is an empty list: there is nothing to say")
+    return list(text)  # type: ignore[arg-type]
+
+
+def one_text(text: str | bytes) -> str | bytes:
+    """Raises InputError for a list of texts."""
+    if is_list(text):
+        raise InputError("text is a list, and a stream speaks one text: start one for each, in threads or with astream")
+    return text
+
+
+def seeds_of(seed: Seeds, count: int, settings: SamplingParams) -> list[int]:
+    """A checked seed for each text. settings: with the one that holds if none is given."""
+    seed = settings.seed if seed is None else seed
+    if seed is None:
+        return [random_seed() for _ in range(count)]
+    given: list[Any] = list(seed) if isinstance(seed, list | tuple) else [seed] * count
+    if len(given) != count:
+        raise InputError(f"seed has {len(given)} entries for {count} texts: give one for each, or one int for all")
+    checked = (replace(settings, seed=random_seed() if item is None else item).seed for item in given)
+    return [item for item in checked if item is not None]
+
+
+def least_seconds(config: DiaConfig) -> float:
+    """Below which it sounds unnatural. The advice is about Dia-1.6B; models of fewer positions learnt shorter texts."""
+    return SHORT_SECONDS if config.decoder.max_position_embeddings >= DecoderConfig.max_position_embeddings else 0.0
+
+
+def progress_of(progress: Progress, total: int, frames_per_second: float = FRAMES_PER_SECOND) -> Any:
+    """A context whose value is what to call with the number of steps so far, or None. total: steps expected."""
+    if callable(progress):
+        return nullcontext(progress)
+    if not isinstance(progress, bool):
+        raise InputError(f"progress must be True, False or a function of the number of steps, not {progress!r}")
+    return StepBar(total, frames_per_second) if progress else nullcontext(None)
+
+
+def expected_steps(config: DiaConfig, seconds: float, limit: int, frames_per_second: float = FRAMES_PER_SECOND) -> int:
+    """Steps that some seconds of speech take; no more than `limit` allows."""
+    most = min(limit, config.decoder.max_position_embeddings)
+    # The delay pattern adds rows; one step more than rows, since the last one only puts the last row in its place.
+    return max(1, min(math.ceil(seconds * frames_per_second) + max(config.delay_pattern), most)) + 1
+
+
+def params_for(
+    config: DiaConfig, defaults: SamplingParams, given: SamplingParams | None = None, **options: Any
+) -> SamplingParams:
+    """Checked settings that leave room for a frame of sound.
+
+    given: settings in the place of the defaults; options: single ones, in the place of either. Raises InputError for a
+    value, and TypeError for a name that is no setting.
+    """
+    if given is not None and not isinstance(given, SamplingParams):
+        raise InputError(f"sampling_params must be a SamplingParams, not {shown(given)}")
+    for name in options:
+        if name not in _OPTIONS:
+            close = difflib.get_close_matches(name, _OPTIONS, 1)
+            hint = f"; did you mean {close[0]}?" if close else f": they are {', '.join(_OPTIONS)}"
+            raise TypeError(f"{name!r} is no setting of sampling{hint}")
+    params = (given or defaults).given(**options)
+    least = max(config.delay_pattern) + 2
+    if params.max_new_tokens < least:
+        raise InputError(
+            f"max_new_tokens must be at least {least}, not {params.max_new_tokens}: the delay pattern completes "
+            "the first frame of sound no earlier"
+        )
+    return params
+
+
+def ids_of(config: DiaConfig, text: str | bytes) -> list[int]:
+    """A checked text as the encoder reads it."""
+    encoder = config.encoder
+    ids = encode_text(text, max_length=encoder.max_position_embeddings)
+    if max(ids) >= encoder.vocab_size:
+        raise InputError(f"text holds byte {max(ids)}, but the model knows only {encoder.vocab_size}")
+    return ids
+
+
+def make_request(ids: list[int], seed: int | None, prompt: Tensor | None, settings: SamplingParams) -> Request:
+    """A request with these settings, whatever their seed."""
+    return Request(
+        ids,
+        prompt,
+        max_new_tokens=settings.max_new_tokens,
+        guidance_scale=settings.guidance_scale,
+        temperature=0.0 if settings.greedy else settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        seed=seed,
+    )
+
+
+@isolated()
+def checked_rows(config: DiaConfig, rows: Any, count: int) -> Tensor:
+    """Rows of the delayed grid for each of `count` texts, `[count, steps, channels]` integers."""
+    decoder = config.decoder
+    grid = tensor_of("rows", rows)
+    wanted = f"[{count}, steps, {decoder.num_channels}]"
+    if grid.ndim != 3 or grid.shape[0] != count or grid.shape[2] != decoder.num_channels:
+        raise InputError(f"rows must have shape {wanted}, not {list(grid.shape)}")
+    if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
+        raise InputError(f"rows must be integers, not {grid.dtype}")
+    if not 1 <= grid.shape[1] <= decoder.max_position_embeddings:
+        raise InputError(f"rows must have 1 to {decoder.max_position_embeddings} steps, not {grid.shape[1]}")
+    low, high = int(grid.min()), int(grid.max())
+    if low < 0 or high >= decoder.vocab_size:
+        raise InputError(f"rows hold code {low if low < 0 else high}; codes go from 0 to {decoder.vocab_size - 1}")
+    return grid
+
+
+def cut_remark(config: DiaConfig, limit: int, given: int) -> str:
+    """The remark about speech that reached its limit: `max_new_tokens`, or the positions that the prompt leaves.
+
+    given: frames of the prompt.
+    """
+    left = config.decoder.max_position_embeddings - given
+    cause = "max_new_tokens" if limit <= left else "the model's positions"
+    return f"speech was cut after {min(limit, left)} steps, by {cause}"
+
+
+def engine_limits(max_batch: int, memory: Memory) -> dict[str, Any]:
+    """Checked arguments of an `Engine`: memory in bytes, from a number of them or a text such as "4GB" or "512 MiB"."""
+    return {"max_batch": whole_number("max_batch", max_batch, 1, MAX_BATCH), "memory": _bytes(memory)}
+
+
+def _bytes(memory: Memory) -> int | None:
+    if memory is None:
+        return None
+    if isinstance(memory, str):
+        found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", memory.upper())
+        if found and (found[2] or not found[3]):
+            memory = int(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS.index(found[2]))
+    try:
+        return whole_number("memory", memory, 1)
+    except InputError:
+        raise InputError(
+            f'memory must be a number of bytes, or a text such as "4GB" or "512MB", not {shown(memory)}'
+        ) from None

@@ -1,0 +1,430 @@
+"""Dia's encoder and decoder over the op set of `dia_kernels`. docs/dia.md says what is computed.
+
+Two ways through the decoder. `decode_step` is the one that costs: one row of every request, all of its work in
+`8 * layers + 3` op calls on buffers of a `DecodeState`, so that it can be captured in a graph. The others, `encode`,
+`prefill` and `forward_logits`, take a whole sequence of one request at a time, so that what a request computes does
+not depend on what else is in the batch; their large matrix products are torch's.
+
+The unconditional branch reads a text of zeros. All its encoder positions are equal, so whatever the attention weights
+are, its cross-attention adds the same vector everywhere: `DecoderLayer.uncond_cross`, computed once by `finalize`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
+from dia_fast.model.cpu_weights import pack_matrices, refuse_packed
+from dia_fast.model.decode_state import DecodeState, cross_pages
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.kv_cache import BlockTable, PagePool
+from dia_fast.utils.ambient import isolated
+from dia_fast.utils.forks import OneProcess
+from dia_kernels.reference import PackedWeight
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class _Past(NamedTuple):
+    """Keys and values of sequences in pages: block table `[sequences, max_pages]` and lengths `[sequences]`, int32."""
+
+    pool: PagePool
+    table: Tensor
+    lengths: Tensor
+
+
+class _LayerPast(NamedTuple):
+    """`_Past` in one layer; slots: `[tokens]` int64, where the tokens at hand go."""
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    lengths: Tensor
+    slots: Tensor | None
+
+
+class EncoderLayer(nn.Module):
+    """Packed weights of one layer, `[out, in]`: qkv is q|k|v, gate_up is gate|up."""
+
+    self_norm: Tensor
+    qkv: Tensor
+    o: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            _declare(self, name, shape)
+
+
+class DecoderLayer(EncoderLayer):
+    """As in the encoder, with cross-attention (cross_kv is k|v) and what it adds to unconditional rows, `[hidden]`."""
+
+    cross_norm: Tensor
+    cross_q: Tensor
+    cross_kv: Tensor
+    cross_o: Tensor
+    uncond_cross: Tensor
+
+
+class Stack(nn.Module):
+    """Embedding, layers and final norm of the encoder or the decoder; the decoder also has a head."""
+
+    embedding: Tensor
+    norm: Tensor
+    head: Tensor
+    cos: Tensor
+    sin: Tensor
+    cross_cos: Tensor
+    cross_sin: Tensor
+
+    def __init__(self, shapes: Shapes, layer: type[EncoderLayer], count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer(_below(shapes, f"layers.{index}.")) for index in range(count))
+        for name, shape in shapes.items():
+            if not name.startswith("layers."):
+                _declare(self, name, shape)
+
+
+class DiaModel(OneProcess, nn.Module):
+    """The model; its `state_dict` holds the packed weights by the names of `packing.packed_shapes`.
+
+    config: sizes. ops: an op set, see `dia_kernels.get_ops`. The new model has no memory: give it weights with `load`.
+    """
+
+    def __init__(self, config: DiaConfig, ops: ModuleType) -> None:
+        super().__init__()
+        shapes = packed_shapes(config)
+        self.config, self.ops, self.packed = config, ops, False
+        self.encoder = Stack(_below(shapes, "encoder."), EncoderLayer, config.encoder.num_hidden_layers)
+        self.decoder = Stack(_below(shapes, "decoder."), DecoderLayer, config.decoder.num_hidden_layers)
+
+    @isolated()
+    def load(self, weights: Mapping[str, Tensor]) -> "DiaModel":
+        """Takes the packed weights as they are, without a copy, and computes what follows from them."""
+        self.load_state_dict(weights, strict=True, assign=True)
+        self.requires_grad_(False)
+        self.finalize()
+        return self
+
+    @isolated()
+    def pack(self, *, progress: bool = False) -> "DiaModel":
+        """Lays the matrices out as the op set multiplies them fastest, where that is another way than they lie.
+
+        On an x86 CPU 16-bit inference needs it to be fast. Afterwards the matrices are no tensors any more: the model
+        only infers, `state_dict`, `load`, `finalize`, `to` and training raise InputError. Memory stays at one copy.
+        progress: draw a bar where somebody may be looking.
+        """
+        self.packed |= pack_matrices(self, self.ops.pack, progress)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> "DiaModel":
+        if requires_grad and self.packed:
+            refuse_packed("trained")
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiaModel":
+        if self.packed:
+            refuse_packed("moved or converted")
+        return super()._apply(fn, recurse)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.embedding.dtype
+
+    @isolated()
+    def finalize(self) -> None:
+        """Computes the rotation tables and the unconditional constants; call it when the weights have changed.
+
+        The constants are computed in float32 and rounded once: an error in them would push every step the same way.
+        """
+        if self.packed:
+            refuse_packed("read as tensors")
+        parts = [(self.encoder, "encoder", ""), (self.decoder, "decoder", "")]
+        if self.config.first_generation:
+            parts.append((self.decoder, "cross", "cross_"))
+        for stack, part, prefix in parts:
+            cos, sin = rope_table(self.config, part, self.device)
+            _keep(stack, f"{prefix}cos", cos)
+            _keep(stack, f"{prefix}sin", sin)
+        self.finalize_constants()
+
+    @isolated()
+    def finalize_constants(self) -> None:
+        """Computes the unconditional constants, in place, so that captured steps read the new ones."""
+        if self.packed:
+            refuse_packed("read as tensors")
+        memory = self._encode([0], torch.float32)
+        config = self.config.decoder
+        groups = config.cross_num_attention_heads // config.cross_num_key_value_heads
+        for layer in self._decoder_layers():
+            values = _linear(memory, layer.cross_kv.chunk(2)[1]).view(-1, config.cross_head_dim)
+            added = _linear(values.repeat_interleave(groups, 0).view(1, -1), layer.cross_o)[0]
+            _keep(layer, "uncond_cross", added.to(self.dtype))
+
+    @isolated()
+    def decode_step(self, s: DecodeState) -> None:
+        """One step of every slot: forms its next row from what was sampled and samples the row after it.
+
+        Exactly `8 * layers + 3` op calls; nothing is allocated (the torch ops aside) and nothing is waited for.
+        """
+        ops, stack, config = self.ops, self.decoder, self.config.decoder
+        eps, eos = config.norm_eps, config.eos_token_id
+        first_generation, rotation = self.config.first_generation, {}
+        if first_generation:
+            rotation = {"cos": stack.cross_cos, "sin": stack.cross_sin, "positions": s.positions_cond}
+        ops.embed_codes(
+            s.sampled, s.forced, s.row, s.first_row, s.end_row, s.eos_row, s.delay, stack.embedding,
+            s.codes, s.positions, s.finished, s.x, eos=eos, pad=config.pad_token_id,
+        )  # fmt: skip
+        for i, layer in enumerate(self._decoder_layers()):
+            keys, values = s.pool.keys[i], s.pool.values[i]
+            ops.rms_norm_linear(s.x, layer.self_norm, layer.qkv, eps, s.qkv)
+            # All that attention reads but q and the new token is settled: `embed_codes` lets no launch begin early.
+            ops.rope_attention(
+                s.qkv, stack.cos, stack.sin, keys, values, s.table, s.positions, s.attended, s.workspace, settled=True
+            )  # fmt: skip
+            ops.linear_residual(s.attended, layer.o, s.x)
+            ops.rms_norm_linear(s.x_cond, layer.cross_norm, layer.cross_q, eps, s.cross_q)
+            keys, values = s.cross_pool.keys[i], s.cross_pool.values[i]
+            ops.cross_attention(
+                s.cross_q, keys, values, s.cross_table, s.text_lengths, s.cross_attended, s.cross_workspace,
+                settled=True, **rotation,
+            )  # fmt: skip
+            ops.linear_residual(s.cross_attended, layer.cross_o, s.x, layer.uncond_cross if s.guided else None)
+            ops.rms_norm_glu(s.x, layer.mlp_norm, layer.gate_up, eps, s.gated)
+            ops.linear_residual(s.gated, layer.down, s.x)
+        ops.codebook_logits(s.x, stack.norm, stack.head, eps, s.logits)
+        ops.sample(
+            s.logits, s.row, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, s.status, eos=eos,
+            first_generation=first_generation,
+        )  # fmt: skip
+
+    @isolated()
+    def encode(self, text_ids: Sequence[int] | Tensor) -> Tensor:
+        """The encoder's output for one text: `[len(text_ids), encoder hidden]`. A tensor of ids is on the device."""
+        return self._encode(text_ids, self.dtype)
+
+    @isolated()
+    def store_text(self, text_ids: Sequence[int] | Tensor, pool: PagePool, slots: Tensor) -> None:
+        """Encodes a text and writes the cross-attention keys and values of every layer to the pages of its row.
+
+        slots: `[len(text_ids)]` int64, see `BlockTable.slots`.
+        """
+        memory = self.encode(text_ids)
+        config = self.config.decoder
+        positions = torch.arange(len(text_ids), dtype=torch.int32, device=self.device)
+        page, offset = slots // pool.shape.page_size, slots % pool.shape.page_size
+        for layer, keys, values in zip(self._decoder_layers(), pool.keys, pool.values, strict=True):
+            both = _linear(memory, layer.cross_kv)
+            if self.config.first_generation:
+                stack = self.decoder
+                self.ops.rope(both, stack.cross_cos, stack.cross_sin, positions, config.cross_num_key_value_heads)
+            both = both.view(len(text_ids), -1, config.cross_head_dim)
+            keys[page, :, offset], values[page, :, offset] = both.chunk(2, 1)
+
+    @isolated()
+    def prefill(
+        self, rows: Tensor, s: DecodeState, lane: int, text_length: int, *, guided: bool, first: int = 0
+    ) -> None:
+        """Computes the keys and values of rows `first` and following of a lane's grid, of its unconditional row too.
+
+        rows: `[rows, channels]` integer codes. The lane's text of `text_length` ids, the rows before `first` and the
+        pages must be there. A prompt cut in other places gives the same values, but not to the bit.
+        """
+        owners, total = s.owners(lane, guided), first + rows.shape[0]
+        slots = torch.cat([s.blocks.slots(owner, total, first) for owner in owners])
+        text = _Past(s.cross_pool, s.cross_blocks.pages_of([lane]), self._lengths(text_length, 1))
+        past = _Past(s.pool, s.blocks.pages_of(owners), self._lengths(total, len(owners)))
+        self._decode_rows(rows.to(self.device), text, guided, past, slots, first)
+
+    @isolated()
+    def forward_logits(
+        self, text_ids: Sequence[Sequence[int]], rows: Tensor, guidance: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Teacher forcing: what the model predicts after each of the given rows.
+
+        text_ids: one text per request; rows: `[batch, steps, channels]` integer codes of the delayed grid, from row 0.
+        Returns `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32; without guidance uncond is None.
+        """
+        config, total = self.config.decoder, rows.shape[1]
+        shape = cross_pages(self.config)
+        size = (len(text_ids), total, config.num_channels, config.vocab_size)
+        branches = [torch.empty(size, device=self.device, dtype=torch.float32) for _ in range(2 if guidance else 1)]
+        for request, ids in enumerate(text_ids):
+            pool = PagePool(shape, shape.pages(len(ids)), self.dtype, self.device)
+            blocks = BlockTable(pool, 1, len(ids), self.device)
+            blocks.grow(0, len(ids))
+            self.store_text(ids, pool, blocks.slots(0, len(ids)))
+            text = _Past(pool, blocks.table, self._lengths(len(ids), 1))
+            x = self._decode_rows(rows[request].to(self.device), text, guidance)
+            logits = _linear(self._normed(x, self.decoder.norm, config.norm_eps), self.decoder.head)
+            for branch, part in zip(branches, logits.split(total), strict=True):
+                branch[request] = part.view(size[1:])
+        return branches[0], branches[1] if guidance else None
+
+    def _lengths(self, length: int, count: int) -> Tensor:
+        return torch.full((count,), length, dtype=torch.int32, device=self.device)
+
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        return cast(list[DecoderLayer], self.decoder.layers)
+
+    def _encode(self, text_ids: Sequence[int] | Tensor, dtype: torch.dtype) -> Tensor:
+        """`encode` in a given dtype, weights converted one at a time where they have another."""
+        stack, config = self.encoder, self.config.encoder
+        ids = text_ids
+        if not isinstance(ids, Tensor):
+            ids = torch.tensor(ids, dtype=torch.int64, device="cpu").to(self.device)
+        positions = torch.arange(len(text_ids), dtype=torch.int32, device=self.device)
+        starts = torch.arange(2, dtype=torch.int32, device=self.device) * len(text_ids)
+        x = stack.embedding[ids].to(dtype)
+        for layer in cast(list[EncoderLayer], stack.layers):
+            self._self_attention(x, layer, stack, config, positions, starts)
+            self._mlp(x, layer, config.norm_eps)
+        return self._normed(x, stack.norm, config.norm_eps)
+
+    def _decode_rows(
+        self,
+        rows: Tensor,
+        text: "_Past",
+        guided: bool,
+        past: "_Past | None" = None,
+        slots: Tensor | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """The decoder over rows of one request's grid, its unconditional copy behind it: `[n or 2 * n, hidden]`.
+
+        rows: `[n, channels]`, the grid from row `first` on; text: its keys and values; past: where those of
+        self-attention go, at `slots`, `[n or 2 * n]`, and where the rows before `first` are.
+        """
+        ops, stack, config = self.ops, self.decoder, self.config.decoder
+        total, branches = rows.shape[0], 2 if guided else 1
+        positions = torch.arange(first, first + total, dtype=torch.int32, device=self.device).repeat(branches)
+        starts = torch.arange(branches + 1, dtype=torch.int32, device=self.device) * total
+        x = self._embed(rows).repeat(branches, 1)
+        for i, layer in enumerate(self._decoder_layers()):
+            layer_past = past and _LayerPast(past.pool.keys[i], past.pool.values[i], past.table, past.lengths, slots)
+            self._self_attention(x, layer, stack, config, positions, starts, layer_past, first > 0, causal=True)
+            q = _linear(self._normed(x[:total], layer.cross_norm, config.norm_eps), layer.cross_q)
+            if self.config.first_generation:
+                ops.rope(q, stack.cross_cos, stack.cross_sin, positions[:total], 0)
+            q = q.view(total, -1, config.cross_head_dim)
+            attended = q.new_empty(total, layer.cross_q.shape[0])
+            ops.ragged_attention(
+                q, text.pool.keys[i], text.pool.values[i], starts[:2], attended,
+                causal=False, block_table=text.table, kv_lengths=text.lengths,
+            )  # fmt: skip
+            x[:total] += _linear(attended, layer.cross_o)
+            x[total:] += layer.uncond_cross
+            self._mlp(x, layer, config.norm_eps)
+        return x
+
+    def _embed(self, rows: Tensor) -> Tensor:
+        """Sum of the table rows of all channels, in float32 and in channel order, rounded once: `[n, hidden]`."""
+        channels, vocab = self.config.decoder.num_channels, self.config.decoder.vocab_size
+        index = rows.long() + torch.arange(channels, device=self.device, dtype=torch.int64) * vocab
+        total = self.decoder.embedding[index[:, 0]].float()
+        for channel in range(1, channels):
+            total += self.decoder.embedding[index[:, channel]]
+        return total.to(self.dtype)
+
+    def _self_attention(
+        self,
+        x: Tensor,
+        layer: EncoderLayer,
+        stack: Stack,
+        config: EncoderConfig | DecoderConfig,
+        positions: Tensor,
+        starts: Tensor,
+        past: "_LayerPast | None" = None,
+        continues: bool = False,
+        causal: bool = False,
+    ) -> None:
+        """Adds self-attention to the packed sequences of `x`, `[n, hidden]`, in place; stores k and v in `past`.
+
+        continues: tokens before those of `x` are in `past` and are attended to as well.
+        """
+        head_dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+        qkv = _linear(self._normed(x, layer.self_norm, config.norm_eps), layer.qkv)
+        store = (past.keys, past.values, past.slots) if past is not None else ()
+        self.ops.rope(qkv, stack.cos, stack.sin, positions, kv_heads, *store)
+        q, k, v = qkv.view(x.shape[0], -1, head_dim).split((heads, kv_heads, kv_heads), 1)
+        attended = x.new_empty(x.shape[0], heads * head_dim)
+        if past is not None and continues:
+            self.ops.ragged_attention(
+                q, past.keys, past.values, starts, attended,
+                causal=causal, block_table=past.table, kv_lengths=past.lengths,
+            )  # fmt: skip
+        else:
+            self.ops.ragged_attention(q, k, v, starts, attended, causal=causal)
+        x += _linear(attended, layer.o)
+
+    def _mlp(self, x: Tensor, layer: EncoderLayer, eps: float) -> None:
+        """Adds the MLP to `x`, `[n, hidden]`, in place."""
+        both = _linear(self._normed(x, layer.mlp_norm, eps), layer.gate_up)
+        x += _linear(self.ops.glu(both, both.new_empty(x.shape[0], both.shape[1] // 2)), layer.down)
+
+    def _normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return cast(Tensor, self.ops.rms_norm(x, weight.to(x.dtype), eps, torch.empty_like(x)))
+
+
+def rope_table(config: DiaConfig, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[positions + 1, head_dim / 2]` float32; one more row than positions, because a request of the
+    greatest length forms its last row there.
+
+    part: "encoder", "decoder", or "cross" for cross-attention, which only the first generation rotates.
+    Frequencies and angles are float32, as in transformers: at scale 1.0 the difference to float64 would show. The code
+    of the first generation divides by the wavelength instead. Source: Su et al. 2021, "RoFormer".
+    """
+    stack = config.encoder if part == "encoder" else config.decoder
+    head_dim, positions = stack.head_dim, stack.max_position_embeddings
+    if part == "cross":
+        head_dim = config.decoder.cross_head_dim
+        positions = max(positions, config.encoder.max_position_embeddings)  # of the text as well
+    wavelengths = stack.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    steps = torch.arange(positions + 1, dtype=torch.int64, device="cpu")[:, None].float()
+    angles = steps / wavelengths if config.first_generation else steps * (1.0 / wavelengths)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def _linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
+    """`x @ weight.T` for the many rows of a whole sequence, rounded once to the dtype of `x`.
+
+    Most CPUs have no 16-bit matrix product worth the name: there it is faster, by a factor of five, to widen first.
+    """
+    if isinstance(weight, PackedWeight):
+        return weight.linear(x).to(x.dtype)
+    if x.device.type == "cpu" and x.dtype != torch.float32:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), weight.to(wide)).to(x.dtype)
+    return F.linear(x, weight.to(x.dtype))
+
+
+def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The entries under a prefix, without it."""
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def _keep(module: nn.Module, name: str, value: Tensor) -> None:
+    """Stores a derived value, at its old address if there is one."""
+    there = module._buffers.get(name)
+    if there is None or (there.shape, there.dtype, there.device) != (value.shape, value.dtype, value.device):
+        module.register_buffer(name, value, persistent=False)
+    else:
+        there.copy_(value)
+
+
+def _declare(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    module.register_parameter(
+        name, nn.Parameter(torch.empty(shape, device="meta", dtype=torch.float32), requires_grad=False)
+    )

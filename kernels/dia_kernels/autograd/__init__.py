@@ -1,0 +1,1 @@
+"""Ops that training differentiates, in Triton and by way of the torch reference."""

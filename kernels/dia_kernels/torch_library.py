@@ -1,0 +1,271 @@
+"""The ops as torch custom operators, for use one at a time in other models and under `torch.compile`.
+
+`import dia_kernels.torch_library` registers them as `torch.ops.dia_kernels.*`; the functions here are the same
+operators. They allocate what they return; the decode engine does not use them, since its buffers exist before the step.
+Where Triton can run on the tensors' device the kernels run, elsewhere the torch reference: `implementation(device)`
+tells which. Shapes and formulas are those of `dia_kernels.reference`.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from dia_kernels.ops import get_ops, triton_obstacle
+from dia_kernels.reference.sampling import NOT_FINITE
+
+
+def implementation(device: torch.device | str) -> str:
+    """`"triton"` or `"torch"`: what these operators run for tensors on `device`."""
+    return "triton" if triton_obstacle(device) is None else "torch"
+
+
+def _ops(x: Tensor) -> ModuleType:
+    return get_ops(implementation(x.device), x.device)
+
+
+@custom_op("dia_kernels::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of `[rows, hidden]`."""
+    return _ops(x).rms_norm(x, weight, eps, torch.empty_like(x))
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@custom_op("dia_kernels::glu", mutates_args=())
+def glu(x: Tensor) -> Tensor:
+    """`silu(gate) * up` of `[rows, 2 * intermediate]`, gate first."""
+    return _ops(x).glu(x, x.new_empty(x.shape[0], x.shape[1] // 2))
+
+
+@glu.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+@custom_op("dia_kernels::rms_norm_linear", mutates_args=())
+def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`rms_norm(x) @ weight.T`, for 1 to 64 rows."""
+    return _ops(x).rms_norm_linear(x, norm_weight, weight, eps, x.new_empty(x.shape[0], weight.shape[0]))
+
+
+@rms_norm_linear.register_fake
+def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@custom_op("dia_kernels::rms_norm_glu", mutates_args=())
+def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`silu(gate) * up` of `rms_norm(x) @ weight.T`, for 1 to 64 rows."""
+    return _ops(x).rms_norm_glu(x, norm_weight, weight, eps, x.new_empty(x.shape[0], weight.shape[0] // 2))
+
+
+@rms_norm_glu.register_fake
+def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0] // 2)
+
+
+@custom_op("dia_kernels::linear_residual", mutates_args=("residual",))
+def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> None:
+    """`residual[:m] += x @ weight.T` in place, `residual[m:] += constant`, for 1 to 64 rows."""
+    _ops(x).linear_residual(x, weight, residual, constant)
+
+
+@linear_residual.register_fake
+def _(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> None:
+    return None
+
+
+@custom_op("dia_kernels::codebook_logits", mutates_args=())
+def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, channels: int) -> Tensor:
+    """Final norm and the heads of all channels: float32 `[rows, channels, vocab]`."""
+    out = x.new_empty(x.shape[0], channels, weight.shape[0] // channels, dtype=torch.float32)
+    return _ops(x).codebook_logits(x, norm_weight, weight, eps, out)
+
+
+@codebook_logits.register_fake
+def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, channels: int) -> Tensor:
+    return x.new_empty(x.shape[0], channels, weight.shape[0] // channels, dtype=torch.float32)
+
+
+@custom_op("dia_kernels::rope_attention", mutates_args=("k_pages", "v_pages"))
+def rope_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, positions: Tensor
+) -> Tensor:
+    """One decode step of self-attention over pages, the new k and v written in place."""
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    width = qkv.shape[1] - 2 * kv_heads * head_dim
+    out = qkv.new_empty(qkv.shape[0], width)
+    length = block_table.shape[1] * page_size
+    scratch = _ops(qkv).attention_workspace(qkv.shape[0], width // head_dim, head_dim, length, qkv.device)
+    return _ops(qkv).rope_attention(qkv, cos, sin, k_pages, v_pages, block_table, positions, out, scratch)
+
+
+@rope_attention.register_fake
+def _(
+    qkv: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, positions: Tensor
+) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * k_pages.shape[1] * k_pages.shape[3])
+
+
+@custom_op("dia_kernels::cross_attention", mutates_args=())
+def cross_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+    """One decode step of attention over paged keys and values of given lengths."""
+    head_dim = k_pages.shape[3]
+    length = block_table.shape[1] * k_pages.shape[2]
+    scratch = _ops(q).attention_workspace(q.shape[0], q.shape[1] // head_dim, head_dim, length, q.device)
+    return _ops(q).cross_attention(q, k_pages, v_pages, block_table, lengths, torch.empty_like(q), scratch)
+
+
+@cross_attention.register_fake
+def _(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+@custom_op("dia_kernels::rope", mutates_args=("qkv",))
+def rope(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv_heads: int) -> None:
+    """Rotates q and k of packed `[tokens, (heads + 2 * kv_heads) * head_dim]` in place."""
+    _ops(qkv).rope(qkv, cos, sin, positions, kv_heads)
+
+
+@rope.register_fake
+def _(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv_heads: int) -> None:
+    return None
+
+
+@custom_op("dia_kernels::ragged_attention", mutates_args=())
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool) -> Tensor:
+    """Attention of packed ragged sequences: `[tokens, heads, head_dim]` to `[tokens, heads * head_dim]`."""
+    return _ops(q).ragged_attention(q, k, v, starts, q.new_empty(q.shape[0], q.shape[1] * q.shape[2]), causal=causal)
+
+
+@ragged_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+
+
+@custom_op("dia_kernels::snake", mutates_args=())
+def snake(x: Tensor, alpha: Tensor) -> Tensor:
+    """`x + sin(alpha * x)^2 / (alpha + 1e-9)` of `[batch, channels, samples]`."""
+    return _ops(x).snake(x, alpha, torch.empty_like(x))
+
+
+@snake.register_fake
+def _(x: Tensor, alpha: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@custom_op("dia_kernels::snake_residual", mutates_args=())
+def snake_residual(x: Tensor, residual: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """`(x + residual, snake(x + residual))`."""
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    _ops(x).snake_residual(x, residual, alpha, total, out)
+    return total, out
+
+
+@snake_residual.register_fake
+def _(x: Tensor, residual: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@custom_op("dia_kernels::sample", mutates_args=())
+def sample(
+    logits: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    guidance_scale: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    eos: int,
+) -> Tensor:
+    """One code per slot and channel: int32 `[batch, channels]`; a slot with `row < 0` gives `eos`.
+
+    Waits for the device. Raises ValueError where logits are NaN or infinity, or leave a draw no candidate.
+    """
+    out = torch.full((row.shape[0], logits.shape[1]), eos, dtype=torch.int32, device=logits.device)
+    status = torch.zeros_like(out)
+    _ops(logits).sample(logits, row, seed, guidance_scale, temperature, top_k, top_p, out, status, eos=eos)
+    if wrong := status.nonzero().tolist():
+        slot, channel = wrong[0]
+        kind = int(status[slot, channel]) & 3
+        what = "are NaN or infinity" if kind == NOT_FINITE else "leave no candidate to draw from"
+        raise ValueError(f"logits: those of slot {slot}, channel {channel} {what}")
+    return out
+
+
+@sample.register_fake
+def _(
+    logits: Tensor,
+    row: Tensor,
+    seed: Tensor,
+    guidance_scale: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    eos: int,
+) -> Tensor:
+    return torch.empty((row.shape[0], logits.shape[1]), dtype=torch.int32, device=logits.device)
+
+
+@custom_op(
+    "dia_kernels::embed_codes",
+    mutates_args=("row", "eos_row", "codes", "positions", "finished", "x"),
+)
+def embed_codes(
+    sampled: Tensor,
+    forced: Tensor,
+    row: Tensor,
+    first_row: Tensor,
+    end_row: Tensor,
+    eos_row: Tensor,
+    delay: Tensor,
+    table: Tensor,
+    codes: Tensor,
+    positions: Tensor,
+    finished: Tensor,
+    x: Tensor,
+    eos: int,
+    pad: int,
+) -> None:
+    """Forms and embeds the next row of the delayed grid, advancing the state in place."""
+    _ops(x).embed_codes(
+        sampled,
+        forced,
+        row,
+        first_row,
+        end_row,
+        eos_row,
+        delay,
+        table,
+        codes,
+        positions,
+        finished,
+        x,
+        eos=eos,
+        pad=pad,
+    )
+
+
+@embed_codes.register_fake
+def _(
+    sampled: Tensor,
+    forced: Tensor,
+    row: Tensor,
+    first_row: Tensor,
+    end_row: Tensor,
+    eos_row: Tensor,
+    delay: Tensor,
+    table: Tensor,
+    codes: Tensor,
+    positions: Tensor,
+    finished: Tensor,
+    x: Tensor,
+    eos: int,
+    pad: int,
+) -> None:
+    return None

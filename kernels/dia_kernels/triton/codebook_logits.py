@@ -1,0 +1,77 @@
+"""codebook_logits: `out = (rms_norm(x) @ weight.T)` as float32: the final norm and the heads of all channels at once.
+
+The product is rounded to the dtype of x before it is stored as float32 (docs/dia.md: the head's result is rounded, all
+that follows is float32). Otherwise `rms_norm_linear`: see there and `gemv.project`.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor, float32
+
+from dia_kernels import launcher as launch
+from dia_kernels.triton import gemv
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _codebook_logits(
+    x_ptr,  # [rows, K]
+    norm_ptr,  # [K]
+    weight_ptr,  # [N, K]
+    out_ptr,  # [rows, N] float32
+    rows,
+    EPS: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROW_LANES: tl.constexpr,
+    K_LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    INSTR_VECTOR: tl.constexpr,
+    K_INNER: tl.constexpr,
+    FENCE: tl.constexpr,
+    X_AHEAD: tl.constexpr,
+    AMD: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    tile, skip = gemv.place(ROW_BLOCKS, BLOCK_R)
+    if ROW_BLOCKS > 1:
+        x_ptr, out_ptr, rows = x_ptr + skip * K, out_ptr + skip * N, rows - skip
+    first = tile * BLOCK_N
+    weight_rows = tl.minimum(first + gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER), N - 1)
+    flying = gemv.begin(
+        weight_ptr, weight_rows, K, SPLIT_K, CHUNKS, DEPTH, K_LANES, VECTOR, K_INNER, FENCE, AMD, USE_PDL
+    )
+    total = gemv.project(
+        flying, x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
+        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, X_AHEAD, AMD, USE_PDL,
+    )  # fmt: skip
+    r, n = tl.arange(0, BLOCK_R)[:, None], first + tl.arange(0, BLOCK_N)[None, :]
+    rounded = total.to(x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(out_ptr + r * N + n, rounded, mask=(r < rows) & (n < N))
+
+
+def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+    """As `dia_kernels.reference.codebook_logits`. What the arguments must be: `gemv.check`; out is float32."""
+    (rows, hidden), features = x.shape, weight.shape[0]
+    channels = out.shape[1]
+    if features % channels:
+        raise ValueError(f"weight: {features} rows are no multiple of the {channels} channels of out")
+    gemv.check(
+        rows,
+        {
+            "x": (x, (rows, hidden)),
+            "norm_weight": (norm_weight, (hidden,)),
+            "weight": (weight, (features, hidden)),
+            "out": (out, (rows, channels, features // channels)),
+        },
+        out_dtype=float32,
+    )
+    config = gemv.configuration("codebook_logits", x, features, normed=True)
+    grid = (triton.cdiv(features, config["BLOCK_N"]) * config["ROW_BLOCKS"],)
+    launch.run(_codebook_logits, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features, K=hidden, **config)
+    return out

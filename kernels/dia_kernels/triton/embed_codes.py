@@ -1,0 +1,158 @@
+"""embed_codes: the next decoder input from the codes sampled in the last step, in one launch.
+
+    code[c]  = forced[r - first_row, c] if given, else sampled[c], then the EOS countdown
+    x        = sum_c table[c * vocab + code[c]]        # fp32 sum in channel order, rounded once
+
+One program per slot: it alone reads and advances the slot's state, so no other program can see it half advanced.
+Reads channels table rows, writes one or two rows of x (the unconditional row has the same input).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dia_kernels import launcher as launch
+
+
+@triton.jit
+def _embed_codes(
+    sampled_ptr,  # [batch, CHANNELS] int32
+    forced_ptr,  # [batch, DEPTH, CHANNELS] int32, -1 where free
+    row_ptr,  # [batch] int32, advanced
+    first_row_ptr,  # [batch] int32
+    end_row_ptr,  # [batch] int32
+    eos_row_ptr,  # [batch] int32, set once
+    delay_ptr,  # [CHANNELS] int32
+    table_ptr,  # [CHANNELS * VOCAB, HIDDEN]
+    codes_ptr,  # [batch, capacity, CHANNELS] int32
+    positions_ptr,  # [rows] int32
+    finished_ptr,  # [batch] int32
+    x_ptr,  # [rows, HIDDEN]
+    batch,
+    capacity,
+    EOS: tl.constexpr,
+    PAD: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    VOCAB: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ROWS_PER_SLOT: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64)
+    r = tl.load(row_ptr + slot)
+    first_row = tl.load(first_row_ptr + slot)
+    end_row = tl.load(end_row_ptr + slot)
+    eos_row = tl.load(eos_row_ptr + slot)
+    active = (r >= 0) & (tl.load(finished_ptr + slot) == 0)
+
+    channel = tl.arange(0, BLOCK_C)
+    real = channel < CHANNELS
+    delay = tl.load(delay_ptr + channel, mask=real, other=0)
+    max_delay = tl.max(delay, 0)
+    sampled = tl.load(sampled_ptr + slot * CHANNELS + channel, mask=real, other=0)
+    depth = r - first_row
+    inside = real & (depth >= 0) & (depth < DEPTH) & active
+    forced = tl.load(forced_ptr + (slot * DEPTH + depth) * CHANNELS + channel, mask=inside, other=-1)
+    code = tl.minimum(tl.maximum(tl.where(forced >= 0, forced, sampled), 0), VOCAB - 1)
+
+    open_ended = active & (eos_row < 0) & (r > first_row)
+    code = tl.where((channel == 0) & open_ended & (r == end_row - max_delay), EOS, code)
+    leader = tl.sum(tl.where(channel == 0, code, 0), 0)
+    eos_row = tl.where(open_ended & (leader == EOS), r, eos_row)
+    since = r - eos_row - delay
+    code = tl.where((eos_row >= 0) & (since == 0), EOS, code)
+    code = tl.where((eos_row >= 0) & (since > 0), PAD, code)
+    done = (r >= end_row) | ((eos_row >= 0) & (r >= eos_row + max_delay))
+
+    # Every warp has to have read the state before any of them overwrites it.
+    tl.debug_barrier()
+    tl.store(eos_row_ptr + slot, eos_row, mask=active)
+    tl.store(row_ptr + slot, r + 1, mask=active)
+    tl.store(finished_ptr + slot, 1, mask=active & done)
+    at = tl.minimum(r, capacity - 1)
+    tl.store(codes_ptr + (slot * capacity + at) * CHANNELS + channel, code, mask=real & active)
+    for branch in tl.static_range(ROWS_PER_SLOT):
+        tl.store(positions_ptr + branch * batch + slot, tl.where(active, r, -1))
+
+    for start in tl.static_range(0, HIDDEN, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        inner = h < HIDDEN
+        total = tl.zeros([BLOCK_H], tl.float32)
+        for c in tl.static_range(CHANNELS):
+            entry = c * VOCAB + tl.sum(tl.where(channel == c, code, 0), 0).to(tl.int64)
+            total += tl.load(table_ptr + entry * HIDDEN + h, mask=inner & active, other=0.0).to(tl.float32)
+        for branch in tl.static_range(ROWS_PER_SLOT):
+            tl.store(x_ptr + (branch * batch + slot) * HIDDEN + h, total.to(x_ptr.dtype.element_ty), mask=inner)
+
+
+def _rule(dtype: torch.dtype, arch: str, *, hidden: int) -> dict[str, int]:
+    warps = 4 if hidden < 1024 else 16 if arch == "sm_90" else 8
+    return {"BLOCK_H": min(triton.next_power_of_2(hidden), 2048), "num_warps": warps}
+
+
+def embed_codes(
+    sampled: torch.Tensor,
+    forced: torch.Tensor,
+    row: torch.Tensor,
+    first_row: torch.Tensor,
+    end_row: torch.Tensor,
+    eos_row: torch.Tensor,
+    delay: torch.Tensor,
+    table: torch.Tensor,
+    codes: torch.Tensor,
+    positions: torch.Tensor,
+    finished: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    eos: int,
+    pad: int,
+) -> torch.Tensor:
+    """As `dia_kernels.reference.embed_codes`; all tensors contiguous."""
+    batch, channels = sampled.shape
+    rows, hidden = x.shape
+    if rows not in (batch, 2 * batch):
+        raise ValueError(f"x: has {rows} rows, needs {batch} (one per slot) or {2 * batch} (guided)")
+    slots = {"row": row, "first_row": first_row, "end_row": end_row, "eos_row": eos_row, "finished": finished}
+    launch.require(
+        {
+            "sampled": (sampled, (batch, channels)),
+            "forced": (forced, (batch, forced.shape[1], channels)),
+            **{name: (tensor, (batch,)) for name, tensor in slots.items()},
+            "delay": (delay, (channels,)),
+            "table": (table, (table.shape[0] // channels * channels, hidden)),
+            "codes": (codes, (batch, codes.shape[1], channels)),
+            "positions": (positions, (rows,)),
+            "x": (x, (rows, hidden)),
+        }
+    )
+    config = launch.configuration("embed_codes", _rule, x.dtype, x.device, hidden=hidden)
+    launch.run(
+        _embed_codes,
+        (batch,),
+        sampled,
+        forced,
+        row,
+        first_row,
+        end_row,
+        eos_row,
+        delay,
+        table,
+        codes,
+        positions,
+        finished,
+        x,
+        batch,
+        codes.shape[1],
+        EOS=eos,
+        PAD=pad,
+        DEPTH=forced.shape[1],
+        CHANNELS=channels,
+        BLOCK_C=triton.next_power_of_2(channels),
+        VOCAB=table.shape[0] // channels,
+        HIDDEN=hidden,
+        ROWS_PER_SLOT=rows // batch,
+        **config,
+    )
+    return x
