@@ -36,7 +36,7 @@ def load(path: str | None, dtype: torch.dtype) -> Any:
     if path is not None:
         model = DiaForConditionalGeneration.from_pretrained(path, dtype=dtype)
     else:
-        from tests.checkpoints import transformers_model
+        from bench.tools.tiny_models import transformers_model
 
         model = transformers_model(MEDIUM).to(dtype)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def load(path: str | None, dtype: torch.dtype) -> Any:
 
 def make_inputs(config: DiaConfig, batch: int, text: int) -> dict[str, torch.Tensor]:
     """What the processor makes of texts of one length, without audio prompts."""
-    from tests.parity.pairs import grid_inputs, random_prompts, random_texts, text_inputs
+    from bench.tools.pairs import grid_inputs, random_prompts, random_texts, text_inputs
 
     grid = grid_inputs(config, random_prompts(config, [0] * batch))
     return text_inputs(random_texts(config, [text] * batch)) | grid

@@ -68,7 +68,7 @@ def launches() -> Group:
 def traffic(
     rows: Sequence[int] = (1, 2, 8), contexts: Sequence[int] = (40, 300), config: DiaConfig | None = None
 ) -> Group:
-    """Bytes that the kernels of one small layer move, by `bench.traffic`, under the interpreter of the tests."""
+    """Bytes that the kernels of one small layer move, by `bench.traffic`, under the repaired interpreter."""
     from bench.traffic import measure
 
     values: dict[str, dict[str, float]] = {}
@@ -278,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path)
     options = parser.parse_args(arguments)
     if options.group == "traffic":
-        from tests.kernels.interpreter import install
+        from bench.tools.interpreter import install
 
         install()
     group = GROUPS[options.group](options.folder)

@@ -99,9 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             codec = codec_for(options)
             options.dtype = options.dtype or ("bfloat16" if options.model else "float32")
             if not options.model:
-                from tests.front import make_model
+                from bench.tools.tiny_models import make_transformers_checkpoint
 
-                options.model = str(make_model(Path(folder) / "model"))
+                options.model = str(make_transformers_checkpoint(Path(folder) / "model"))
             report(Dia(load(options)[0], codec), options)
         except DiaFastError as error:
             print(f"latency: {error}", file=sys.stderr)

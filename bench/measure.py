@@ -69,7 +69,7 @@ def their_run(theirs: Any, config: DiaConfig, requests: Sequence[Request]) -> Ru
     """`generate` of transformers, as one static batch."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    from tests.parity.pairs import random_prompts, their_rows
+    from bench.tools.pairs import random_prompts, their_rows
 
     class Clock(StoppingCriteria):
         def __init__(self, note: Callable[[], None]) -> None:
@@ -109,7 +109,7 @@ def load(options: argparse.Namespace) -> tuple[DiaModel, Any]:
     model = DiaModel(checkpoint.config, get_ops(options.backend, device)).load(weights)
     theirs = None
     if options.against:
-        from tests.parity.pairs import theirs_sharing
+        from bench.tools.pairs import theirs_sharing
 
         theirs = theirs_sharing(model)
     del weights

@@ -154,7 +154,7 @@ def check_transformers(model: DiaModel, steps: int) -> tuple[str, str]:
 
 
 def _their_codes(model: DiaModel, asked: Sequence[Request], steps: int) -> list[Tensor]:
-    from tests.parity.pairs import their_rows, theirs_sharing
+    from bench.tools.pairs import their_rows, theirs_sharing
 
     theirs = []
     for request in asked:

@@ -2,7 +2,7 @@
 
     python -m bench.traffic [--rows 1 2 8] [--contexts 64 1024 3072] [--dtype bfloat16] [--json FILE] [--markdown FILE]
 
-Counted, not estimated: the kernels run under the interpreter of the tests at the shapes of one layer of Dia-1.6B, and
+Counted, not estimated: the kernels run under the repaired interpreter at the shapes of one layer of Dia-1.6B, and
 every active lane of every load and store is noted by argument. Lanes of one access that share an address count once,
 as a GPU would fetch them; everything else counts as often as it is asked for. The result is the same to the byte every
 time. Exit status 1 if a weight is not read exactly once, or a step moves more than 1.05 x the minimum.
@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.make_checkpoint import DTYPES
+from bench.tools.interpreter import Access, install, listening
 from dia_fast.diagnostics.launches import one_layer
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
@@ -38,7 +39,6 @@ from dia_fast.model.model import DiaModel
 from dia_fast.utils.files import replacing
 from dia_kernels import launcher as launch
 from dia_kernels import triton as kernels
-from tests.kernels.interpreter import Access, install, listening
 
 LIMIT = 1.05  # bytes moved by a step, beside the fewest possible
 TEXT = 256  # bytes of text that cross-attention reads

@@ -19,7 +19,7 @@ from dia_fast.audio.audio import load_audio
 from dia_fast.audio.codec import load_codec
 from dia_fast.generation.inputs import FRAMES_PER_SECOND
 from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams
-from tests.front import TEXT, TINY, make_codec, make_model
+from tests.helpers.front import TEXT, TINY, make_codec, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.tokenizer.TextWarning")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import isa
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_FOLDERS = ("bench", "dia_fast", "examples", "kernels", "tests")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".txt", ".json", ".c", ".sh", ""}
@@ -22,6 +24,7 @@ FORBIDDEN = {
     "dia_fast.server": ("dia_fast.integrations", "dia_fast.cli", "bench", "tests"),
     "dia_fast.cli": ("bench", "tests"),
     "dia_fast.__main__": ("bench", "tests"),
+    "bench": ("tests",),
     "examples": ("dia_kernels", "bench", "tests"),
     "examples.single_kernels": ("bench", "tests"),
 }
@@ -91,12 +94,13 @@ def test_dependencies_point_one_way() -> None:
         ("dia_fast.engine", "from dia_fast import cli", False),
         ("dia_fast.engine", "from .cli_speak import run", False),
         ("dia_fast.engine", "from . import integrations", False),
-        ("dia_fast.engine", "def f():\n    import tests.checkpoints", False),
+        ("dia_fast.engine", "def f():\n    import bench.tools.tiny_models", False),
         ("dia_fast.engine", "import dia_kernels", True),
         ("dia_fast.cli", "from dia_fast.engine import generate", True),
         ("dia_fast.cli_speak", "from dia_fast.cli import main", True),
         ("dia_fast.integrations.server", "from dia_fast import cli", False),
-        ("bench.decode_step", "from tests import checkpoints", True),
+        ("bench.decode_step", "from tests.helpers import front", False),
+        ("tests.bench.test_codegen", "from bench import codegen", True),
     ],
 )
 def test_the_import_check_itself(module: str, line: str, allowed: bool) -> None:
@@ -116,6 +120,21 @@ def test_guests_are_imported_only_when_asked_for() -> None:
             if name.split(".")[0] in GUESTS:
                 found.append(f"{module}:{line} imports {name}")
     assert not found, "\n".join(found)
+
+
+# Folders of tests that mirror no folder of `dia_fast`.
+OWN_FOLDERS = {"bench", "helpers", "kernels", "parity"}
+
+
+def test_tests_mirror_the_package() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    packages = {path.name for path in (ROOT / "dia_fast").iterdir() if path.is_dir()}
+    assert folders - packages - OWN_FOLDERS == set()
+    assert {path.stem for path in (ROOT / "tests").glob("test_*.py")} == {"test_api", "test_docs", "test_layout"}
+
+
+def test_files_that_make_test_isa_names_exist() -> None:
+    assert [name for name in isa.NUMERIC if not (ROOT / name).exists()] == []
 
 
 LOOSE = 9  # modules that lie beside the rooms of a package

@@ -12,7 +12,7 @@ import torch
 from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import packed_shapes
-from tests.front import TINY, make_codec
+from tests.helpers.front import TINY, make_codec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIA, CODEC = "nari-labs/Dia-1.6B-0626", "descript/dac_44khz"

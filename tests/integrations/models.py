@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import DiaForConditionalGeneration
 
+from bench.tools.pairs import grid_inputs, random_prompts, random_texts, text_inputs
+from bench.tools.tiny_models import random_state, tiny_config, transformers_model
 from dia_fast.model.config import DiaConfig
-from tests.checkpoints import random_state, tiny_config, transformers_model
-from tests.parity.pairs import grid_inputs, random_prompts, random_texts, text_inputs
 
 CONFIG = tiny_config()
 TINY_VOCABULARY = tiny_config(
@@ -27,7 +27,7 @@ TINY_VOCABULARY = tiny_config(
 
 
 def make_model(config: DiaConfig = CONFIG, seed: int = 1, eos_gain: float = 0.0) -> DiaForConditionalGeneration:
-    """A model whose settings name its own special codes. eos_gain: see `tests.parity.pairs.pair`."""
+    """A model whose settings name its own special codes. eos_gain: see `bench.tools.pairs.pair`."""
     model = transformers_model(config, seed)
     state = random_state(config, seed)
     state["logits_dense.weight"][config.decoder.eos_token_id] *= eos_gain

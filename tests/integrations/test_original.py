@@ -16,6 +16,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from bench.tools.tiny_models import make_original_checkpoint, tiny_config
 from dia_fast.audio.codec import load_codec
 from dia_fast.engine import Request, generate
 from dia_fast.errors import CheckpointError, InputError
@@ -24,8 +25,7 @@ from dia_fast.integrations.original import ComputeDtype, Dia, OriginalConfig
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.delay import delayed_rows
 from dia_fast.text.tokenizer import encode_text
-from tests.checkpoints import make_original_checkpoint, tiny_config
-from tests.codecs import assert_same_sound, imported_dac, save_official
+from tests.helpers.codecs import assert_same_sound, imported_dac, save_official
 from tests.integrations import hub
 
 TEXT = "[S1] Did you hear that? [S2] Hear what?"

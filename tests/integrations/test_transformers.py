@@ -14,9 +14,9 @@ from transformers import DiaConfig, DiaForConditionalGeneration, GenerationConfi
 from transformers.generation import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
+from bench.tools.tiny_models import tiny_config
 from dia_fast.errors import InputError
 from dia_fast.integrations.transformers import FallbackWarning, accelerate, patch, unaccelerate
-from tests.checkpoints import tiny_config
 from tests.integrations.models import CONFIG, TINY_VOCABULARY, greedy, inputs, make_model, same_as_own, unaccelerated
 
 pytestmark = [

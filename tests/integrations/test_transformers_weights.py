@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DiaForConditionalGeneration
 
+from bench.tools.pairs import random_grid
 from dia_fast.errors import InputError
 from dia_fast.integrations.transformers import (
     FallbackWarning,
@@ -23,7 +24,6 @@ from dia_fast.integrations.transformers import (
     weights,
 )
 from tests.integrations.models import CONFIG, greedy, inputs, make_model, same_as_own, unaccelerated
-from tests.parity.pairs import random_grid
 
 SHORT = greedy(max_new_tokens=18)
 

@@ -6,7 +6,7 @@ import torch
 from tests.kernels import executor
 
 if executor.interpreted():
-    from tests.kernels.interpreter import install
+    from bench.tools.interpreter import install
 
     install()
 

@@ -76,7 +76,7 @@ def program_orders() -> Iterator[AbstractContextManager[None]]:
     if not executor.interpreted():
         yield from (nullcontext(), nullcontext())
         return
-    from tests.kernels.interpreter import ORDERS, program_order
+    from bench.tools.interpreter import ORDERS, program_order
 
     yield from (program_order(order, seed) for seed, order in enumerate(ORDERS))
 

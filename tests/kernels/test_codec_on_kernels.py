@@ -4,7 +4,7 @@ import torch
 
 from dia_fast.audio.codec import random_codec
 from dia_kernels import triton as kernels
-from tests.codecs import SMALL, assert_same_sound, random_codes
+from tests.helpers.codecs import SMALL, assert_same_sound, random_codes
 from tests.kernels.support import random
 
 

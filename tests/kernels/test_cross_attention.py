@@ -154,7 +154,7 @@ def test_rows_do_not_depend_on_each_other(dtype: torch.dtype, device: torch.devi
 
 @pytest.mark.skipif(not executor.interpreted(), reason="only the interpreter can choose the order of programs")
 def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:
-    from tests.kernels.interpreter import ORDERS, program_order
+    from bench.tools.interpreter import ORDERS, program_order
 
     case = Case((600, 0, 90, 5), device, torch.bfloat16, 2, 1)
     expected = case.run()

@@ -16,7 +16,7 @@ from tests.kernels import executor
 if not executor.interpreted():
     pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
 
-from tests.kernels.interpreter import formats
+from bench.tools.interpreter import formats
 
 N = 256
 HALVES = (torch.bfloat16, torch.float16)

@@ -14,7 +14,7 @@ from tests.kernels import executor
 if not executor.interpreted():
     pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
 
-from tests.kernels.interpreter import (
+from bench.tools.interpreter import (
     ORDERS,
     Access,
     Disagreement,
@@ -24,7 +24,7 @@ from tests.kernels.interpreter import (
     listening,
     program_order,
 )
-from tests.kernels.interpreter.memory import describe
+from bench.tools.interpreter.memory import describe
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from tests.kernels import executor
 if not executor.interpreted():
     pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
 
-from tests.kernels.interpreter import FailedAssert, Overflow, Unsupported
+from bench.tools.interpreter import FailedAssert, Overflow, Unsupported
 
 
 @triton.jit

@@ -14,10 +14,10 @@ import triton.language as tl
 
 from bench import baseline, check, gauges
 from bench.baseline import Group, Kind, group_of
+from bench.tools.tiny_models import make_transformers_checkpoint, tiny_config
 from dia_kernels import launcher as launch
 from dia_kernels import reference
 from dia_kernels import triton as kernels
-from tests.checkpoints import make_transformers_checkpoint, tiny_config
 from tests.kernels import executor
 from tests.kernels.test_traffic import wide
 

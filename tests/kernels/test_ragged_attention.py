@@ -154,7 +154,7 @@ def test_a_sequence_without_keys_gives_zero(device: torch.device) -> None:
 
 @pytest.mark.skipif(not executor.interpreted(), reason="only the interpreter can choose the order of programs")
 def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:
-    from tests.kernels.interpreter import ORDERS, program_order
+    from bench.tools.interpreter import ORDERS, program_order
 
     case = Case((70, 3), True, torch.bfloat16, device, page_size=16)
     expected = case.run()

@@ -181,7 +181,7 @@ def test_the_block_tables_width_does_not_matter(device: torch.device) -> None:
 
 @pytest.mark.skipif(not executor.interpreted(), reason="only the interpreter can choose the order of programs")
 def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:
-    from tests.kernels.interpreter import ORDERS, program_order
+    from bench.tools.interpreter import ORDERS, program_order
 
     case = Case((300, -1, 140, 5), device, torch.bfloat16, 4, 2, 16, 32)
     expected = case.run()
@@ -193,7 +193,7 @@ def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:
 
 @pytest.mark.skipif(not executor.interpreted(), reason="only the interpreter tells who writes what")
 def test_one_program_writes_each_new_token(device: torch.device) -> None:
-    from tests.kernels.interpreter import Access, listening
+    from bench.tools.interpreter import Access, listening
 
     writes: list[tuple[str, int, tuple[int, ...]]] = []
 

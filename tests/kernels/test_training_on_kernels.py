@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from bench.tools.tiny_models import tiny_config
 from dia_fast.model.fused_weights import packed_shapes
 from dia_fast.model.model import DiaModel
 from dia_fast.training import Example, batch_loss, build_batch
 from dia_kernels import get_ops
-from tests.checkpoints import tiny_config
 from tests.kernels.support import random
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels to test")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.tools.tiny_models import tiny_config
 from dia_fast.engine import Request, generate
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes
 from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 from dia_kernels import launcher as launch
-from tests.checkpoints import tiny_config
 from tests.kernels.support import random
 
 TEXTS = ([1, 72, 105, 46], [2, 72, 101, 108, 108, 111])

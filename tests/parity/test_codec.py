@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
-from tests.codecs import assert_same_sound, imported_dac, save_official
+from tests.helpers.codecs import assert_same_sound, imported_dac, save_official
 
 # The 44.1 kHz codec of Dia at its full size, and one with odd and reordered ratios, where lengths are uneven.
 FULL = CodecConfig()

@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.tools.pairs import pack, random_grid, random_prompts, random_texts
+from bench.tools.tiny_models import make_original_checkpoint, original_state, random_state, tiny_config
 from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.checkpoint.saving import convert, save_pretrained
 from dia_fast.engine import Generation, Request, generate
@@ -25,8 +27,6 @@ from dia_fast.model.config import DiaConfig
 from dia_fast.model.model import DiaModel
 from dia_fast.training import Example, batch_loss, build_batch
 from dia_kernels import get_ops, reference
-from tests.checkpoints import make_original_checkpoint, original_state, random_state, tiny_config
-from tests.parity.pairs import pack, random_grid, random_prompts, random_texts
 
 CONFIG = replace(tiny_config({}, {"max_position_embeddings": 384}), first_generation=True)
 DELAY = CONFIG.delay_pattern

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DiaForConditionalGeneration
 
+from bench.tools.pairs import pair, random_prompts, random_texts, their_rows
+from bench.tools.tiny_models import tiny_config
 from dia_fast.engine import Generation, Request, generate
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.delay import undo_delay
 from dia_fast.model.model import DiaModel
-from tests.checkpoints import tiny_config
-from tests.parity.pairs import pair, random_prompts, random_texts, their_rows
 
 CONFIG = tiny_config()
 TOKENS = CONFIG.decoder

@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.tools.pairs import pair, random_grid, random_prompts, random_texts, their_logits
+from bench.tools.tiny_models import tiny_config
 from dia_fast.engine import Request, place, plan, prefill
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes
 from dia_fast.model.delay import FREE
 from dia_fast.model.model import DiaModel
-from tests.checkpoints import tiny_config
-from tests.parity.pairs import pair, random_grid, random_prompts, random_texts, their_logits
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
 

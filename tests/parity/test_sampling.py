@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DiaForConditionalGeneration, GenerationConfig
 
+from bench.tools.tiny_models import tiny_config, transformers_model
 from dia_kernels.reference import sample_weights
-from tests.checkpoints import tiny_config, transformers_model
 
 CONFIG = tiny_config()
 CHANNELS, VOCAB, EOS = CONFIG.decoder.num_channels, CONFIG.decoder.vocab_size, CONFIG.decoder.eos_token_id

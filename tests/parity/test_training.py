@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench.tools.pairs import pack, random_prompts, random_texts
+from bench.tools.tiny_models import random_state, tiny_config, transformers_model
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import pieces
 from dia_fast.model.model import DiaModel
 from dia_fast.text.tokenizer import encode_text
 from dia_fast.training import Batch, Example, batch_loss, build_batch
 from dia_kernels import get_ops
-from tests.checkpoints import configs, random_state, tiny_config, transformers_model
-from tests.parity.pairs import pack, random_prompts, random_texts
+from tests.helpers.strategies import configs
 
 
 def examples(config: DiaConfig, texts: Sequence[int], frames: Sequence[int]) -> list[Example]:

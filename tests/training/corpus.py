@@ -8,7 +8,7 @@ import numpy as np
 import soundfile
 import torch
 
-from tests.front import make_codec, make_model
+from tests.helpers.front import make_codec, make_model
 
 RATE = 44_100
 # Quick steps, evaluated and saved often; warm-up and the end of the cosine within them.

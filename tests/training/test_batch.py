@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.tools.tiny_models import tiny_config
 from dia_fast.errors import InputError
 from dia_fast.model.delay import undo_delay
 from dia_fast.training import IGNORED, Example, build_batch, disturb_codes, drop_conditions
 from dia_fast.training.batch import longest_speech
-from tests.checkpoints import tiny_config
 
 CONFIG = tiny_config()
 DELAY, EOS = CONFIG.delay_pattern, CONFIG.decoder.eos_token_id

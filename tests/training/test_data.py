@@ -17,7 +17,7 @@ from dia_fast.errors import InputError
 from dia_fast.text.tokenizer import TextWarning
 from dia_fast.training import Dataset, Example, load_dataset, read_recordings
 from dia_fast.training.data import default_cache, drawn, split
-from tests.front import TINY, make_codec, tree
+from tests.helpers.front import TINY, make_codec, tree
 from tests.training.corpus import RATE, make_data
 
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.tools.pairs import pack
+from bench.tools.tiny_models import random_state, tiny_config
 from dia_fast.model.fused_weights import packed_shapes
 from dia_fast.model.model import DiaModel
 from dia_fast.training import Batch, Example, batch_loss, build_batch, drop_conditions
 from dia_fast.training.forward import Forward
 from dia_kernels import get_ops
-from tests.checkpoints import random_state, tiny_config
-from tests.parity.pairs import pack
 
 CONFIG = tiny_config()
 

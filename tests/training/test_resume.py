@@ -15,7 +15,7 @@ import torch
 from dia_fast.errors import InputError
 from dia_fast.training import finetune
 from dia_fast.training.run import Run
-from tests.front import tree
+from tests.helpers.front import tree
 from tests.training.corpus import given, log_of, make_home
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from dia_fast.checkpoint.saving import convert
 from dia_fast.cli import main
 from dia_fast.errors import CheckpointError, InputError, NumericError
 from dia_fast.training import TrainSettings, finetune
-from tests.front import TINY, make_codec, tree
+from tests.helpers.front import TINY, make_codec, tree
 from tests.training.corpus import QUICK, given, log_of, make_home
 
 

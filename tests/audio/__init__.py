@@ -1,0 +1,1 @@
+"""Tests of `dia_fast.audio`."""

@@ -1,0 +1,227 @@
+"""The codegen gate: every kernel compiled for every GPU at the shapes of the 1.6B model, judged by `bench.codegen`.
+
+Compiling needs a process without the interpreter, so each target is one.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed: there is nothing to compile with", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
+
+
+def in_a_process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python where Triton compiles: this process may interpret kernels."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DIA_KERNELS_TABLE")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def compile_for(target: str, tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
+    """Runs the report; the result and its lines."""
+    report = tmp_path / "report.json"
+    run = in_a_process(tmp_path, "-m", "bench.codegen", "--targets", target, "--json", str(report), *options)
+    return run, json.loads(report.read_text())["lines"] if report.exists() else []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_request_in_bf16(target: str, tmp_path: Path) -> None:
+    run, lines = compile_for(target, tmp_path, "--rows", "2", "--dtypes", "bfloat16")
+    assert run.returncode == 0, run.stderr
+    kernels = {line["kernel"] for line in lines}
+    assert kernels == {
+        "embed_codes", "rms_norm_linear", "rope_attention", "linear_residual", "cross_attention", "rms_norm_glu",
+        "codebook_logits", "sample", "rms_norm", "rope", "ragged_attention", "glu", "snake",
+        "cross_attention of the first generation", "sample of the first generation",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_row_count_and_dtype(target: str, tmp_path: Path) -> None:
+    run, lines = compile_for(target, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert {(line["rows"], line["dtype"]) for line in lines} == {
+        (rows, dtype) for rows in (0, 1, 2, 8, 32, 64) for dtype in ("bfloat16", "float16", "float32")
+    }
+
+
+OTHER_SIZES = """
+import sys
+import torch
+from bench.codegen import line
+from dia_kernels import aot as ahead
+from dia_kernels import triton as kernels
+from dia_kernels.triton.paged_attention import attention_workspace
+
+target, dtype, dim = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
+
+def make(*shape, dtype=dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+pages, table, ints = make(9, 4, 32, dim), make(2, 20, dtype=torch.int32), make(2, dtype=torch.int32)
+angles = make(640, dim // 2, dtype=torch.float32)
+workspace = attention_workspace(2, 16, dim, 640, "meta")
+with ahead.compiling(target) as compiled:
+    out = make(2, 16 * dim)
+    kernels.rope_attention(make(2, 24 * dim), angles, angles, pages, pages, table, ints, out, workspace)
+    kernels.cross_attention(make(2, 16 * dim), pages, pages, table, ints, out, workspace)
+    kernels.ragged_attention(
+        make(2, 16, dim), make(2, 4, dim), make(2, 4, dim), make(3, dtype=torch.int32), out, causal=True
+    )
+for item in compiled:
+    print(item.kernel, line(item, target, sys.argv[2], 2).spills)
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "head_dim"),
+    [("sm_90", "bfloat16", 64)]
+    + [
+        pytest.param(target, dtype, head_dim, marks=pytest.mark.slow)
+        for target in ("sm_80", "gfx942", "gfx1100")
+        for dtype in ("bfloat16", "float32")
+        for head_dim in (64, 96)
+    ],
+)
+def test_attention_with_heads_of_another_size(target: str, dtype: str, head_dim: int, tmp_path: Path) -> None:
+    run = in_a_process(tmp_path, "-c", OTHER_SIZES, target, dtype, str(head_dim))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["_rope_attention", "0", "_cross_attention", "0", "_ragged_attention", "0"]
+
+
+FIRST_PRODUCT = """
+import sys
+import torch
+from bench.codegen import read
+from dia_kernels import aot as ahead
+from dia_kernels import triton as kernels
+
+x, norm, qkv, o, out, residual = (
+    torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    for shape in ((2, 2048), (2048,), (3072, 2048), (2048, 2048), (2, 3072), (2, 2048))
+)
+with ahead.compiling(sys.argv[1]) as compiled:
+    kernels.rms_norm_linear(x, norm, qkv, 1e-5, out)
+    kernels.linear_residual(x, o, residual)
+for item in compiled:
+    code = read(item, sys.argv[1]).instructions
+    first = next(n for n, i in enumerate(code) if i.opcode.startswith("HMMA"))
+    print(sum(i.bits == 128 for i in code[:first]))
+"""
+
+
+def test_x_is_requested_before_the_first_product(tmp_path: Path) -> None:
+    """All weights of a program, and two steps of x and the norm, two loads each, in o four of x: no load waits."""
+    run = in_a_process(tmp_path, "-c", FIRST_PRODUCT, "sm_90")
+    assert run.returncode == 0, run.stderr
+    qkv, o = map(int, run.stdout.split())
+    assert qkv >= 16 + 4 + 4
+    assert o >= 16 + 8
+
+
+def sound():
+    from bench.codegen import Line
+
+    return Line(
+        target="sm_90", dtype="bfloat16", rows=2, kernel="rms_norm_glu", programs=1024, warps=8, registers=128,
+        spills=0, shared=4096, occupancy=0.25, weight_bits=128, matrix={"HMMA.16816.F32.BF16": 32}, instructions=1000,
+        in_flight=65536.0, issue=0.4,
+    )  # fmt: skip
+
+
+def test_a_sound_kernel_passes() -> None:
+    from bench.codegen import violations
+
+    assert violations(sound()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spills": 8}, "spills 8"),
+        ({"shared": 300_000}, "300000 bytes of shared memory"),
+        ({"weight_bits": 64}, "64 bits wide"),
+        ({"matrix": {}}, "no matrix instruction"),
+        ({"issue": 0.61}, "61% of the issue slots"),
+        ({"in_flight": 20_000.0}, "KB of weights in flight"),
+    ],
+)
+def test_each_defect_is_named(change: dict, message: str) -> None:
+    from bench.codegen import violations
+
+    found = violations(dataclasses.replace(sound(), **change))
+    assert len(found) == 1
+    assert message in found[0]
+    assert "rms_norm_glu on sm_90, bfloat16, 2 rows" in found[0]
+
+
+def test_float32_is_held_to_the_streaming_figures_for_few_rows() -> None:
+    from bench.codegen import violations
+
+    heavy = dataclasses.replace(sound(), dtype="float32", matrix={}, issue=0.9, rows=8)
+    [found] = violations(heavy)
+    assert "90% of the issue slots" in found
+    assert violations(dataclasses.replace(heavy, rows=32)) == []
+
+
+def test_row_counts_with_the_same_code_share_a_line_of_the_tables() -> None:
+    from bench.codegen import markdown
+
+    lines = [sound(), dataclasses.replace(sound(), rows=8), dataclasses.replace(sound(), rows=32, registers=200)]
+    tables = markdown([*lines, dataclasses.replace(sound(), target="sm_80")])
+    assert [line for line in tables.splitlines() if line.startswith("## ")] == [
+        "## sm_90, bfloat16",
+        "## sm_80, bfloat16",
+    ]
+    assert [line.split("|")[1].strip() for line in tables.splitlines() if "rms_norm_glu" in line] == ["2, 8", "32", "2"]
+
+
+def test_the_summary_holds_the_worst() -> None:
+    from bench.codegen import summary
+
+    lines = [
+        sound(),
+        dataclasses.replace(sound(), rows=32, registers=200, occupancy=0.125, issue=0.55, in_flight=50.0 * 1024),
+        dataclasses.replace(sound(), rows=64, issue=0.9, shared=9000),
+        dataclasses.replace(sound(), dtype="float32", issue=0.58, in_flight=45.0 * 1024),
+        dataclasses.replace(sound(), dtype="float32", rows=64, issue=3.0, in_flight=4.0 * 1024),
+    ]
+    *_, row = summary(lines).splitlines()
+    assert row == "| sm_90 | rms_norm_glu | 5 | 200 | 0 | 9000 | 12% | 128 bit | 50 | 55% | 45 | 58% |"
+
+
+def test_loads_without_a_hint_count_up_to_the_last_product() -> None:
+    from bench.machine_code import Code, Instruction
+
+    wide, narrow = Instruction("buffer_load_b128", bits=128), Instruction("buffer_load_b64", bits=64)
+    product = Instruction("v_wmma_f32_16x16x16_bf16")
+    assert Code((wide, narrow, product, narrow), 1, 0, 0).weight_loads() == [wide, narrow]
+    hinted = Instruction("buffer_load_dwordx4", bits=128, hint=True)
+    assert Code((narrow, hinted, product), 1, 0, 0).weight_loads() == [hinted]
+
+
+def test_instructions_that_change_with_the_rows_are_named() -> None:
+    from bench.codegen import mnemonics_differ
+
+    other = dataclasses.replace(sound(), rows=64, matrix={"HGMMA.64x16x16.F32.BF16": 4})
+    assert mnemonics_differ([sound(), dataclasses.replace(sound(), rows=8)]) == []
+    [found] = mnemonics_differ([sound(), other])
+    assert "HGMMA" in found and "rms_norm_glu on sm_90" in found
+
+
+def test_the_report_refuses_an_unknown_target(tmp_path: Path) -> None:
+    run, _ = compile_for("sm_7", tmp_path)
+    assert run.returncode == 2
+    assert "invalid choice: 'sm_7'" in run.stderr

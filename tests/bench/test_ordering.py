@@ -1,0 +1,87 @@
+"""Compiled decode kernels with all their programs at once: sound ones pass, planted faults are seen.
+
+Compiling needs a process without the interpreter.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed: there is nothing to compile with", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+
+PLANTED = """
+import json, re
+from bench import ordering
+from bench.ordering import cases, problems
+
+def without_wait(text):
+    return text.replace("griddepcontrol.wait;", "")
+
+def wait_first(text):
+    return text.replace("griddepcontrol.launch_dependents;", "griddepcontrol.wait;", 1)
+
+def relaxed(text):
+    return text.replace("acq_rel", "relaxed")
+
+def without_barrier_before_the_counter(text):
+    head, _, tail = text.partition("atom.global")
+    stores, _, between = head.rpartition("st.global")
+    return stores + "st.global" + re.sub(r"bar.sync[^;]*;", "", between) + "atom.global" + tail
+
+def without_barriers(text):
+    return re.sub(r"bar.sync[^;]*;", "", text)
+
+named = {case.name: case for case in cases()}
+rope, empty = named["rope_attention, settled"], named["rope_attention, settled, all rows empty"]
+linear = named["linear_residual, 2 rows"]
+print(json.dumps({
+    "wait first": problems(rope, "sm_90", edit=wait_first),
+    "no wait": problems(rope, "sm_90", edit=without_wait),
+    "empty, no wait": problems(empty, "sm_90", edit=without_wait),
+    "relaxed": problems(rope, "sm_90", edit=relaxed),
+    "no barrier": problems(rope, "sm_90", edit=without_barrier_before_the_counter),
+    "linear, no wait": problems(linear, "sm_90", edit=without_wait),
+    "linear, no barriers": problems(linear, "sm_90", edit=without_barriers),
+}))
+"""
+
+
+def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DIA_KERNELS_TABLE")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_every_kernel_of_a_step_is_right_in_any_order_and_has_no_race() -> None:
+    found = in_a_process("-m", "bench.ordering")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("right, no race") == 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_89"])
+def test_other_targets_and_orders(target: str) -> None:
+    found = in_a_process("-m", "bench.ordering", "--targets", target, "--seeds", "3")
+    assert found.returncode == 0, found.stderr
+
+
+def test_planted_faults_are_seen() -> None:
+    done = in_a_process("-c", PLANTED)
+    assert done.returncode == 0, done.stderr
+    found = {name: " ".join(problems) for name, problems in json.loads(done.stdout).items()}
+    assert found["wait first"] == "", "waiting earlier is slow, not wrong"
+    assert "reads qkv before it waits for the launches in front" in found["no wait"]
+    assert "no program waits" in found["no wait"]
+    assert "no program waits" in found["empty, no wait"]
+    assert "partials unordered with another warp" in found["relaxed"]
+    assert "partials unordered with another warp" in found["no barrier"]
+    assert "reads x before it waits for the launches in front" in found["linear, no wait"]
+    assert "shared memory unordered with another warp" in found["linear, no barriers"]

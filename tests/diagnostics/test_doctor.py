@@ -1,0 +1,119 @@
+"""`dia-fast doctor`: what it says of sound kernels, of wrong ones, and of machines that cannot run any."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dia_fast.diagnostics import doctor
+from dia_kernels import reference
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def command(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process of its own: in this one Triton may be interpreted already."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "dia_fast", "doctor", "--device", "cpu", *options],
+        env=inherited | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def kernels(**broken: object) -> SimpleNamespace:
+    """The reference in the role of the kernels, some ops replaced."""
+    return SimpleNamespace(**{name: getattr(reference, name) for name in reference.__all__} | broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sound_kernels_are_all_found_sound(dtype: torch.dtype) -> None:
+    verdicts = doctor.check_running(kernels(), dtype, CPU, full_width=False)
+    assert [verdict.op for verdict in verdicts] == list(doctor.OPS)
+    assert {verdict.outcome for verdict in verdicts} == {"ok"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", ["rms_norm_glu", "rope_attention", "snake_residual"])
+def test_a_kernel_that_computes_something_else_is_named(op: str, dtype: torch.dtype) -> None:
+    def slightly_off(*args: torch.Tensor, **named: bool) -> torch.Tensor:
+        out = getattr(reference, op)(*args, **named)
+        return out.mul_(1.05)
+
+    verdicts = doctor.check_running(kernels(**{op: slightly_off}), dtype, CPU, full_width=False)
+    assert {verdict.op for verdict in verdicts if verdict.outcome == "wrong"} == {op}
+    assert not all(verdict.healthy for verdict in verdicts)
+
+
+def test_a_kernel_that_draws_another_code_is_named() -> None:
+    def off_by_one(*args: torch.Tensor, **named: int) -> torch.Tensor:
+        return reference.sample(*args, **named).add_(1).clamp_(max=30)
+
+    verdicts = doctor.check_running(kernels(sample=off_by_one), torch.float32, CPU, full_width=False)
+    [wrong] = [verdict for verdict in verdicts if verdict.outcome == "wrong"]
+    assert wrong.op == "sample"
+
+
+def test_a_kernel_that_leaves_nan_is_named() -> None:
+    verdicts = doctor.check_running(
+        kernels(glu=lambda x, out: out.fill_(torch.nan)), torch.float32, CPU, full_width=False
+    )
+    assert "glu" in {verdict.op for verdict in verdicts if verdict.outcome == "wrong"}
+
+
+def test_a_kernel_that_raises_is_named_and_the_others_are_still_checked() -> None:
+    def raising(*args: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of resources: shared memory\nand more lines")
+
+    verdicts = {v.op: v for v in doctor.check_running(kernels(glu=raising), torch.float32, CPU, full_width=False)}
+    assert (verdicts["glu"].outcome, verdicts["glu"].detail) == (
+        "failed",
+        "RuntimeError: out of resources: shared memory",
+    )
+    assert verdicts["sample"].outcome == "ok"
+
+
+def test_interpreted_on_a_cpu() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = command("--json", TRITON_INTERPRET="1")
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["healthy"], report["backend"]) == (0, True, "torch")
+    assert {kernel["outcome"] for kernel in report["kernels"]} == {"ok"}
+    assert "interpreted" in report["not_checked"][0]
+    assert report["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_compiled_on_a_cpu() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = command()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiled  for sm_90") == len(doctor.OPS)
+    assert "not checked: what the kernels compute" in done.stdout
+
+
+def test_an_unknown_target_is_refused() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = command("--targets", "h100")
+    assert done.returncode == 2
+    assert "--targets: target: 'h100' is not of the form sm_90 or gfx942" in done.stderr
+
+
+def test_without_triton_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from dia_fast.cli import doctor as cli
+    from dia_fast.cli import main
+
+    monkeypatch.setattr("dia_kernels.ops.triton_obstacle", lambda device: "triton is not installed")
+    monkeypatch.setattr(cli, "_has_triton", lambda: False)
+    assert main(["doctor", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("unchecked triton is not installed") == len(doctor.OPS)
+    assert "not checked: all kernels: triton is not installed" in said

@@ -1,0 +1,1 @@
+"""Tests of `dia_fast.generation`, and of what holds at every door."""

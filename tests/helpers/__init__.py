@@ -1,0 +1,1 @@
+"""Stand-ins and tools that several tests use."""

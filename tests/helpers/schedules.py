@@ -1,0 +1,104 @@
+"""What the tests of the engine share: a model small enough for thousands of steps, and requests told by a number."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from bench.tools.tiny_models import tiny_config
+from dia_fast.engine import Engine, Generation, Request, generate
+from dia_fast.engine.sequence import State
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.kv_cache import NOBODY
+from dia_fast.model.model import DiaModel
+from dia_kernels import get_ops
+
+CHANNELS, EOS = 3, 36
+POSITIONS = 140
+
+
+def small_config() -> DiaConfig:
+    """One layer with shared heads, three channels and a short delay."""
+    decoder = {"num_channels": CHANNELS, "vocab_size": 40, "hidden_size": 32, "intermediate_size": 32}
+    codes = {"eos_token_id": EOS, "pad_token_id": 37, "bos_token_id": 38, "max_position_embeddings": POSITIONS}
+    return tiny_config({"num_hidden_layers": 1}, decoder | codes | {"num_hidden_layers": 1}, delay_pattern=(0, 2, 3))
+
+
+@lru_cache
+def small_model(dtype: torch.dtype = torch.float32, eos: float = 1.5) -> DiaModel:
+    """Random weights; EOS comes up now and then, the more often the larger `eos` is."""
+    generator = torch.Generator().manual_seed(11)
+    weights = {}
+    for name, shape in packed_shapes(small_config()).items():
+        values = torch.randn(shape, generator=generator)
+        scale = 1.0 if "embedding" in name else 0.7 * shape[-1] ** -0.5
+        weights[name] = (values * scale if len(shape) == 2 else 1 + 0.1 * values).to(dtype)
+    weights["decoder.head"][EOS] *= eos
+    return DiaModel(small_config(), get_ops("torch")).load(weights)
+
+
+def numbered_request(number: int, longest: int = 60, **settings: Any) -> Request:
+    """The `number`th of a fixed list of requests of every kind."""
+    generator = torch.Generator().manual_seed(number)
+
+    def pick(*values: Any) -> Any:
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    text = torch.randint(1, 256, (pick(1, 5, 31, 32, 33, 70),), generator=generator).tolist()
+    frames = pick(0, 0, 1, 31, 32, 40)
+    prompt = torch.randint(0, EOS, (frames, CHANNELS), generator=generator) if frames else None
+    chosen = {
+        "max_new_tokens": pick(1, 4, 20, 33, longest),
+        "guidance_scale": pick(3.0, 3.0, 1.5, None),
+        "temperature": pick(1.2, 1.2, 0.0, 2.0),
+        "top_k": pick(45, 5, None),
+        "top_p": pick(0.95, 1.0, 0.5),
+        "seed": number,
+    }
+    return Request(text, prompt, **chosen | settings)
+
+
+@lru_cache
+def alone(number: int, longest: int = 60, dtype: torch.dtype = torch.float32) -> Generation:
+    """What a numbered request gives by itself."""
+    return generate(small_model(dtype), [numbered_request(number, longest)])[0]
+
+
+def assert_same(ours: Generation, other: Generation) -> None:
+    assert torch.equal(ours.rows, other.rows)
+    assert torch.equal(ours.frames, other.frames)
+    assert (ours.seed, ours.truncated) == (other.seed, other.truncated)
+
+
+def run_to_end(engine: Engine, most: int = 10_000) -> None:
+    for _ in range(most):
+        if not engine.step():
+            return
+    raise AssertionError(f"the engine still has work after {most} steps: {engine.stats}")
+
+
+def assert_sound(engine: Engine) -> None:
+    """No page has two owners, none is lost, every slot in use shows its own pages, and the others are inert."""
+    state = engine.state
+    for blocks in (state.blocks, state.cross_blocks):
+        held = [page for owner in range(blocks.owners) for page in blocks.pages(owner).tolist()]
+        assert len(held) == len(set(held)) == blocks.pool.pages - blocks.pool.free
+        assert all(0 <= page < blocks.pool.pages for page in held)
+    runs = engine._running
+    lanes = [run.lane for run in [*runs, *engine._swapped, *filter(None, [engine._newcomer])]]
+    assert len(lanes) == len(set(lanes)) and NOBODY not in lanes
+    assert sorted(lanes + engine._lanes) == list(range(state.capacity))
+    for numbers, state_of in (
+        (runs, State.RUNNING),
+        (engine._swapped, State.SWAPPED),
+        (engine._waiting, State.WAITING),
+    ):
+        assert all(sequence.state is state_of for sequence in numbers)
+    assert (state.row[len(runs) :] == -1).all()
+    for slot, run in enumerate(runs):
+        assert int(state.seed[slot]) == run.plan.seed
+        assert state.blocks.held(run.lane) * state.pool.shape.page_size >= min(engine._row(run), run.plan.end)
+    for idle in set(range(state.capacity)) - set(lanes):
+        assert not any(state.blocks.held(owner) for owner in state.owners(idle, state.guided))
+        assert not state.cross_blocks.held(idle)
