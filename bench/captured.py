@@ -11,7 +11,7 @@ import torch
 
 from bench.device import Device
 from dia_fast.diagnostics.launches import CONTEXT
-from dia_fast.engine.stepper import Capture
+from dia_fast.engine.decode_graphs import Capture
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes
 from dia_fast.model.fused_weights import packed_shapes
@@ -64,14 +64,14 @@ def state_for(model: DiaModel, load: Load) -> DecodeState:
     text_pages = load.batch * (MAX_TEXT // 32)
     sizes = Sizes(load.batch, load.rows > 1, CONTEXT, MAX_TEXT, pages, text_pages)
     state = DecodeState(model.config, model.ops, sizes, model.dtype, model.device)
-    for lane in range(load.batch):
-        state.cross_blocks.grow(lane, load.text)
-        state.grow(lane, CONTEXT)
+    for table_idx in range(load.batch):
+        state.cross_blocks.grow(table_idx, load.text)
+        state.grow(table_idx, CONTEXT)
     for pool in (state.pool, state.cross_pool):
         for pages_of_layer in (*pool.keys, *pool.values):
             pages_of_layer.normal_().mul_(128**-0.25)
     state.text_lengths.fill_(load.text)
-    state.end_row.fill_(1 << 20)
+    state.end_step.fill_(1 << 20)
     state.guidance_scale.fill_(3.0 if load.rows > 1 else 1.0)
     state.temperature.fill_(1.2)
     state.top_p.fill_(0.95)
@@ -90,8 +90,8 @@ class CapturedStep:
         self._replay = (capture or device.capture)(partial(model.decode_step, state))
 
     def _begin(self) -> None:
-        self.state.row.fill_(self.load.context)
-        self.state.eos_row.fill_(-1)
+        self.state.step.fill_(self.load.context)
+        self.state.eos_step.fill_(-1)
         self.state.finished.zero_()
 
     def spans(self, replays: int = 12) -> list[float]:

@@ -65,7 +65,7 @@ class Device:
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """What repeats the launches of `work` as a graph, so that no host is in the figures. Raises as torch does."""
-        from dia_fast.engine.stepper import CudaGraphs
+        from dia_fast.engine.decode_graphs import CudaGraphs
 
         return CudaGraphs()(work)
 

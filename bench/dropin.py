@@ -46,9 +46,9 @@ def load(path: str | None, dtype: torch.dtype) -> Any:
 
 def make_inputs(config: DiaConfig, batch: int, text: int) -> dict[str, torch.Tensor]:
     """What the processor makes of texts of one length, without audio prompts."""
-    from bench.tools.pairs import grid_inputs, random_prompts, random_texts, text_inputs
+    from bench.tools.pairs import delayed_inputs, random_prompts, random_texts, text_inputs
 
-    grid = grid_inputs(config, random_prompts(config, [0] * batch))
+    grid = delayed_inputs(config, random_prompts(config, [0] * batch))
     return text_inputs(random_texts(config, [text] * batch)) | grid
 
 
@@ -67,7 +67,7 @@ def sides(model: Any, options: argparse.Namespace) -> dict[str, Callable[[], Any
         for ids in given["input_ids"].tolist()
     ]
     spoken = loop.speak(engine, requests)
-    assert torch.equal(spoken[0].rows.long(), expected[0].cpu()), "the engine speaks something else"
+    assert torch.equal(spoken[0].delayed_codes.long(), expected[0].cpu()), "the engine speaks something else"
     found: dict[str, Callable[[], Any]] = {
         "engine": lambda: loop.speak(engine, requests),
         "accelerate": lambda: model.generate(**given, **settings, **tokens),

@@ -124,7 +124,7 @@ def memory(folder: Path) -> Group:
     """
     from dia_fast.api import Dia
     from dia_fast.engine import Request
-    from dia_fast.engine.sizing import sizes_for_any
+    from dia_fast.engine.memory import sizes_for_any
     from dia_fast.model.decode_state import DecodeState
     from dia_kernels import get_ops
 

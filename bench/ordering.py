@@ -106,8 +106,8 @@ def _ends() -> Iterator[Case]:
 
     t = {
         "sampled": torch.randint(vocab, (batch, channels), dtype=torch.int32),
-        "forced": torch.randint(-1, vocab, (batch, 2, channels), dtype=torch.int32),
-        "row": ints(1, 4), "first_row": ints(0, 1), "end_row": ints(6, 7), "eos_row": ints(-1, 3),
+        "prompt_codes": torch.randint(-1, vocab, (batch, 2, channels), dtype=torch.int32),
+        "step": ints(1, 4), "first_step": ints(0, 1), "end_step": ints(6, 7), "eos_step": ints(-1, 3),
         "delay": ints(0, 1, 2),
         "table": torch.randn(channels * vocab, hidden).to(DTYPE),
         "codes": torch.zeros(batch, capacity, channels, dtype=torch.int32),
@@ -116,7 +116,7 @@ def _ends() -> Iterator[Case]:
     }  # fmt: skip
     yield Case("embed_codes", t, lambda ops, t: ops.embed_codes(**t, eos=20, pad=21), ())
     t = {
-        "logits": torch.randn(2 * batch, channels, vocab) * 3, "row": ints(5, 6), "seed": torch.tensor([7, 2**40 + 1]),
+        "logits": torch.randn(2 * batch, channels, vocab) * 3, "step": ints(5, 6), "seed": torch.tensor([7, 2**40 + 1]),
         "guidance_scale": torch.tensor([3.0, 1.0]), "temperature": torch.tensor([1.3, 0.0]), "top_k": ints(5, 0),
         "top_p": torch.tensor([0.9, 1.0]), "out": torch.full((batch, channels), -1, dtype=torch.int32),
         "status": torch.zeros(batch, channels, dtype=torch.int32),

@@ -26,7 +26,7 @@ from torch import Tensor
 from bench.make_checkpoint import random_weight
 from bench.measure import use
 from dia_fast.engine import Engine, Request, place, plan, prefill
-from dia_fast.engine.stepper import choose_capture
+from dia_fast.engine.decode_graphs import choose_capture
 from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
@@ -71,7 +71,7 @@ def speak(model: DiaModel, asked: Sequence[Request], capture: Any) -> list[Tenso
         handles = [engine.submit(request) for request in asked]
         while engine.step():
             pass
-        return [handle.result().rows.cpu() for handle in handles]
+        return [handle.result().delayed_codes.cpu() for handle in handles]
 
 
 def forced_logits(model: DiaModel, request: Request, rows: Tensor) -> Tensor:
@@ -90,12 +90,12 @@ def forced_logits(model: DiaModel, request: Request, rows: Tensor) -> Tensor:
     for _ in prefill(model, state, 0, item):
         pass
     place(state, 0, item)
-    state.row.zero_()
-    state.first_row.zero_()
-    state.end_row.fill_(4 * steps + 99)  # beyond reach: no end is forced
+    state.step.zero_()
+    state.first_step.zero_()
+    state.end_step.fill_(4 * steps + 99)  # beyond reach: no end is forced
     state.codes = torch.zeros(1, 4 * steps + 100, rows.shape[1], dtype=torch.int32, device=device)
-    state.forced = torch.full((1, *rows.shape), FREE, dtype=torch.int32, device=device)
-    state.forced[0] = rows.to(device)
+    state.prompt_codes = torch.full((1, *rows.shape), FREE, dtype=torch.int32, device=device)
+    state.prompt_codes[0] = rows.to(device)
     logits = []
     for _ in range(steps):
         model.decode_step(state)

@@ -166,7 +166,7 @@ def measure(config: DiaConfig, rows: int, contexts: Sequence[int], dtype: torch.
     found = []
     for context in contexts:
         meter.kv_minimum["rope_attention"] = token * rows * context  # one of them is written, the others are read
-        state.row.fill_(context - 1)
+        state.step.fill_(context - 1)
         state.finished.zero_()
         state.positions.fill_(context - 1)
 
@@ -194,13 +194,13 @@ def _ready(config: DiaConfig, rows: int, context: int, dtype: torch.dtype) -> tu
     grid, text = self_pages(model.config), cross_pages(model.config)
     sizes = Sizes(batch, rows > 1, context + 1, TEXT, rows * grid.pages(context + 1), batch * text.pages(TEXT))
     state = DecodeState(model.config, kernels, sizes, dtype, torch.device("cpu"))
-    for slot in range(batch):
-        state.grow(slot, context + 1)
-        state.cross_blocks.grow(slot, TEXT)
+    for batch_idx in range(batch):
+        state.grow(batch_idx, context + 1)
+        state.cross_blocks.grow(batch_idx, TEXT)
     for pages in state.pool.keys + state.pool.values + state.cross_pool.keys + state.cross_pool.values:
         pages.copy_(torch.randn(pages.shape, generator=generator))
     state.text_lengths.fill_(TEXT)
-    state.end_row.fill_(context + 99)
+    state.end_step.fill_(context + 99)
     return model, state
 
 

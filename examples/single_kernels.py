@@ -154,15 +154,28 @@ def sample() -> Pair:
 
 
 def embed_codes() -> Pair:
-    """The next row of the delayed grid, from what was sampled and what is forced, and its embedding."""
+    """Form the next delayed codes, from the sampled ones and those of a prompt, and embed them."""
     channels, vocab, delay = 3, 20, integers(0, 1, 2)
-    forced = torch.full((1, 3, channels), -1, dtype=torch.int32, device=DEVICE)
-    forced[0, 0] = 19  # the first row is given: the code that begins a speech
+    prompt_codes = torch.full((1, 3, channels), -1, dtype=torch.int32, device=DEVICE)
+    prompt_codes[0, 0] = 19  # the first step is given: the code that begins a speech
     table, x = rand(channels * vocab, HIDDEN), rand(1, HIDDEN)
-    row, first, end, eos_row, positions, finished = (integers(value) for value in (0, 0, 30, -1, 0, 0))
-    grid = torch.zeros(1, 40, channels, dtype=torch.int32, device=DEVICE)
+    step, first, end, eos_step, positions, finished = (integers(value) for value in (0, 0, 30, -1, 0, 0))
+    codes = torch.zeros(1, 40, channels, dtype=torch.int32, device=DEVICE)
     library.embed_codes(
-        integers(4, 5, 6)[None], forced, row, first, end, eos_row, delay, table, grid, positions, finished, x, 17, 18
+        integers(4, 5, 6)[None],
+        prompt_codes,
+        step,
+        first,
+        end,
+        eos_step,
+        delay,
+        table,
+        codes,
+        positions,
+        finished,
+        x,
+        17,
+        18,
     )
     return x, table[[19, vocab + 19, 2 * vocab + 19]].sum(0, keepdim=True)
 

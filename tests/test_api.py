@@ -224,10 +224,10 @@ def test_a_loaded_codec_may_be_handed_over(places: tuple[Path, Path], dia: Dia) 
 
 
 def test_forward_logits_are_what_generation_sees(dia: Dia) -> None:
-    from dia_fast.model.delay import delayed_rows
+    from dia_fast.model.delay import apply_delay
 
     [codes] = dia.generate_codes(TEXT, do_sample=False, guidance_scale=None, top_k=None, **SHORT)
-    rows = delayed_rows(codes, TINY.delay_pattern, 1026)[: len(codes)]
+    rows = apply_delay(codes, TINY.delay_pattern, 1026)[: len(codes)]
     cond, uncond = dia.forward_logits(TEXT, rows[None])
     assert uncond is not None
     assert cond.shape == uncond.shape == (1, len(codes), 9, 1028)

@@ -114,14 +114,14 @@ class Case:
             return table
         values: dict[str, Callable[[], Tensor]] = {
             "starts": lambda: torch.arange(count) * self.meta["q"].shape[0] // (count - 1),
-            "slots": lambda: torch.arange(count),
+            "slot_mapping": lambda: torch.arange(count),
             "positions": lambda: torch.arange(count) if self.op == "rope" else torch.full(shape, self.context - 1),
             "lengths": lambda: torch.full(shape, TEXT),
             "kv_lengths": lambda: torch.full(shape, self.context),
-            "row": lambda: torch.full(shape, self.context - 1),
-            "end_row": lambda: torch.full(shape, self.meta["codes"].shape[1] - 1),
-            "eos_row": lambda: torch.full(shape, -1),
-            "forced": lambda: torch.full(shape, -1),
+            "step": lambda: torch.full(shape, self.context - 1),
+            "end_step": lambda: torch.full(shape, self.meta["codes"].shape[1] - 1),
+            "eos_step": lambda: torch.full(shape, -1),
+            "prompt_codes": lambda: torch.full(shape, -1),
             "sampled": lambda: torch.arange(count).view(shape) * 7 % 1000,
             "delay": lambda: torch.arange(count),
             "top_k": lambda: torch.full(shape, 45),
@@ -198,7 +198,7 @@ def _label(op: str, a: Mapping[str, Any], context: int) -> str:
         return f"rows {a['q'].shape[0]} text {TEXT}"
     if op in ("embed_codes", "sample"):
         rows = a["x" if op == "embed_codes" else "logits"]
-        return f"requests {a['row'].shape[0]} rows {rows.shape[0]}"
+        return f"requests {a['step'].shape[0]} rows {rows.shape[0]}"
     if op == "ragged_attention":
         kind = " text" if "block_table" in a else " causal" if a["causal"] else ""
         return f"tokens {a['q'].shape[0]}{kind}"

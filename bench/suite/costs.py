@@ -80,7 +80,7 @@ def _ragged_attention(a: Mapping[str, Any], context: int, text: int) -> Cost:
 def _rope(a: Mapping[str, Any], context: int, text: int) -> Cost:
     qkv, kv_heads, dim = a["qkv"], a["kv_heads"], 2 * a["cos"].shape[1]
     turned = qkv.shape[0] * (qkv.shape[1] // dim - kv_heads) * dim
-    stored = qkv.shape[0] * kv_heads * dim if a.get("slots") is not None else 0
+    stored = qkv.shape[0] * kv_heads * dim if a.get("slot_mapping") is not None else 0
     return Cost((2 * turned + 3 * stored) * qkv.itemsize, 3 * turned)  # v is read and stored, k is stored once more
 
 

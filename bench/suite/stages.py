@@ -130,7 +130,7 @@ class Models:
             )
 
         def reset() -> None:
-            state.row.fill_(stage.size - 1)
+            state.step.fill_(stage.size - 1)
             state.finished.zero_()
 
         moved = bytes_per_step(model) + stage.requests * (2 * token * stage.size + text)
@@ -160,14 +160,14 @@ class Models:
         pages, text = self_pages(self.config), cross_pages(self.config)
         sizes = Sizes(batch, True, rows, TEXT, 2 * batch * pages.pages(rows), batch * text.pages(TEXT))
         state = DecodeState(self.config, ops, sizes, self.dtype, self.device.torch)
-        for slot in range(batch):
-            state.grow(slot, rows)
-            state.cross_blocks.grow(slot, TEXT)
+        for batch_idx in range(batch):
+            state.grow(batch_idx, rows)
+            state.cross_blocks.grow(batch_idx, TEXT)
         for pool in (state.pool, state.cross_pool):
             for tensor in pool.keys + pool.values:
                 tensor.normal_(std=0.3)
         state.text_lengths.fill_(TEXT)
-        state.end_row.fill_(rows - 1)
+        state.end_step.fill_(rows - 1)
         state.guidance_scale.fill_(3.0)
         state.top_k.fill_(45)
         return state

@@ -79,7 +79,7 @@ def text_inputs(texts: Texts) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def grid_inputs(config: DiaConfig, prompts: Prompts) -> dict[str, Tensor]:
+def delayed_inputs(config: DiaConfig, prompts: Prompts) -> dict[str, Tensor]:
     """What `DiaProcessor` makes of audio prompts: delayed, BOS before, PAD where free; shorter ones start later."""
     decoder, delay = config.decoder, config.delay_pattern
     longest = max(prompt.shape[0] for prompt in prompts)
@@ -118,7 +118,7 @@ def their_rows(
     prompts = prompts or random_prompts(config, [0] * len(texts))
     settings = {"do_sample": False, "top_k": None, "guidance_scale": None} | settings
     tokens = {name: getattr(decoder, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    inputs = text_inputs(texts) | grid_inputs(config, prompts)
+    inputs = text_inputs(texts) | delayed_inputs(config, prompts)
     there = {name: tensor.to(theirs.device) for name, tensor in inputs.items()}
     grid = theirs.generate(**there, **tokens, **settings)
     longest = max(prompt.shape[0] for prompt in prompts)

@@ -53,7 +53,7 @@ def decode(rows: int, dtype: torch.dtype, ops: Any = kernels, model: DiaModel | 
     batch = max(rows // 2, 1)
     model = model or one_layer(dtype, ops)
     pages = rows * CONTEXT // 32 + rows
-    sizes = Sizes(batch, guided=rows > 1, rows=CONTEXT, text=1024, pages=pages, text_pages=batch * 32)
+    sizes = Sizes(batch, guided=rows > 1, steps=CONTEXT, text=1024, pages=pages, text_pages=batch * 32)
     model.decode_step(DecodeState(model.config, model.ops, sizes, dtype, META))
 
 
@@ -77,8 +77,8 @@ def prefill(
         qkv = tensor(tokens, (heads + 2 * kv_heads) * dim)
         angles = tensor(CONTEXT, dim // 2, dtype=torch.float32), tensor(CONTEXT, dim // 2, dtype=torch.float32)
         positions = tensor(tokens, dtype=torch.int32)
-        pages, slots = tensor(128, kv_heads, 32, dim), tensor(tokens, dtype=torch.int64)
-        store = (pages, torch.empty_like(pages), slots) if causal else ()
+        pages, slot_mapping = tensor(128, kv_heads, 32, dim), tensor(tokens, dtype=torch.int64)
+        store = (pages, torch.empty_like(pages), slot_mapping) if causal else ()
         ops.rope(qkv, *angles, positions, kv_heads, *store)
         q, k, v = qkv.view(tokens, -1, dim).split((heads, kv_heads, kv_heads), 1)
         starts = tensor(3 if causal else 2, dtype=torch.int32)

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
+from dia_fast.engine.batch_rows import collect, place, prefill
+from dia_fast.engine.decode_graphs import Stepper
 from dia_fast.engine.handle import Cancelled, Handle
+from dia_fast.engine.memory import sizes_for
 from dia_fast.engine.metrics import EngineEvent, Stats
 from dia_fast.engine.request import Generation, Plan, Request, plan
 from dia_fast.engine.scheduler import MAX_BATCH, DeadlineExceeded, Engine, EngineFull, StepFailed
-from dia_fast.engine.sizing import sizes_for
-from dia_fast.engine.slots import collect, place, prefill
-from dia_fast.engine.stepper import Stepper
 from dia_fast.model.model import DiaModel
 
 __all__ = [

@@ -161,5 +161,5 @@ class CudaDevice:
 
 
 def device_for(device: torch.device) -> Device:
-    """What drives a device of torch."""
+    """Choose the layer for a device of torch."""
     return CudaDevice(device) if device.type == "cuda" else HostDevice(device)

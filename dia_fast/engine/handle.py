@@ -51,7 +51,7 @@ class Handle(OneProcess):
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come: `status` is `"done"`, `"failed"` or `"cancelled"`."""
+        """True when nothing more will come: `status` is `"done"`, `"failed"` or `"cancelled"`."""
         return self._sequence.done
 
     def cancel(self) -> None:
@@ -106,23 +106,24 @@ class Handle(OneProcess):
         if generation is not None:
             return generation.frames
         config = self._config
-        return undo_delay(self.rows(), config.delay_pattern, config.decoder.eos_token_id)[self._sequence.plan.first :]
+        frames = undo_delay(self.delayed_codes(), config.delay_pattern, config.decoder.eos_token_id)
+        return frames[self._sequence.plan.first :]
 
     @isolated()
-    def rows(self) -> Tensor:
-        """The delayed codes so far, from row 0 on, `[rows, channels]` int32. Waits for nothing."""
+    def delayed_codes(self) -> Tensor:
+        """The delayed codes so far, from step 0 on: `[steps, channels]` int32. Waits for nothing."""
         sequence = self._sequence
         if sequence.generation is not None:
-            return sequence.generation.rows
-        count = sequence.received  # before the rows: a step of another thread may add to them at any time
-        if sequence.rows is None:
+            return sequence.generation.delayed_codes
+        count = sequence.received  # before the codes: a step of another thread may add to them at any time
+        if sequence.codes is None:
             return torch.empty(0, self._config.decoder.num_channels, dtype=torch.int32, device="cpu")
-        return torch.from_numpy(sequence.rows[:count].copy())
+        return torch.from_numpy(sequence.codes[:count].copy())
 
     def has(self, frames: int) -> bool:
-        """Whether `ready` holds at least so many frames, told cheaply while it does not."""
-        rows = self._sequence.plan.first + 1 + frames + max(self._config.delay_pattern)
-        return (self._sequence.received >= rows or self.done) and len(self.ready()) >= frames
+        """Tell cheaply if `ready` holds at least so many frames."""
+        steps = self._sequence.plan.first + 1 + frames + max(self._config.delay_pattern)
+        return (self._sequence.received >= steps or self.done) and len(self.ready()) >= frames
 
     def _raise_if_lost(self) -> None:
         if self.status == "cancelled":

@@ -1,4 +1,4 @@
-"""What an engine tells of itself: its numbers at one moment, and an event for each thing that happens to a request."""
+"""Numbers of an engine at one moment, and an event for each thing that happens to a request."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
-"""How the host learns of the device's progress, without making either wait for the other.
+"""Asynchronous copies of finish flags and new codes from the device to the host.
 
-A report is one small tensor: for each slot whether it has finished, its row count, where its speech ends, what `sample`
-found wrong, and its last few rows. It is copied to the host in the order of the steps, and read once it is there.
+A report is one small tensor: for each running request whether it has finished, its step, where its speech ends, what
+`sample` found wrong, and its last few codes. It is copied to the host in the order of the steps, and read once it is
+there.
 """
 
 from collections import deque
@@ -18,13 +19,13 @@ from dia_fast.engine.device import Device, Event
 from dia_fast.engine.sequence import Sequence
 from dia_fast.model.decode_state import DecodeState
 
-RECENT = 4  # rows in a report: at least the steps between two of them
+RECENT = 4  # steps of codes in a report: at least the steps between two of them
 _REPORTS = 4  # under way at once, at most
 _FINISHED, _ROW, _EOS_ROW, _STATUS = range(4)
 
 
 class Report(NamedTuple):
-    """The sequences of a step, in the order of their slots, and their part of the report, `[sequences, width]`."""
+    """The sequences of a step, in the order of the batch, and their part of the report, `[sequences, width]`."""
 
     sequences: Listing[Sequence]
     values: NDArray[np.int32]
@@ -35,11 +36,11 @@ class Report(NamedTuple):
         return self.values[:, _FINISHED]
 
     @property
-    def row(self) -> NDArray[np.int32]:
+    def step(self) -> NDArray[np.int32]:
         return self.values[:, _ROW]
 
     @property
-    def eos_row(self) -> NDArray[np.int32]:
+    def eos_step(self) -> NDArray[np.int32]:
         return self.values[:, _EOS_ROW]
 
     @property
@@ -49,7 +50,7 @@ class Report(NamedTuple):
 
     @property
     def recent(self) -> NDArray[np.int32]:
-        """`[sequences, RECENT, channels]`: the last rows of each."""
+        """`[sequences, RECENT, channels]`: the codes of the last steps of each."""
         return self.values[:, _STATUS + self.channels :].reshape(len(self.values), RECENT, self.channels)
 
 
@@ -70,10 +71,10 @@ class Polling:
         self._count = 0
 
     def send(self, sequences: Listing[Sequence]) -> Event:
-        """Report on the step launched last. sequences: in the order of their slots, not to be changed afterwards."""
+        """Report on the step launched last. sequences: in the order of the batch, not to be changed afterwards."""
         assert len(self._sent) < _REPORTS
-        row, index, expanded, codes, recent, report, *parts = self._prepared(len(sequences))
-        torch.add(row, self._offsets, out=index)
+        step, index, expanded, codes, recent, report, *parts = self._prepared(len(sequences))
+        torch.add(step, self._offsets, out=index)
         index.clamp_(min=0)
         torch.gather(codes, 1, expanded, out=recent)
         torch.cat(parts, 1, out=report)
@@ -95,10 +96,10 @@ class Polling:
         self._sent.clear()
 
     def _prepared(self, count: int) -> tuple[Tensor, ...]:
-        """Views of all buffers for `count` slots, made once."""
+        """Views of all buffers for `count` requests, made once."""
         if count not in self._views:
             state, index, recent = self._state, self._index[:count], self._recent[:count]
-            single = [tensor[:count, None] for tensor in (state.finished, state.row, state.eos_row)]
+            single = [tensor[:count, None] for tensor in (state.finished, state.step, state.eos_step)]
             expanded = index[:, :, None].expand(-1, -1, self._channels)
             parts = [*single, state.status[:count], recent.flatten(1)]
             views = (single[1], index, expanded, state.codes[:count], recent, self._report[:count], *parts)

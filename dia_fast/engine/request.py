@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what comes back."""
+"""Engine request and result types."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from dia_fast.errors import InputError, shown
 from dia_fast.generation.sampling_params import SamplingParams, random_seed
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.delay import FREE, delayed_rows
+from dia_fast.model.delay import FREE, apply_delay
 from dia_fast.utils.values import tensor_of
 
 
@@ -17,12 +17,19 @@ from dia_fast.utils.values import tensor_of
 class Request:
     """One text to speak.
 
-    text_ids: bytes of the text; prompt: `[frames, channels]` integer codes to go on from, or None;
-    grid: instead of a prompt, the beginning of the delayed grid itself, `[rows, channels]` integer codes from row 0 on,
-    special ones too, and -1 where the model chooses: never in row 0, and always in channel 0 after the first choice;
-    max_new_tokens: most rows to generate, the `max(delay)` that complete the last frames included;
-    temperature: 0 takes the likeliest code; seed: None draws one. The rest as in `SamplingParams`.
-    Raises InputError for settings that cannot work.
+    Args:
+        text_ids: Bytes of the text.
+        prompt: `[frames, channels]` integer codes to go on from, or None.
+        max_new_tokens: Most steps to generate, the `max(delay)` that complete the last frames included.
+        guidance_scale: As in `SamplingParams`, like `top_k` and `top_p`.
+        temperature: 0 takes the likeliest code.
+        seed: None draws one.
+        delayed_codes: Instead of a prompt, the first delayed codes themselves, `[steps, channels]` integers from step 0
+            on, special ones too, and -1 where the model chooses: never in step 0, and always in channel 0 after the
+            first choice.
+
+    Raises:
+        InputError: For values that cannot work.
     """
 
     text_ids: Sequence[int]
@@ -33,11 +40,11 @@ class Request:
     top_k: int | None = 45
     top_p: float = 0.95
     seed: int | None = None
-    grid: Tensor | None = None
+    delayed_codes: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.settings  # noqa: B018 - checks them
-        for name in ("prompt", "grid"):
+        for name in ("prompt", "delayed_codes"):
             codes = getattr(self, name)
             if codes is not None and (not isinstance(codes, Tensor) or codes.dtype == torch.bool or codes.is_complex()):
                 raise InputError(f"{name} must be an integer tensor, not {shown(codes)}")
@@ -60,28 +67,35 @@ class Request:
 
 @dataclass(frozen=True)
 class Generation:
-    """What became of a request.
+    """The codes that a request gave.
 
-    frames: `[frames, channels]` int64, the new ones only, every code a sound; rows: `[rows, channels]` int32, the whole
-    delayed grid from row 0, special codes and prompt included; seed: the one used; truncated: the length limit ended
-    it, not the model.
+    Attributes:
+        frames: `[frames, channels]` int64, the new ones only, every code a sound.
+        delayed_codes: `[steps, channels]` int32, from step 0 on, special codes and prompt included.
+        seed: The one used.
+        truncated: The length limit ended it, not the model.
     """
 
     frames: Tensor
-    rows: Tensor
+    delayed_codes: Tensor
     seed: int
     truncated: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked request in terms of rows: `grid` is what the prompt determines, `first` the row decoding starts at.
+    """A checked request in terms of steps.
 
-    The last row is `end`: the grid never has more than `end + 1` rows.
+    Attributes:
+        request: As submitted.
+        delayed_codes: `[first + max(delay) + 1, channels]` int32: what the prompt determines, -1 elsewhere.
+        first: The step decoding starts at.
+        end: The last step: there are never more than `end + 1`.
+        seed: The one used.
     """
 
     request: Request
-    grid: Tensor
+    delayed_codes: Tensor
     first: int
     end: int
     seed: int
@@ -92,7 +106,11 @@ class Plan:
 
 
 def plan(config: DiaConfig, request: Request) -> Plan:
-    """Checks text and prompt against the model's sizes. Raises InputError."""
+    """Check text and prompt against the model's sizes.
+
+    Raises:
+        InputError: If they do not fit.
+    """
     decoder, encoder = config.decoder, config.encoder
     if not 0 < len(request.text_ids) <= encoder.max_position_embeddings:
         raise InputError(
@@ -101,9 +119,10 @@ def plan(config: DiaConfig, request: Request) -> Plan:
     if not all(0 <= item < encoder.vocab_size for item in request.text_ids):
         raise InputError(f"text_ids must be from 0 to {encoder.vocab_size - 1}, got {list(request.text_ids)[:20]}")
     seed = random_seed() if request.seed is None else request.seed
-    if request.grid is not None:
-        grid, first = _given_grid(config, request)
-        return Plan(request, grid, first, min(first + request.max_new_tokens, decoder.max_position_embeddings), seed)
+    if request.delayed_codes is not None:
+        delayed_codes, first = _given_codes(config, request)
+        end = min(first + request.max_new_tokens, decoder.max_position_embeddings)
+        return Plan(request, delayed_codes, first, end, seed)
     prompt = request.prompt
     if prompt is None:
         prompt = torch.empty(0, decoder.num_channels, dtype=torch.int32, device="cpu")
@@ -118,35 +137,37 @@ def plan(config: DiaConfig, request: Request) -> Plan:
     frames, limit = prompt.shape[0], decoder.max_position_embeddings
     if frames >= limit:
         raise InputError(f"prompt has {frames} frames and the model only {limit} positions; use a shorter prompt")
-    grid = delayed_rows(prompt.cpu(), config.delay_pattern, decoder.bos_token_id)
-    return Plan(request, grid, frames, min(frames + request.max_new_tokens, limit), seed)
+    delayed_codes = apply_delay(prompt.cpu(), config.delay_pattern, decoder.bos_token_id)
+    return Plan(request, delayed_codes, frames, min(frames + request.max_new_tokens, limit), seed)
 
 
-def _given_grid(config: DiaConfig, request: Request) -> tuple[Tensor, int]:
-    """A request's grid, `[first + max(delay) + 1, channels]` int32, and the last row that is complete."""
-    decoder, grid = config.decoder, request.grid
-    assert grid is not None
+def _given_codes(config: DiaConfig, request: Request) -> tuple[Tensor, int]:
+    """A request's delayed codes, `[first + max(delay) + 1, channels]` int32, and the last step that is complete."""
+    decoder, codes = config.decoder, request.delayed_codes
+    assert codes is not None
     if request.prompt is not None:
-        raise InputError("grid: give a prompt or a grid, not both")
-    if grid.ndim != 2 or grid.shape[1] != decoder.num_channels or grid.is_floating_point() or not len(grid):
+        raise InputError("delayed_codes: give a prompt or delayed codes, not both")
+    if codes.ndim != 2 or codes.shape[1] != decoder.num_channels or codes.is_floating_point() or not len(codes):
         raise InputError(
-            f"grid must be integer codes of shape [rows, {decoder.num_channels}] with a first row, got {grid.dtype} of "
-            f"shape {list(grid.shape)}"
+            f"delayed_codes must be integer codes of shape [steps, {decoder.num_channels}] with a first step, got "
+            f"{codes.dtype} of shape {list(codes.shape)}"
         )
-    low, high = int(grid.min()), int(grid.max())
+    low, high = int(codes.min()), int(codes.max())
     if low < FREE or high >= decoder.vocab_size:
-        raise InputError(f"grid: codes must be from 0 to {decoder.vocab_size - 1}, or -1, got {low} to {high}")
-    grid = grid.to("cpu", torch.int32)
-    complete = (grid != FREE).all(1).long().cumprod(0)
+        raise InputError(f"delayed_codes: codes must be from 0 to {decoder.vocab_size - 1}, or -1, got {low} to {high}")
+    codes = codes.to("cpu", torch.int32)
+    complete = (codes != FREE).all(1).long().cumprod(0)
     first = int(complete.sum()) - 1
     room = first + max(config.delay_pattern) + 1
-    if first < 0 or (grid[first + 1 :, 0] != FREE).any() or (grid[room:] != FREE).any():
+    if first < 0 or (codes[first + 1 :, 0] != FREE).any() or (codes[room:] != FREE).any():
         raise InputError(
-            f"grid: after its complete rows, of which there must be one, channel 0 must be -1, and everything after "
-            f"{max(config.delay_pattern)} more rows"
+            f"delayed_codes: after the complete steps, of which there must be one, channel 0 must be -1, and all codes "
+            f"after {max(config.delay_pattern)} more steps"
         )
     if first >= decoder.max_position_embeddings:
-        raise InputError(f"grid has {first + 1} complete rows and the model only {decoder.max_position_embeddings}")
+        raise InputError(
+            f"delayed_codes has {first + 1} complete steps and the model only {decoder.max_position_embeddings}"
+        )
     whole = torch.full((room, decoder.num_channels), FREE, dtype=torch.int32, device="cpu")
-    whole[: len(grid)] = grid[:room]
+    whole[: len(codes)] = codes[:room]
     return whole, first

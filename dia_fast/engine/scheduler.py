@@ -8,15 +8,15 @@ from bisect import insort
 from collections import deque
 from functools import partial
 
-from dia_fast.engine import slots
+from dia_fast.engine import batch_rows
+from dia_fast.engine.decode_graphs import Capture, Stepper, choose_capture
 from dia_fast.engine.device import Device, Event, device_for
 from dia_fast.engine.handle import Handle
+from dia_fast.engine.memory import sizes_for_any
 from dia_fast.engine.metrics import EngineEvent, Listener, Stats
 from dia_fast.engine.polling import Polling, Report
 from dia_fast.engine.request import Request, plan
 from dia_fast.engine.sequence import Sequence, State
-from dia_fast.engine.sizing import sizes_for_any
-from dia_fast.engine.stepper import Capture, Stepper, choose_capture
 from dia_fast.errors import DiaFastError, InputError, OutOfPages
 from dia_fast.model.decode_state import DecodeState, Sizes
 from dia_fast.model.model import DiaModel
@@ -25,7 +25,7 @@ from dia_fast.utils.forks import OneProcess, renew_in_child
 from dia_fast.utils.values import real_number, whole_number
 from dia_fast.utils.warn import warn
 
-MAX_BATCH = 32  # requests; the kernels take two rows for each and at most 64
+MAX_BATCH = 32  # requests; the kernels take two batch rows for each and at most 64
 RUN_AHEAD = 2  # steps that are launched and have not ended, at most
 MAX_PASSED = 8  # how often others may be let in before one that needs more pages than there are
 
@@ -57,8 +57,8 @@ class Engine(OneProcess):
         max_batch: Most requests at once, 1 to 32; more wait their turn.
         memory: Bytes for pages of keys and values; by default as much as `max_batch` requests could need, at most half
             of what is free.
-        prefill_rows: How many rows of text and prompt of newcomers are computed between two steps of those that run, at
-            least one piece (128 rows, or one text).
+        prefill_tokens: Most tokens of text and prompt that are prefilled between two decode steps, at least one chunk
+            (128 tokens of a prompt, or one text).
         capture: Makes a graph of a step: by default CUDA graphs, for Triton kernels on a GPU; None for none.
         sizes: Instead of memory and max_batch.
         max_waiting: Most requests that wait; None for any number.
@@ -77,7 +77,7 @@ class Engine(OneProcess):
         *,
         max_batch: int = MAX_BATCH,
         memory: int | None = None,
-        prefill_rows: int = 256,
+        prefill_tokens: int = 256,
         capture: Capture | str | None = "auto",
         sizes: Sizes | None = None,
         max_waiting: int | None = None,
@@ -86,11 +86,11 @@ class Engine(OneProcess):
     ) -> None:
         if not 1 <= max_batch <= MAX_BATCH:
             raise InputError(f"max_batch must be from 1 to {MAX_BATCH}, not {max_batch}")
-        if prefill_rows < 1:
-            raise InputError(f"prefill_rows must be at least 1, not {prefill_rows}")
+        if prefill_tokens < 1:
+            raise InputError(f"prefill_tokens must be at least 1, not {prefill_tokens}")
         if max_waiting is not None and whole_number("max_waiting", max_waiting, 0) < 0:
             raise InputError(f"max_waiting must be 0 or more, or None, not {max_waiting}")
-        self.model, self.prefill_rows, self.max_waiting = model, prefill_rows, max_waiting
+        self.model, self.prefill_tokens, self.max_waiting = model, prefill_tokens, max_waiting
         self.device = device or device_for(model.device)
         if sizes is None:
             sizes = sizes_for_any(model.config, max_batch, memory, model.dtype, model.device)
@@ -109,9 +109,9 @@ class Engine(OneProcess):
         self._live: dict[int, Sequence] = {}
         self._waiting: list[Sequence] = []  # in the order of service
         self._newcomer: Sequence | None = None
-        self._running: list[Sequence] = []  # in the order of their slots
+        self._running: list[Sequence] = []  # in the order of the batch
         self._swapped: list[Sequence] = []  # in the order of service
-        self._lanes = list(reversed(range(sizes.batch)))
+        self._free_table_idxs = list(reversed(range(sizes.batch)))
         self._unfinished_work = False
         self._launched: deque[Event] = deque()
         self._unreported = 0
@@ -156,8 +156,8 @@ class Engine(OneProcess):
         sizes, state = self.state.sizes, self.state
         if item.guided and not state.guided:
             raise InputError("guidance_scale: this engine was made for requests without guidance")
-        if item.end + 1 > sizes.rows or len(request.text_ids) > sizes.text:
-            raise InputError(f"this engine was made for {sizes.rows} rows and {sizes.text} bytes of text at most")
+        if item.end + 1 > sizes.steps or len(request.text_ids) > sizes.text:
+            raise InputError(f"this engine was made for {sizes.steps} steps and {sizes.text} bytes of text at most")
         needs = (state.pages_needed(item.first + 1, item.guided), state.cross_pool.shape.pages(len(request.text_ids)))
         if needs[0] > sizes.pages or needs[1] > sizes.text_pages:
             raise OutOfPages(
@@ -197,7 +197,7 @@ class Engine(OneProcess):
         return bool(self._live or self._inbox)
 
     def advance(self, timeout: float | None = None) -> None:
-        """One `step`, or the wait for the end of the one that another thread makes: what waiting for a handle is.
+        """Run one step, or wait for the step that another thread is running.
 
         So every thread that waits looks at its handle after every step, whoever made it.
 
@@ -230,8 +230,8 @@ class Engine(OneProcess):
             self._stop = threading.Event()
             wake = self._wake
             myself = weakref.ref(self, lambda _: wake.set())  # an engine that nobody holds ends with its thread
-            arguments = (myself, wake, self._stop)
-            self._driver = threading.Thread(target=_drive, args=arguments, name="dia-fast-engine", daemon=True)
+            inputs = (myself, wake, self._stop)
+            self._driver = threading.Thread(target=_drive, args=inputs, name="dia-fast-engine", daemon=True)
             self._driver.start()
 
     def stop(self) -> None:
@@ -358,7 +358,7 @@ class Engine(OneProcess):
         self._polling.forget()
         self._launched.clear()
         self._running, self._swapped, self._newcomer, self._view, self._unreported = [], [], None, None, 0
-        self._lanes = list(reversed(range(self.state.capacity)))
+        self._free_table_idxs = list(reversed(range(self.state.capacity)))
         self.state.reset()
         for sequence in list(self._live.values()):
             if sequence.state is not State.WAITING:
@@ -425,7 +425,7 @@ class Engine(OneProcess):
                 self._place(sequence, stop.value)
             except Exception as error:
                 self._fail_alone(sequence, error)
-            if self._running and spent >= self.prefill_rows:
+            if self._running and spent >= self.prefill_tokens:
                 return
 
     def _next_newcomer(self) -> Sequence | None:
@@ -433,7 +433,7 @@ class Engine(OneProcess):
 
         One that needs more pages than there are lets others pass, but not for ever.
         """
-        if not self._waiting or self._swapped or not self._lanes:
+        if not self._waiting or self._swapped or not self._free_table_idxs:
             return None
         for index, sequence in enumerate(self._waiting[: MAX_PASSED + 1]):
             if self._fits(sequence):
@@ -446,17 +446,17 @@ class Engine(OneProcess):
         return None
 
     def _begin(self, sequence: Sequence) -> None:
-        """Give a waiting sequence its lane and its pages."""
+        """Give a waiting sequence its index in the block tables and its pages."""
         state, item = self.state, sequence.plan
         sequence.state = State.PREFILLING
         self._waiting.remove(sequence)
         self._newcomer = sequence
-        sequence.lane = self._lanes.pop()
+        sequence.table_idx = self._free_table_idxs.pop()
         try:
             self.device.follow(sequence.mark)
-            state.cross_blocks.grow(sequence.lane, len(item.request.text_ids), write=False)
-            state.grow(sequence.lane, item.first + 1, item.guided, write=False)
-            sequence.prefill = slots.prefill(self.model, state, sequence.lane, item, self.device.upload)
+            state.cross_blocks.grow(sequence.table_idx, len(item.request.text_ids), write=False)
+            state.grow(sequence.table_idx, item.first + 1, item.guided, write=False)
+            sequence.prefill = batch_rows.prefill(self.model, state, sequence.table_idx, item, self.device.upload)
         except Exception as error:
             self._fail_alone(sequence, error)
             return
@@ -464,12 +464,12 @@ class Engine(OneProcess):
 
     def _place(self, sequence: Sequence, codes: object) -> None:
         """Let a sequence whose prefill is done into the batch."""
-        slot = len(self._running)
+        batch_idx = len(self._running)
         try:
-            slots.place(self.state, slot, sequence.plan, codes)  # type: ignore[arg-type]
+            batch_rows.place(self.state, batch_idx, sequence.plan, codes)  # type: ignore[arg-type]
             sequence.begin(self.state.codes.shape[2])
         except Exception as error:
-            self.state.clear(slot)
+            self.state.clear(batch_idx)
             self._fail_alone(sequence, error)
             return
         self._newcomer = sequence.prefill = None
@@ -482,12 +482,12 @@ class Engine(OneProcess):
         self._view = None
 
     def _swap_in(self, sequence: Sequence) -> None:
-        slot = len(self._running)
+        batch_idx = len(self._running)
         assert sequence.swapped is not None
         try:
-            slots.swap_in(self.state, slot, sequence.lane, sequence.guided, sequence.swapped)
+            batch_rows.swap_in(self.state, batch_idx, sequence.table_idx, sequence.guided, sequence.swapped)
         except Exception as error:
-            self.state.clear(slot)
+            self.state.clear(batch_idx)
             self._fail_alone(sequence, error)
             return
         self._swapped.remove(sequence)
@@ -496,7 +496,7 @@ class Engine(OneProcess):
         self._emit("swapped_in", sequence)
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Whether a waiting or swapped sequence can go on, with a page left for each row of those that run."""
+        """Tell if a waiting or swapped sequence can go on, with a page left for each batch row of those that run."""
         state, item = self.state, sequence.plan
         if sequence.state is State.SWAPPED:
             if not self._running:
@@ -504,23 +504,23 @@ class Engine(OneProcess):
         elif state.cross_pool.shape.pages(len(item.request.text_ids)) > state.cross_pool.free:
             return False
         spare = sum(2 if other.guided else 1 for other in self._running)
-        return state.pages_needed(max(sequence.row, item.first) + 1, sequence.guided) + spare <= state.pool.free
+        return state.pages_needed(max(sequence.step, item.first) + 1, sequence.guided) + spare <= state.pool.free
 
     # Stepping
 
-    def _row(self, sequence: Sequence) -> int:
-        """Rows of a running sequence that exist after all launched steps, unless it has finished since."""
-        return sequence.row + self._steps - sequence.since
+    def _step_of(self, sequence: Sequence) -> int:
+        """The step of a running sequence after all launched steps, unless it has finished since."""
+        return sequence.step + self._steps - sequence.since
 
     def _make_room(self) -> None:
-        """Pages for the next row of every running sequence, the first in line first; the last one makes way."""
+        """Take pages for the next step of every running sequence, the first in line first; the last one makes way."""
         if self._view is not None and self._steps < self._grow_at:
             return
         for sequence in sorted(self._running, key=lambda sequence: sequence.order):
             while sequence.state is State.RUNNING:
                 try:
-                    rows = min(self._row(sequence), sequence.plan.end) + 1
-                    self.state.grow(sequence.lane, rows, sequence.guided)
+                    steps = min(self._step_of(sequence), sequence.plan.end) + 1
+                    self.state.grow(sequence.table_idx, steps, sequence.guided)
                     break
                 except OutOfPages as error:
                     if self._launched or self._unreported:
@@ -530,7 +530,7 @@ class Engine(OneProcess):
         self._peak = max(self._peak, self._bytes(self.state.pool.free, self.state.cross_pool.free))
         size = self.state.pool.shape.page_size
         self._grow_at = min(
-            (self.state.blocks.held(other.lane) * size - other.row + other.since for other in self._running),
+            (self.state.blocks.held(other.table_idx) * size - other.step + other.since for other in self._running),
             default=0.0,
         )
 
@@ -547,12 +547,12 @@ class Engine(OneProcess):
             self._end(sequence, "failed", OutOfPages(f"the request has grown beyond the whole cache: {error}"))
             return
         try:
-            swapped = slots.swap_out(self.state, self._running.index(last), last.lane, last.guided)
+            swapped = batch_rows.swap_out(self.state, self._running.index(last), last.table_idx, last.guided)
         except Exception as broken:
             self._fail_alone(last, broken)
             return
-        last.swapped, last.row = swapped, self._row(last)
-        self.state.release_grid(last.lane)
+        last.swapped, last.step = swapped, self._step_of(last)
+        self.state.release_self_pages(last.table_idx)
         self._leave(last)
         last.state = State.SWAPPED
         insort(self._swapped, last, key=lambda other: other.order)
@@ -562,7 +562,7 @@ class Engine(OneProcess):
         """One step of the batch, and whatever the device reports by now."""
         if self._view is None:
             view = self._stepper.view(len(self._running), any(sequence.guided for sequence in self._running))
-            view.show([sequence.lane for sequence in self._running])
+            view.show([sequence.table_idx for sequence in self._running])
             self._view = view
         try:
             self.device.launch(partial(self._stepper, self._view))
@@ -585,33 +585,33 @@ class Engine(OneProcess):
         self._read_reports()
 
     def _hear(self, report: Report) -> None:
-        """What a report says of the sequences that still run."""
+        """Read a report on the sequences that still run."""
         config = self.model.config
         wrong, finished = bool(report.status.any()), report.finished.tolist()
-        recent, rows = report.recent, report.row.tolist()
+        recent, steps = report.recent, report.step.tolist()
         frame = max(config.delay_pattern) + 2
-        for slot, sequence in enumerate(report.sequences):
+        for batch_idx, sequence in enumerate(report.sequences):
             if sequence.state is not State.RUNNING:
                 continue
-            if wrong and report.status[slot].any():
-                eos_row = int(report.eos_row[slot])
-                failure = slots.failure(config, eos_row, report.status[slot], sequence.plan)
+            if wrong and report.status[batch_idx].any():
+                eos_step = int(report.eos_step[batch_idx])
+                failure = batch_rows.failure(config, eos_step, report.status[batch_idx], sequence.plan)
                 if failure is not None:
                     self._end(sequence, "failed", failure)
                     continue
             before = sequence.received
-            sequence.receive(recent[slot], rows[slot])
-            if before < sequence.plan.first + frame <= rows[slot]:
+            sequence.receive(recent[batch_idx], steps[batch_idx])
+            if before < sequence.plan.first + frame <= steps[batch_idx]:
                 self._emit("first_frame", sequence)
-            if finished[slot]:
-                self._finish(sequence, int(report.eos_row[slot]))
+            if finished[batch_idx]:
+                self._finish(sequence, int(report.eos_step[batch_idx]))
 
     # Leaving
 
-    def _finish(self, sequence: Sequence, eos_row: int) -> None:
-        assert sequence.rows is not None
-        rows = sequence.rows[: sequence.received]
-        generation = slots.collect(self.model.config, rows, eos_row, sequence.plan)
+    def _finish(self, sequence: Sequence, eos_step: int) -> None:
+        assert sequence.codes is not None
+        codes = sequence.codes[: sequence.received]
+        generation = batch_rows.collect(self.model.config, codes, eos_step, sequence.plan)
         self._drop(sequence)
         sequence.end("done", generation)
         self._live.pop(sequence.number, None)
@@ -643,19 +643,19 @@ class Engine(OneProcess):
         elif sequence is self._newcomer:
             self._newcomer = None
         sequence.prefill = sequence.swapped = None
-        if sequence.lane >= 0:
-            self.state.release(sequence.lane)
-            self._lanes.append(sequence.lane)
-            sequence.lane = -1
+        if sequence.table_idx >= 0:
+            self.state.release(sequence.table_idx)
+            self._free_table_idxs.append(sequence.table_idx)
+            sequence.table_idx = -1
 
     def _leave(self, sequence: Sequence) -> None:
-        """Free the slot of a sequence; the last one moves up, so that slots in use stay together."""
-        slot, last = self._running.index(sequence), len(self._running) - 1
-        if slot < last:
-            self.state.move(last, slot)
-            self._running[slot] = self._running[last]
+        """Take a sequence out of the batch; the last one moves up, so that indices in use stay together."""
+        batch_idx, last = self._running.index(sequence), len(self._running) - 1
+        if batch_idx < last:
+            self.state.move(last, batch_idx)
+            self._running[batch_idx] = self._running[last]
         else:
-            self.state.clear(slot)
+            self.state.clear(batch_idx)
         self._running.pop()
         self._view = None
 

@@ -26,12 +26,15 @@ class State(enum.Enum):
 
 @dataclass
 class Swapped:
-    """The contents of a sequence's slot and self-attention pages, on the host.
+    """A sequence's decode state and self-attention pages, on the host.
 
-    keys, values: for each owner `[layers, held, kv_heads, page_size, head_dim]`.
+    Attributes:
+        state: By name, the sequence's part of each per-request buffer of a `DecodeState`.
+        keys: For each of its table rows `[layers, held, kv_heads, page_size, head_dim]`.
+        values: As keys.
     """
 
-    slot: dict[str, Tensor]
+    state: dict[str, Tensor]
     keys: list[Tensor]
     values: list[Tensor]
 
@@ -40,10 +43,17 @@ class Swapped:
 class Sequence:
     """A submitted request.
 
-    number: in order of submission; it never changes. priority: lower ones go first. deadline: on the device's clock.
-    mark: the caller's work that it has to follow. lane: of its pages, -1 for none. row: rows that existed on the device
-    when the engine had made `since` steps; with every step there is one more until the end. rows: `[end + 1, channels]`
-    int32, of which the first `received` have come from the device. passed: how often a later one was let in before it.
+    Attributes:
+        plan: The checked request.
+        number: In the order of submission; it never changes.
+        priority: Lower ones go first.
+        deadline: On the device's clock.
+        mark: The caller's work that it has to follow.
+        submitted: When, on the device's clock.
+        codes: `[end + 1, channels]` int32, delayed; the first `received` have come from the device.
+        table_idx: Its index in the block tables, -1 for none.
+        step: Its step on the device when the engine had made `since` steps; it grows by one with each until the end.
+        passed: How often a later one was let in before it.
     """
 
     plan: Plan
@@ -56,10 +66,10 @@ class Sequence:
     outcome: Literal["done", "failed", "cancelled"] | None = None
     error: BaseException | None = None
     generation: Generation | None = None
-    rows: NDArray[np.int32] | None = field(default=None, repr=False)
+    codes: NDArray[np.int32] | None = field(default=None, repr=False)
     received: int = 0
-    lane: int = -1
-    row: int = 0
+    table_idx: int = -1
+    step: int = 0
     since: int = 0
     passed: int = 0
     prefill: Generator[int, None, Tensor] | None = field(default=None, repr=False)
@@ -86,18 +96,18 @@ class Sequence:
         return self.plan.guided
 
     def begin(self, channels: int) -> None:
-        """Make room for the rows to come. Those of the prompt are known."""
-        rows = np.zeros((self.plan.end + 1, channels), np.int32)
-        rows[: self.plan.first] = self.plan.grid[: self.plan.first].numpy()
-        self.rows, self.received, self.row = rows, self.plan.first, self.plan.first
+        """Make room for the codes to come. Those of the prompt are known."""
+        codes = np.zeros((self.plan.end + 1, channels), np.int32)
+        codes[: self.plan.first] = self.plan.delayed_codes[: self.plan.first].numpy()
+        self.codes, self.received, self.step = codes, self.plan.first, self.plan.first
 
-    def receive(self, recent: NDArray[np.int32], row: int) -> None:
-        """Take the new ones of the last rows, `[n, channels]`, of the `row` that there are on the device."""
-        new = row - self.received
+    def receive(self, recent: NDArray[np.int32], step: int) -> None:
+        """Take the new ones of the last codes, `[n, channels]`, before the step that the device is at."""
+        new = step - self.received
         if new > 0:
-            assert self.rows is not None and new <= len(recent)
-            self.rows[self.received : row] = recent[len(recent) - new :]
-            self.received = row  # after the rows: other threads read up to here
+            assert self.codes is not None and new <= len(recent)
+            self.codes[self.received : step] = recent[len(recent) - new :]
+            self.received = step  # after the codes: other threads read up to here
 
     def end(
         self,
@@ -105,7 +115,7 @@ class Sequence:
         generation: Generation | None = None,
         error: BaseException | None = None,
     ) -> None:
-        """Set what became of it. The last assignment counts: before it nothing has happened, after it all has."""
+        """Set the result. The last assignment counts: before it nothing has happened, after it all has."""
         self.generation, self.error, self.outcome = generation, error, outcome
         self.prefill = self.swapped = None
         self.state = State.ENDED

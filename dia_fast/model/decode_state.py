@@ -14,21 +14,26 @@ from torch import Tensor
 
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.delay import FREE
-from dia_fast.model.kv_cache import NOBODY, BlockTable, PagePool, PageShape
+from dia_fast.model.kv_cache import NO_TABLE_ROW, BlockTable, PagePool, PageShape
 from dia_fast.utils.ambient import isolated
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much a `DecodeState` has room for.
+    """Capacity of a `DecodeState`.
 
-    batch: slots, one request each; guided: whether every slot has an unconditional row too; rows: the longest grid of
-    a slot; text: the longest text; pages, text_pages: pages of self- and cross-attention over all slots.
+    Attributes:
+        batch: Most requests.
+        guided: Each request has an unconditional batch row as well.
+        steps: Of the longest request.
+        text: Bytes of the longest text.
+        pages: Of self-attention, over all requests.
+        text_pages: Of cross-attention, over all requests.
     """
 
     batch: int
     guided: bool
-    rows: int
+    steps: int
     text: int
     pages: int
     text_pages: int
@@ -46,22 +51,23 @@ def cross_pages(config: DiaConfig) -> PageShape:
     return PageShape(decoder.num_hidden_layers, decoder.cross_num_key_value_heads, decoder.cross_head_dim)
 
 
-_OF_A_SLOT = (
-    "forced", "sampled", "codes", "row", "eos_row", "first_row", "end_row", "finished", "status", "text_lengths",
-    "seed", "guidance_scale", "temperature", "top_p", "top_k",
+_PER_REQUEST = (
+    "prompt_codes", "sampled", "codes", "step", "eos_step", "first_step", "end_step", "finished", "status",
+    "text_lengths", "seed", "guidance_scale", "temperature", "top_p", "top_k",
 )  # fmt: skip
-_SCRATCH_PER_SLOT = ("cross_q", "cross_attended")
+_SCRATCH_PER_REQUEST = ("cross_q", "cross_attended")
 _SCRATCH_PER_ROW = ("positions", "x", "qkv", "attended", "gated", "logits")
 
 
 class DecodeState:
-    """State and scratch of `batch` slots. Slot `b` owns row `b` and, when guided, the unconditional row `batch + b`.
+    """State and scratch of `batch` requests.
 
-    A slot is inert while `row[b] < 0` or `finished[b] != 0`. Dtypes and meanings: `dia_kernels.reference.embed_codes`
-    for the grid, `sample` for the settings.
+    The request at batch index `b` has batch row `b` and, when guided, the unconditional batch row `batch + b`. It is
+    inert while `step[b] < 0` or `finished[b] != 0`. Dtypes and meanings: `dia_kernels.reference.embed_codes` for the
+    codes, `sample` for the sampling parameters.
 
-    Pages belong to lanes, `capacity` of them, numbered apart from the slots: a request keeps its lane when it changes
-    its slot. At first slot `b` shows lane `b`; `show` changes that.
+    Pages are listed in block tables, under a table index that a request keeps when it moves within the batch. There are
+    `capacity` of them. At first batch index `b` uses table index `b`; `show` changes that.
     """
 
     @isolated()
@@ -81,11 +87,11 @@ class DecodeState:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.delay = torch.tensor(config.delay_pattern, dtype=torch.int32, device="cpu").to(device)
-        self.forced = integers(batch, max_delay + 1, channels, fill=FREE)
+        self.prompt_codes = integers(batch, max_delay + 1, channels, fill=FREE)
         self.status = integers(batch, channels)
-        self.sampled, self.codes = integers(batch, channels), integers(batch, sizes.rows, channels)
-        self.row, self.eos_row = integers(batch, fill=-1), integers(batch, fill=-1)
-        self.first_row, self.end_row, self.finished = integers(batch), integers(batch), integers(batch)
+        self.sampled, self.codes = integers(batch, channels), integers(batch, sizes.steps, channels)
+        self.step, self.eos_step = integers(batch, fill=-1), integers(batch, fill=-1)
+        self.first_step, self.end_step, self.finished = integers(batch), integers(batch), integers(batch)
         self.positions, self.text_lengths = integers(self.rows, fill=-1), integers(batch)
 
         self.seed = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -107,15 +113,15 @@ class DecodeState:
         self.logits = torch.zeros(self.rows, channels, decoder.vocab_size, device=device, dtype=torch.float32)
 
         self.pool = PagePool(self_pages(config), sizes.pages, dtype, device)
-        self.blocks = BlockTable(self.pool, self.rows, sizes.rows, device)
+        self.blocks = BlockTable(self.pool, self.rows, sizes.steps, device)
         self.cross_pool = PagePool(cross_pages(config), sizes.text_pages, dtype, device)
         self.cross_blocks = BlockTable(self.cross_pool, batch, sizes.text, device)
         self.table, self.cross_table = self.blocks.table, self.cross_blocks.table
-        self.workspace = ops.attention_workspace(self.rows, attention, decoder.head_dim, sizes.rows, device)
+        self.workspace = ops.attention_workspace(self.rows, attention, decoder.head_dim, sizes.steps, device)
         self.cross_workspace = ops.attention_workspace(batch, cross, decoder.cross_head_dim, sizes.text, device)
 
     def view(self, batch: int, guided: bool) -> "DecodeState":
-        """The first `batch` slots as a smaller state: the same memory, and block tables of its own.
+        """The first `batch` requests as a smaller state: the same memory, and block tables of its own.
 
         guided needs a state that is guided itself.
         """
@@ -123,104 +129,110 @@ class DecodeState:
             raise ValueError(f"batch, guided: {batch}, {guided}, and the state has only {self.batch}, {self.guided}")
         part = copy(self)
         part.batch, part.guided, part.rows = batch, guided, 2 * batch if guided else batch
-        for name in _OF_A_SLOT + _SCRATCH_PER_SLOT:
+        for name in _PER_REQUEST + _SCRATCH_PER_REQUEST:
             setattr(part, name, getattr(self, name)[:batch])
         for name in _SCRATCH_PER_ROW:
             setattr(part, name, getattr(self, name)[: part.rows])
         part.x_cond, part.positions_cond = part.x[:batch], part.positions[:batch]
         device = self.x.device
-        part.table = self.blocks.new_table(part.rows, self.sizes.rows, device)
+        part.table = self.blocks.new_table(part.rows, self.sizes.steps, device)
         part.cross_table = self.cross_blocks.new_table(batch, self.sizes.text, device)
         return part
 
-    def show(self, lanes: Sequence[int]) -> None:
-        """Lets slot `b` use the pages of `lanes[b]`; fewer lanes than slots leave the others without pages."""
-        owners = list(lanes)
-        self.cross_blocks.show(self.cross_table, owners)
+    def show(self, table_idxs: Sequence[int]) -> None:
+        """Let batch index `b` use the pages of `table_idxs[b]`; where there are fewer, the others have no pages."""
+        table_rows = list(table_idxs)
+        self.cross_blocks.show(self.cross_table, table_rows)
         if self.guided:
-            # The unconditional rows begin at `batch`: slots without a lane lie between.
-            owners += [NOBODY] * (self.batch - len(owners)) + [self.unconditional(lane) for lane in lanes]
-        self.blocks.show(self.table, owners)
+            # The unconditional rows begin at `batch`: batch indices without pages lie between.
+            table_rows += [NO_TABLE_ROW] * (self.batch - len(table_rows)) + [
+                self.unconditional(table_idx) for table_idx in table_idxs
+            ]
+        self.blocks.show(self.table, table_rows)
 
-    def unconditional(self, lane: int) -> int:
-        """The owner of a lane's unconditional pages in `blocks`; its conditional owner is the lane itself."""
-        return self.capacity + lane
+    def unconditional(self, table_idx: int) -> int:
+        """The row of `blocks` with a request's unconditional pages; the conditional one is the table index itself."""
+        return self.capacity + table_idx
 
-    def owners(self, lane: int, guided: bool) -> list[int]:
-        """A lane's owners in `blocks`."""
-        return [lane, self.unconditional(lane)] if guided else [lane]
+    def table_rows(self, table_idx: int, guided: bool) -> list[int]:
+        """A request's rows in `blocks`."""
+        return [table_idx, self.unconditional(table_idx)] if guided else [table_idx]
 
-    def pages_needed(self, rows: int, guided: bool) -> int:
-        """Pages of self-attention that `rows` rows of a lane take.
+    def pages_needed(self, steps: int, guided: bool) -> int:
+        """Pages of self-attention that `steps` steps of a request take.
 
-        In a step with guidance every slot has an unconditional row. That of a request without guidance computes what
-        nobody reads: all its rows go to one page, over and over.
+        In a step with guidance every request has an unconditional batch row. That of a request without guidance
+        computes what nobody reads: all its keys and values go to one page, over and over.
         """
-        pages = self.pool.shape.pages(rows)
+        pages = self.pool.shape.pages(steps)
         return 2 * pages if guided else pages + self._spare_pages
 
-    def grow(self, lane: int, rows: int, guided: bool | None = None, *, write: bool = True) -> None:
-        """Makes room for the first `rows` rows of a lane's grid. Raises OutOfPages, with nothing taken.
+    def grow(self, table_idx: int, steps: int, guided: bool | None = None, *, write: bool = True) -> None:
+        """Make room for the first `steps` steps of a request.
 
-        guided: whether there is an unconditional row to keep; by default, whether the state is guided. write: as in
-        `BlockTable.grow`.
+        Args:
+            guided: There is an unconditional batch row to keep; by default as the state says.
+            write: As in `BlockTable.grow`.
+
+        Raises:
+            OutOfPages: With nothing taken.
         """
         guided = self.guided if guided is None else guided
-        needs = [(owner, rows) for owner in self.owners(lane, guided)]
+        needs = [(table_row, steps) for table_row in self.table_rows(table_idx, guided)]
         if self._spare_pages and not guided:
-            needs.append((self.unconditional(lane), 1))
+            needs.append((self.unconditional(table_idx), 1))
         self.pool.require(sum(self.blocks.missing(*need) for need in needs))
-        for owner, count in needs:
-            self.blocks.grow(owner, count, write=write)
+        for table_row, count in needs:
+            self.blocks.grow(table_row, count, write=write)
         if write and self._spare_pages and not guided:
-            self.write_spare(lane)
+            self.write_spare(table_idx)
 
-    def write_spare(self, lane: int) -> None:
-        """Fills the unconditional row of a lane without guidance with its one page."""
-        owner = self.unconditional(lane)
-        self.blocks.table[owner] = self.blocks.held_pages(owner)[0]
+    def write_spare(self, table_idx: int) -> None:
+        """Fill the unconditional table row of a request without guidance with its one page."""
+        table_row = self.unconditional(table_idx)
+        self.blocks.table[table_row] = self.blocks.held_pages(table_row)[0]
 
-    def release(self, lane: int) -> None:
-        """Gives all pages of a lane back."""
-        self.cross_blocks.release(lane)
-        self.release_grid(lane)
+    def release(self, table_idx: int) -> None:
+        """Give all pages of a request back."""
+        self.cross_blocks.release(table_idx)
+        self.release_self_pages(table_idx)
 
-    def release_grid(self, lane: int) -> None:
-        """Gives the pages of self-attention back, and keeps those of the text."""
-        for owner in self.owners(lane, 2 * self.capacity == self.blocks.owners):
-            self.blocks.release(owner)
+    def release_self_pages(self, table_idx: int) -> None:
+        """Give the pages of self-attention back, and keep those of the text."""
+        for table_row in self.table_rows(table_idx, 2 * self.capacity == self.blocks.table_rows):
+            self.blocks.release(table_row)
 
-    def clear(self, slot: int) -> None:
-        """Makes a slot inert."""
-        self.row[slot] = -1
-        self.text_lengths[slot] = 0
+    def clear(self, batch_idx: int) -> None:
+        """Make a batch index inert."""
+        self.step[batch_idx] = -1
+        self.text_lengths[batch_idx] = 0
 
     def move(self, source: int, target: int) -> None:
-        """Copies a slot over another and makes the first one inert. Pages stay with their lanes: `show` them anew."""
-        for name in _OF_A_SLOT:
+        """Copy a request to another batch index and leave its own inert. `show` its pages anew."""
+        for name in _PER_REQUEST:
             tensor = getattr(self, name)
             tensor[target] = tensor[source]
         self.clear(source)
 
-    def save(self, slot: int) -> dict[str, Tensor]:
-        """A copy of what belongs to a slot, without its pages; `load` puts it back, into any slot."""
-        return {name: getattr(self, name)[slot].clone() for name in _OF_A_SLOT}
+    def save(self, batch_idx: int) -> dict[str, Tensor]:
+        """A copy of a request's state, without its pages; `load` puts it back, at any batch index."""
+        return {name: getattr(self, name)[batch_idx].clone() for name in _PER_REQUEST}
 
-    def load(self, slot: int, saved: Mapping[str, Tensor]) -> None:
-        """Puts what `save` returned into a slot."""
-        for name in _OF_A_SLOT:
-            getattr(self, name)[slot] = saved[name]
+    def load(self, batch_idx: int, saved: Mapping[str, Tensor]) -> None:
+        """Put back what `save` returned."""
+        for name in _PER_REQUEST:
+            getattr(self, name)[batch_idx] = saved[name]
 
     def reset(self) -> None:
-        """Makes every slot inert and every page free, whatever state they are in."""
-        for slot in range(self.batch):
-            self.clear(slot)
+        """Make every batch index inert and every page free, in any state."""
+        for batch_idx in range(self.batch):
+            self.clear(batch_idx)
         self.blocks.reset()
         self.cross_blocks.reset()
         self.reset_scratch()
 
     def repair(self) -> None:
-        """After an error while pages were taken or given back: every page that no lane holds is free."""
+        """After an error while pages were taken or given back: every page that no request holds is free."""
         self.blocks.repair()
         self.cross_blocks.repair()
 

@@ -1,6 +1,6 @@
 """Dia's encoder and decoder over the op set of `dia_kernels`. docs/dia.md says what is computed.
 
-Two ways through the decoder. `decode_step` is the one that costs: one row of every request, all of its work in
+Two ways through the decoder. `decode_step` is the one that costs: one step of every request, all of its work in
 `8 * layers + 3` op calls on buffers of a `DecodeState`, so that it can be captured in a graph. The others, `encode`,
 `prefill` and `forward_logits`, take a whole sequence of one request at a time, so that what a request computes does
 not depend on what else is in the batch; their large matrix products are torch's.
@@ -38,13 +38,13 @@ class _Past(NamedTuple):
 
 
 class _LayerPast(NamedTuple):
-    """`_Past` in one layer; slots: `[tokens]` int64, where the tokens at hand go."""
+    """`_Past` in one layer; slot_mapping: `[tokens]` int64, where the tokens at hand go."""
 
     keys: Tensor
     values: Tensor
     table: Tensor
     lengths: Tensor
-    slots: Tensor | None
+    slot_mapping: Tensor | None
 
 
 class EncoderLayer(nn.Module):
@@ -174,7 +174,7 @@ class DiaModel(OneProcess, nn.Module):
 
     @isolated()
     def decode_step(self, s: DecodeState) -> None:
-        """One step of every slot: forms its next row from what was sampled and samples the row after it.
+        """Run one step of every request: form its next input from what was sampled and sample the codes after it.
 
         Exactly `8 * layers + 3` op calls; nothing is allocated (the torch ops aside) and nothing is waited for.
         """
@@ -184,7 +184,7 @@ class DiaModel(OneProcess, nn.Module):
         if first_generation:
             rotation = {"cos": stack.cross_cos, "sin": stack.cross_sin, "positions": s.positions_cond}
         ops.embed_codes(
-            s.sampled, s.forced, s.row, s.first_row, s.end_row, s.eos_row, s.delay, stack.embedding,
+            s.sampled, s.prompt_codes, s.step, s.first_step, s.end_step, s.eos_step, s.delay, stack.embedding,
             s.codes, s.positions, s.finished, s.x, eos=eos, pad=config.pad_token_id,
         )  # fmt: skip
         for i, layer in enumerate(self._decoder_layers()):
@@ -206,7 +206,7 @@ class DiaModel(OneProcess, nn.Module):
             ops.linear_residual(s.gated, layer.down, s.x)
         ops.codebook_logits(s.x, stack.norm, stack.head, eps, s.logits)
         ops.sample(
-            s.logits, s.row, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, s.status, eos=eos,
+            s.logits, s.step, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, s.status, eos=eos,
             first_generation=first_generation,
         )  # fmt: skip
 
@@ -216,15 +216,15 @@ class DiaModel(OneProcess, nn.Module):
         return self._encode(text_ids, self.dtype)
 
     @isolated()
-    def store_text(self, text_ids: Sequence[int] | Tensor, pool: PagePool, slots: Tensor) -> None:
-        """Encodes a text and writes the cross-attention keys and values of every layer to the pages of its row.
+    def store_text(self, text_ids: Sequence[int] | Tensor, pool: PagePool, slot_mapping: Tensor) -> None:
+        """Encode a text and write the cross-attention keys and values of every layer to its pages.
 
-        slots: `[len(text_ids)]` int64, see `BlockTable.slots`.
+        slot_mapping: `[len(text_ids)]` int64, see `BlockTable.slot_mapping`.
         """
         memory = self.encode(text_ids)
         config = self.config.decoder
         positions = torch.arange(len(text_ids), dtype=torch.int32, device=self.device)
-        page, offset = slots // pool.shape.page_size, slots % pool.shape.page_size
+        page, offset = slot_mapping // pool.shape.page_size, slot_mapping % pool.shape.page_size
         for layer, keys, values in zip(self._decoder_layers(), pool.keys, pool.values, strict=True):
             both = _linear(memory, layer.cross_kv)
             if self.config.first_generation:
@@ -235,26 +235,26 @@ class DiaModel(OneProcess, nn.Module):
 
     @isolated()
     def prefill(
-        self, rows: Tensor, s: DecodeState, lane: int, text_length: int, *, guided: bool, first: int = 0
+        self, rows: Tensor, s: DecodeState, table_idx: int, text_length: int, *, guided: bool, first: int = 0
     ) -> None:
-        """Computes the keys and values of rows `first` and following of a lane's grid, of its unconditional row too.
+        """Compute the keys and values of steps `first` and following of a request, of its unconditional row too.
 
-        rows: `[rows, channels]` integer codes. The lane's text of `text_length` ids, the rows before `first` and the
+        rows: `[steps, channels]` delayed codes. The text of `text_length` ids, the steps before `first` and the
         pages must be there. A prompt cut in other places gives the same values, but not to the bit.
         """
-        owners, total = s.owners(lane, guided), first + rows.shape[0]
-        slots = torch.cat([s.blocks.slots(owner, total, first) for owner in owners])
-        text = _Past(s.cross_pool, s.cross_blocks.pages_of([lane]), self._lengths(text_length, 1))
-        past = _Past(s.pool, s.blocks.pages_of(owners), self._lengths(total, len(owners)))
-        self._decode_rows(rows.to(self.device), text, guided, past, slots, first)
+        table_rows, total = s.table_rows(table_idx, guided), first + rows.shape[0]
+        slot_mapping = torch.cat([s.blocks.slot_mapping(table_row, total, first) for table_row in table_rows])
+        text = _Past(s.cross_pool, s.cross_blocks.pages_of([table_idx]), self._lengths(text_length, 1))
+        past = _Past(s.pool, s.blocks.pages_of(table_rows), self._lengths(total, len(table_rows)))
+        self._decode_codes(rows.to(self.device), text, guided, past, slot_mapping, first)
 
     @isolated()
     def forward_logits(
         self, text_ids: Sequence[Sequence[int]], rows: Tensor, guidance: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Teacher forcing: what the model predicts after each of the given rows.
+        """Teacher forcing: predict what follows each of the given codes.
 
-        text_ids: one text per request; rows: `[batch, steps, channels]` integer codes of the delayed grid, from row 0.
+        text_ids: one text per request; rows: `[batch, steps, channels]` delayed codes, from step 0.
         Returns `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32; without guidance uncond is None.
         """
         config, total = self.config.decoder, rows.shape[1]
@@ -265,9 +265,9 @@ class DiaModel(OneProcess, nn.Module):
             pool = PagePool(shape, shape.pages(len(ids)), self.dtype, self.device)
             blocks = BlockTable(pool, 1, len(ids), self.device)
             blocks.grow(0, len(ids))
-            self.store_text(ids, pool, blocks.slots(0, len(ids)))
+            self.store_text(ids, pool, blocks.slot_mapping(0, len(ids)))
             text = _Past(pool, blocks.table, self._lengths(len(ids), 1))
-            x = self._decode_rows(rows[request].to(self.device), text, guidance)
+            x = self._decode_codes(rows[request].to(self.device), text, guidance)
             logits = _linear(self._normed(x, self.decoder.norm, config.norm_eps), self.decoder.head)
             for branch, part in zip(branches, logits.split(total), strict=True):
                 branch[request] = part.view(size[1:])
@@ -293,19 +293,19 @@ class DiaModel(OneProcess, nn.Module):
             self._mlp(x, layer, config.norm_eps)
         return self._normed(x, stack.norm, config.norm_eps)
 
-    def _decode_rows(
+    def _decode_codes(
         self,
         rows: Tensor,
         text: "_Past",
         guided: bool,
         past: "_Past | None" = None,
-        slots: Tensor | None = None,
+        slot_mapping: Tensor | None = None,
         first: int = 0,
     ) -> Tensor:
-        """The decoder over rows of one request's grid, its unconditional copy behind it: `[n or 2 * n, hidden]`.
+        """The decoder over steps of one request, its unconditional copy behind it: `[n or 2 * n, hidden]`.
 
-        rows: `[n, channels]`, the grid from row `first` on; text: its keys and values; past: where those of
-        self-attention go, at `slots`, `[n or 2 * n]`, and where the rows before `first` are.
+        rows: `[n, channels]`, delayed codes from step `first` on; text: its keys and values; past: where those of
+        self-attention go, at `slot_mapping`, `[n or 2 * n]`, and where the steps before `first` are.
         """
         ops, stack, config = self.ops, self.decoder, self.config.decoder
         total, branches = rows.shape[0], 2 if guided else 1
@@ -313,7 +313,9 @@ class DiaModel(OneProcess, nn.Module):
         starts = torch.arange(branches + 1, dtype=torch.int32, device=self.device) * total
         x = self._embed(rows).repeat(branches, 1)
         for i, layer in enumerate(self._decoder_layers()):
-            layer_past = past and _LayerPast(past.pool.keys[i], past.pool.values[i], past.table, past.lengths, slots)
+            layer_past = past and _LayerPast(
+                past.pool.keys[i], past.pool.values[i], past.table, past.lengths, slot_mapping
+            )
             self._self_attention(x, layer, stack, config, positions, starts, layer_past, first > 0, causal=True)
             q = _linear(self._normed(x[:total], layer.cross_norm, config.norm_eps), layer.cross_q)
             if self.config.first_generation:
@@ -356,7 +358,7 @@ class DiaModel(OneProcess, nn.Module):
         """
         head_dim, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
         qkv = _linear(self._normed(x, layer.self_norm, config.norm_eps), layer.qkv)
-        store = (past.keys, past.values, past.slots) if past is not None else ()
+        store = (past.keys, past.values, past.slot_mapping) if past is not None else ()
         self.ops.rope(qkv, stack.cos, stack.sin, positions, kv_heads, *store)
         q, k, v = qkv.view(x.shape[0], -1, head_dim).split((heads, kv_heads, kv_heads), 1)
         attended = x.new_empty(x.shape[0], heads * head_dim)
@@ -380,7 +382,7 @@ class DiaModel(OneProcess, nn.Module):
 
 def rope_table(config: DiaConfig, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines `[positions + 1, head_dim / 2]` float32; one more row than positions, because a request of the
-    greatest length forms its last row there.
+    greatest length has its last step there.
 
     part: "encoder", "decoder", or "cross" for cross-attention, which only the first generation rotates.
     Frequencies and angles are float32, as in transformers: at scale 1.0 the difference to float64 would show. The code

@@ -175,7 +175,7 @@ def _(x: Tensor, residual: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
 @custom_op("dia_kernels::sample", mutates_args=())
 def sample(
     logits: Tensor,
-    row: Tensor,
+    step: Tensor,
     seed: Tensor,
     guidance_scale: Tensor,
     temperature: Tensor,
@@ -183,25 +183,25 @@ def sample(
     top_p: Tensor,
     eos: int,
 ) -> Tensor:
-    """One code per slot and channel: int32 `[batch, channels]`; a slot with `row < 0` gives `eos`.
+    """One code per request and channel: int32 `[batch, channels]`; a request with `step < 0` gives `eos`.
 
     Waits for the device. Raises ValueError where logits are NaN or infinity, or leave a draw no candidate.
     """
-    out = torch.full((row.shape[0], logits.shape[1]), eos, dtype=torch.int32, device=logits.device)
+    out = torch.full((step.shape[0], logits.shape[1]), eos, dtype=torch.int32, device=logits.device)
     status = torch.zeros_like(out)
-    _ops(logits).sample(logits, row, seed, guidance_scale, temperature, top_k, top_p, out, status, eos=eos)
+    _ops(logits).sample(logits, step, seed, guidance_scale, temperature, top_k, top_p, out, status, eos=eos)
     if wrong := status.nonzero().tolist():
-        slot, channel = wrong[0]
-        kind = int(status[slot, channel]) & 3
+        batch_idx, channel = wrong[0]
+        kind = int(status[batch_idx, channel]) & 3
         what = "are NaN or infinity" if kind == NOT_FINITE else "leave no candidate to draw from"
-        raise ValueError(f"logits: those of slot {slot}, channel {channel} {what}")
+        raise ValueError(f"logits: those of request {batch_idx}, channel {channel} {what}")
     return out
 
 
 @sample.register_fake
 def _(
     logits: Tensor,
-    row: Tensor,
+    step: Tensor,
     seed: Tensor,
     guidance_scale: Tensor,
     temperature: Tensor,
@@ -209,20 +209,20 @@ def _(
     top_p: Tensor,
     eos: int,
 ) -> Tensor:
-    return torch.empty((row.shape[0], logits.shape[1]), dtype=torch.int32, device=logits.device)
+    return torch.empty((step.shape[0], logits.shape[1]), dtype=torch.int32, device=logits.device)
 
 
 @custom_op(
     "dia_kernels::embed_codes",
-    mutates_args=("row", "eos_row", "codes", "positions", "finished", "x"),
+    mutates_args=("step", "eos_step", "codes", "positions", "finished", "x"),
 )
 def embed_codes(
     sampled: Tensor,
-    forced: Tensor,
-    row: Tensor,
-    first_row: Tensor,
-    end_row: Tensor,
-    eos_row: Tensor,
+    prompt_codes: Tensor,
+    step: Tensor,
+    first_step: Tensor,
+    end_step: Tensor,
+    eos_step: Tensor,
     delay: Tensor,
     table: Tensor,
     codes: Tensor,
@@ -232,14 +232,14 @@ def embed_codes(
     eos: int,
     pad: int,
 ) -> None:
-    """Forms and embeds the next row of the delayed grid, advancing the state in place."""
+    """Forms and embeds the next delayed codes, advancing the state in place."""
     _ops(x).embed_codes(
         sampled,
-        forced,
-        row,
-        first_row,
-        end_row,
-        eos_row,
+        prompt_codes,
+        step,
+        first_step,
+        end_step,
+        eos_step,
         delay,
         table,
         codes,
@@ -254,11 +254,11 @@ def embed_codes(
 @embed_codes.register_fake
 def _(
     sampled: Tensor,
-    forced: Tensor,
-    row: Tensor,
-    first_row: Tensor,
-    end_row: Tensor,
-    eos_row: Tensor,
+    prompt_codes: Tensor,
+    step: Tensor,
+    first_step: Tensor,
+    end_step: Tensor,
+    eos_step: Tensor,
     delay: Tensor,
     table: Tensor,
     codes: Tensor,

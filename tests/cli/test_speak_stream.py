@@ -19,7 +19,7 @@ from dia_fast import Audio
 from dia_fast.audio.audio import growing_file
 from dia_fast.audio.codec import Codec
 from dia_fast.cli import main
-from dia_fast.engine import slots
+from dia_fast.engine import batch_rows
 from dia_fast.errors import InputError
 from tests.helpers.front import TEXT, make_codec, make_model, tree
 
@@ -153,8 +153,8 @@ def test_a_failure_leaves_the_old_file(
 def test_a_speech_without_sound_writes_no_file(
     speak: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    real = slots.collect
-    monkeypatch.setattr(slots, "collect", lambda *args: replace(real(*args), frames=real(*args).frames[:0]))
+    real = batch_rows.collect
+    monkeypatch.setattr(batch_rows, "collect", lambda *args: replace(real(*args), frames=real(*args).frames[:0]))
     command = [*speak, "--max-new-tokens", "30", "-o", str(tmp_path / "out.wav"), "--stream"]
     assert main(command) == 1
     assert "the model ended the speech before it began" in capfd.readouterr().err

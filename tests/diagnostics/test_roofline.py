@@ -14,7 +14,7 @@ from bench.machine_code import MACHINES
 from dia_fast.diagnostics.roofline import assumptions, figures, published, work
 from dia_fast.diagnostics.roofline.devices import DEVICES, Device, named_like
 from dia_fast.diagnostics.roofline.predict import STEPS_PER_SECOND, Settings, predict
-from dia_fast.engine.stepper import BUCKETS
+from dia_fast.engine.decode_graphs import BUCKETS
 from dia_fast.model.config import DiaConfig
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -41,18 +41,18 @@ def random_request(**settings: Any) -> Request:
     return Request(text, prompt, **{"max_new_tokens": 30, "seed": 5} | settings)
 
 
-def admit(model: DiaModel, state: DecodeState, slot: int, request: Request) -> None:
+def admit(model: DiaModel, state: DecodeState, batch_idx: int, request: Request) -> None:
     """Puts a request into a slot by hand, on the lane of the same number."""
     item = engine.plan(model.config, request)
-    state.cross_blocks.grow(slot, len(request.text_ids))
-    state.grow(slot, item.first + 1)
-    for _ in engine.prefill(model, state, slot, item):
+    state.cross_blocks.grow(batch_idx, len(request.text_ids))
+    state.grow(batch_idx, item.first + 1)
+    for _ in engine.prefill(model, state, batch_idx, item):
         pass
-    engine.place(state, slot, item)
+    engine.place(state, batch_idx, item)
 
 
 def assert_same(ours: Generation, other: Generation) -> None:
-    assert torch.equal(ours.rows, other.rows)
+    assert torch.equal(ours.delayed_codes, other.delayed_codes)
     assert torch.equal(ours.frames, other.frames)
     assert (ours.seed, ours.truncated) == (other.seed, other.truncated)
 
@@ -84,9 +84,9 @@ def test_the_logits_of_a_request_are_the_same_to_the_bit_in_any_company(dtype: t
     def logits(chosen: list[int]) -> torch.Tensor:
         """`[steps, branches, requests, channels, vocab]`"""
         state = DecodeState(config, model.ops, Sizes(len(chosen), True, 90, 60, 64, 64), dtype, model.device)
-        for slot, index in enumerate(chosen):
-            admit(model, state, slot, requests[index])
-            state.grow(slot, 30)
+        for batch_idx, index in enumerate(chosen):
+            admit(model, state, batch_idx, requests[index])
+            state.grow(batch_idx, 30)
         steps = []
         for _ in range(3):
             model.decode_step(state)
@@ -231,7 +231,7 @@ def test_a_step_keeps_its_buffers_where_they_are() -> None:
         state.grow(0, step + 1)
         model.decode_step(state)
     assert addresses() == before and len(before) > 20
-    assert int(state.row[0]) == 40
+    assert int(state.step[0]) == 40
 
 
 def test_a_released_slot_gives_its_pages_back_and_stays_inert() -> None:
@@ -246,7 +246,7 @@ def test_a_released_slot_gives_its_pages_back_and_stays_inert() -> None:
         layer.fill_(7)
     model.decode_step(state)
     assert all((layer == 7).all() for layer in state.pool.keys + state.pool.values)
-    assert int(state.row[0]) == -1 and (state.positions == -1).all()
+    assert int(state.step[0]) == -1 and (state.positions == -1).all()
 
 
 def test_running_out_of_pages_takes_none() -> None:

@@ -75,7 +75,7 @@ def test_no_more_than_four_steps_too_many_and_results_are_there_at_once(count: i
     assert needed <= engine.steps <= needed + 4
     for index, (handle, want) in enumerate(zip(handles, expected(count, rows), strict=True)):
         assert_same(handle.result(), want)
-        due = device.launches[len(want.rows) - 1]
+        due = device.launches[len(want.delayed_codes) - 1]
         assert due <= seen[index] <= due + LATE
     assert not device.outside
 
@@ -98,7 +98,7 @@ def test_frames_of_streams_come_when_they_are_due(step: float) -> None:
     known = [0] * 4
     while engine.step():
         for index, handle in enumerate(handles):
-            there = len(handle.rows())
+            there = len(handle.delayed_codes())
             # Row r is made by step r, all having begun with the first one.
             late += [device.clock - device.launches[row] for row in range(known[index], there) if row >= 0]
             known[index] = there
@@ -116,7 +116,7 @@ def test_nothing_that_has_finished_fails_for_lack_of_pages(rows: int, guided: bo
     request = Request([5], None, rows - 1, guidance_scale=3.0 if guided else None, seed=1)
     handle = engine.submit(request)
     drive(engine, [handle], device)
-    assert len(handle.result().rows) == rows
+    assert len(handle.result().delayed_codes) == rows
 
 
 def test_speech_that_ends_by_itself_is_noticed_at_once_and_frees_its_pages_for_others() -> None:
@@ -129,7 +129,7 @@ def test_speech_that_ends_by_itself_is_noticed_at_once_and_frees_its_pages_for_o
     handles = [engine.submit(request) for request in together]
     while engine.step():
         pass
-    assert len({len(item.rows) for item in expected}) > 3
+    assert len({len(item.delayed_codes) for item in expected}) > 3
     for handle, want in zip(handles, expected, strict=True):
         assert_same(handle.result(), want)
 

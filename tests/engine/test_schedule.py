@@ -42,7 +42,7 @@ class Schedule(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = Engine(small_model(), sizes=small_sizes(), prefill_rows=40)
+        self.engine = Engine(small_model(), sizes=small_sizes(), prefill_tokens=40)
         poison(self.engine)
         self.live: dict[Handle, int] = {}
         self.broken: set[Handle] = set()
@@ -214,7 +214,7 @@ def test_requests_are_served_in_the_order_they_came() -> None:
 
 def test_a_newcomer_does_not_stall_those_that_run() -> None:
     """A prompt of 139 rows is computed in pieces of at most 128; between two of them everybody makes a step."""
-    engine = Engine(small_model(eos=0.0), max_batch=3, prefill_rows=1)
+    engine = Engine(small_model(eos=0.0), max_batch=3, prefill_tokens=1)
     running = engine.submit(numbered_request(0, max_new_tokens=60))
     while running.status != "running" or not engine.stats.running:
         engine.step()
@@ -264,7 +264,7 @@ def test_a_cancelled_request_says_so() -> None:
     [
         ({"max_batch": 0}, "max_batch must be from 1 to 32, not 0"),
         ({"max_batch": 33}, "max_batch must be from 1 to 32, not 33"),
-        ({"prefill_rows": 0}, "prefill_rows must be at least 1"),
+        ({"prefill_tokens": 0}, "prefill_tokens must be at least 1"),
         ({"memory": 1000}, "memory: 1000 bytes hold no request; give at least"),
         ({"capture": "always"}, "capture must be"),
     ],

@@ -141,7 +141,7 @@ def test_several_threads_share_one_batch() -> None:
         thread.join(60)
     for number in range(12):
         assert_same(results[number], alone(number))
-    alone_steps = sum(len(alone(number).rows) for number in range(12))
+    alone_steps = sum(len(alone(number).delayed_codes) for number in range(12))
     assert engine.stats.steps < alone_steps / 2
 
 

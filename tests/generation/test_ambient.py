@@ -108,7 +108,7 @@ def engine(folder: Path) -> list[Any]:
     with Engine(load(folder).model, max_batch=2) as engine:
         handles = [engine.submit(Request([65, 66, 67], max_new_tokens=30, seed=i), stream=True) for i in range(3)]
         chunks = [part for handle in handles for part in handle.frames()]
-        return [*chunks, *(handle.result().rows for handle in handles)]
+        return [*chunks, *(handle.result().delayed_codes for handle in handles)]
 
 
 def logits(folder: Path) -> list[Any]:

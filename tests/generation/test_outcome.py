@@ -14,7 +14,7 @@ import torch
 
 from dia_fast import Dia, Outcome, TextWarning
 from dia_fast.cli import main
-from dia_fast.engine import slots
+from dia_fast.engine import batch_rows
 from dia_fast.generation.long_form import Reading, cut, piece_seed
 from dia_fast.generation.outcome import Segment, attempt_seed, silence
 from dia_fast.generation.sampling_params import SamplingParams
@@ -45,7 +45,7 @@ def dia(home: Path) -> Dia:
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> Silent:
     """Makes the requests with some seeds end before their first frame; without seeds, all requests."""
-    real = slots.collect
+    real = batch_rows.collect
 
     def patch(*seeds: int) -> None:
         def collect(*args: Any) -> Any:
@@ -53,7 +53,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Silent:
             lost = not seeds or found.seed in seeds
             return replace(found, frames=found.frames[:0], truncated=False) if lost else found
 
-        monkeypatch.setattr(slots, "collect", collect)
+        monkeypatch.setattr(batch_rows, "collect", collect)
 
     return patch
 

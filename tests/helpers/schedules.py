@@ -10,7 +10,7 @@ from dia_fast.engine import Engine, Generation, Request, generate
 from dia_fast.engine.sequence import State
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import packed_shapes
-from dia_fast.model.kv_cache import NOBODY
+from dia_fast.model.kv_cache import NO_TABLE_ROW
 from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 
@@ -66,7 +66,7 @@ def alone(number: int, longest: int = 60, dtype: torch.dtype = torch.float32) ->
 
 
 def assert_same(ours: Generation, other: Generation) -> None:
-    assert torch.equal(ours.rows, other.rows)
+    assert torch.equal(ours.delayed_codes, other.delayed_codes)
     assert torch.equal(ours.frames, other.frames)
     assert (ours.seed, ours.truncated) == (other.seed, other.truncated)
 
@@ -82,23 +82,23 @@ def assert_sound(engine: Engine) -> None:
     """No page has two owners, none is lost, every slot in use shows its own pages, and the others are inert."""
     state = engine.state
     for blocks in (state.blocks, state.cross_blocks):
-        held = [page for owner in range(blocks.owners) for page in blocks.pages(owner).tolist()]
+        held = [page for table_row in range(blocks.table_rows) for page in blocks.pages(table_row).tolist()]
         assert len(held) == len(set(held)) == blocks.pool.pages - blocks.pool.free
         assert all(0 <= page < blocks.pool.pages for page in held)
     runs = engine._running
-    lanes = [run.lane for run in [*runs, *engine._swapped, *filter(None, [engine._newcomer])]]
-    assert len(lanes) == len(set(lanes)) and NOBODY not in lanes
-    assert sorted(lanes + engine._lanes) == list(range(state.capacity))
+    table_idxs = [run.table_idx for run in [*runs, *engine._swapped, *filter(None, [engine._newcomer])]]
+    assert len(table_idxs) == len(set(table_idxs)) and NO_TABLE_ROW not in table_idxs
+    assert sorted(table_idxs + engine._free_table_idxs) == list(range(state.capacity))
     for numbers, state_of in (
         (runs, State.RUNNING),
         (engine._swapped, State.SWAPPED),
         (engine._waiting, State.WAITING),
     ):
         assert all(sequence.state is state_of for sequence in numbers)
-    assert (state.row[len(runs) :] == -1).all()
-    for slot, run in enumerate(runs):
-        assert int(state.seed[slot]) == run.plan.seed
-        assert state.blocks.held(run.lane) * state.pool.shape.page_size >= min(engine._row(run), run.plan.end)
-    for idle in set(range(state.capacity)) - set(lanes):
-        assert not any(state.blocks.held(owner) for owner in state.owners(idle, state.guided))
+    assert (state.step[len(runs) :] == -1).all()
+    for batch_idx, run in enumerate(runs):
+        assert int(state.seed[batch_idx]) == run.plan.seed
+        assert state.blocks.held(run.table_idx) * state.pool.shape.page_size >= min(engine._step_of(run), run.plan.end)
+    for idle in set(range(state.capacity)) - set(table_idxs):
+        assert not any(state.blocks.held(table_row) for table_row in state.table_rows(idle, state.guided))
         assert not state.cross_blocks.held(idle)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DiaForConditionalGeneration
 
-from bench.tools.pairs import grid_inputs, random_prompts, random_texts, text_inputs
+from bench.tools.pairs import delayed_inputs, random_prompts, random_texts, text_inputs
 from bench.tools.tiny_models import random_state, tiny_config, transformers_model
 from dia_fast.model.config import DiaConfig
 
@@ -42,7 +42,7 @@ def inputs(
     config: DiaConfig = CONFIG, texts: Sequence[int] = (17, 5, 40), prompts: Sequence[int] = (0, 12, 5)
 ) -> dict[str, Tensor]:
     """Random texts and audio prompts of these lengths as one batch."""
-    grids = grid_inputs(config, random_prompts(config, list(prompts)))
+    grids = delayed_inputs(config, random_prompts(config, list(prompts)))
     return text_inputs(random_texts(config, list(texts))) | grids
 
 

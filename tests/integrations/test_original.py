@@ -23,7 +23,7 @@ from dia_fast.errors import CheckpointError, InputError
 from dia_fast.integrations import original
 from dia_fast.integrations.original import ComputeDtype, Dia, OriginalConfig
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.delay import delayed_rows
+from dia_fast.model.delay import apply_delay
 from dia_fast.text.tokenizer import encode_text
 from tests.helpers.codecs import assert_same_sound, imported_dac, save_official
 from tests.integrations import hub
@@ -117,11 +117,15 @@ def test_quirks_free_the_last_code_of_the_longest_prompt(cache: Path, monkeypatc
         dia = Dia.from_pretrained(str(cache / "model"), device=CPU, load_dac=False, quirks=True)
     long, short = prompt_codes(9), prompt_codes(4)
     dia.generate([TEXT, TEXT, TEXT], 60, temperature=0.0, audio_prompt=[short, long, None])
-    assert [request.grid is None for request in seen] == [True, False, True]
-    grid = seen[1].grid
-    assert grid is not None
-    expected = delayed_rows(long, DiaConfig().delay_pattern, 1026)
-    assert torch.equal(grid, expected[:-1]) and (expected[-1, :-1] == -1).all() and expected[-1, -1] == long[-1, -1]
+    assert [request.delayed_codes is None for request in seen] == [True, False, True]
+    delayed_codes = seen[1].delayed_codes
+    assert delayed_codes is not None
+    expected = apply_delay(long, DiaConfig().delay_pattern, 1026)
+    assert (
+        torch.equal(delayed_codes, expected[:-1])
+        and (expected[-1, :-1] == -1).all()
+        and expected[-1, -1] == long[-1, -1]
+    )
 
 
 @pytest.mark.parametrize("quirks", [False, True])

@@ -23,19 +23,19 @@ def make_state(
     def integers(low: int, high: int, *shape: int) -> torch.Tensor:
         return torch.randint(low, high, shape, generator=generator, dtype=torch.int32).to(device)
 
-    first_row = integers(0, 5, batch)
-    end_row = first_row + integers(1, max(delay) + 12, batch)
+    first_step = integers(0, 5, batch)
+    end_step = first_step + integers(1, max(delay) + 12, batch)
     rows = batch * (2 if paired else 1)
     return {
         "sampled": integers(0, EOS, batch, channels),
-        "forced": integers(-4, EOS, batch, depth, channels).clamp(min=-1),
-        "row": first_row.clone(),
-        "first_row": first_row,
-        "end_row": end_row,
-        "eos_row": torch.full((batch,), -1, dtype=torch.int32, device=device),
+        "prompt_codes": integers(-4, EOS, batch, depth, channels).clamp(min=-1),
+        "step": first_step.clone(),
+        "first_step": first_step,
+        "end_step": end_step,
+        "eos_step": torch.full((batch,), -1, dtype=torch.int32, device=device),
         "delay": torch.tensor(delay, dtype=torch.int32, device=device),
         "table": random((channels * VOCAB, hidden), dtype, device, seed),
-        "codes": poisoned((batch, int(end_row.max()) + 1, channels), torch.int32, device),
+        "codes": poisoned((batch, int(end_step.max()) + 1, channels), torch.int32, device),
         "positions": poisoned((rows,), torch.int32, device),
         "finished": torch.zeros(batch, dtype=torch.int32, device=device),
         "x": poisoned((rows, hidden), dtype, device),
@@ -48,7 +48,7 @@ def run_both(state: dict, steps: int, eos_at: dict[int, int]) -> None:
     generator = torch.Generator().manual_seed(7)
     for step in range(steps):
         sampled = torch.randint(0, EOS, state["sampled"].shape, generator=generator, dtype=torch.int32).to(
-            state["row"].device
+            state["step"].device
         )
         for slot, at in eos_at.items():
             if at == step:
@@ -85,13 +85,13 @@ def test_any_delay_and_any_eos(
 
 def test_inert_slots_are_left_alone(device: torch.device) -> None:
     state = make_state(3, [0, 1], 16, True, torch.float32, 2, device)
-    state["row"][0] = -1
+    state["step"][0] = -1
     state["finished"][1] = 1
     before = {k: v.clone() for k, v in state.items()}
     embed_codes(**state, eos=EOS, pad=PAD)
-    for name in ("row", "eos_row", "finished", "codes"):
+    for name in ("step", "eos_step", "finished", "codes"):
         assert torch.equal(state[name][:2], before[name][:2]), name
-    assert state["positions"].tolist() == [-1, -1, int(before["row"][2])] * 2
+    assert state["positions"].tolist() == [-1, -1, int(before["step"][2])] * 2
     assert not state["x"].view(2, 3, -1)[:, :2].any()
     assert state["x"].view(2, 3, -1)[:, 2].any()
 
@@ -100,7 +100,7 @@ def test_production_width_sums_in_fp32(device: torch.device) -> None:
     delay = [0, 8, 9, 10, 11, 12, 13, 14, 15]
     state = make_state(2, delay, 2048, True, torch.bfloat16, 3, device)
     embed_codes(**state, eos=EOS, pad=PAD)
-    at = state["row"].long() - 1
+    at = state["step"].long() - 1
     codes = state["codes"][torch.arange(2, device=device), at].long()
     entries = state["table"][codes + torch.arange(9, device=device) * VOCAB]
     plain = entries.sum(1).repeat(2, 1)
@@ -118,10 +118,10 @@ def test_wrong_row_count_is_named(device: torch.device) -> None:
 @pytest.mark.parametrize("code", [VOCAB, 2**31 - 1, -5, -(2**31)])
 def test_a_code_outside_the_table_reads_its_nearest_end(op, code: int, device: torch.device) -> None:
     state = make_state(1, [0, 1], 16, False, torch.float32, 2, device)
-    state["forced"].fill_(-1)
-    state["row"].copy_(state["first_row"])
+    state["prompt_codes"].fill_(-1)
+    state["step"].copy_(state["first_step"])
     state["sampled"].fill_(code)
     op(**state, eos=EOS, pad=PAD)
     end = min(max(code, 0), VOCAB - 1)
     assert torch.equal(state["x"][0], state["table"][end] + state["table"][VOCAB + end])
-    assert (state["codes"][0, int(state["first_row"])] == end).all()
+    assert (state["codes"][0, int(state["first_step"])] == end).all()

@@ -155,7 +155,7 @@ def test_the_weights_of_nothing() -> None:
 @given(
     choice=choices,
     seed=st.integers(-(2**63), 2**63 - 1),
-    row=st.integers(-1, 3100),
+    step=st.integers(-1, 3100),
     spread=st.sampled_from([0.0, 1.0, 30.0]),
 )
 def test_sample_draws_by_exact_integers(choice: Choice, seed: int, row: int, spread: float) -> None:
@@ -207,31 +207,31 @@ class Grid:
     """One slot of the delayed grid, told row by row from docs/dia.md: what each row holds and when it ends."""
 
     def __init__(
-        self, delay: list[int], first_row: int, end_row: int, forced: list[list[int]], eos: int, pad: int
+        self, delay: list[int], first_step: int, end_step: int, forced: list[list[int]], eos: int, pad: int
     ) -> None:
-        self.delay, self.first_row, self.end_row, self.forced = delay, first_row, end_row, forced
+        self.delay, self.first_step, self.end_step, self.forced = delay, first_step, end_step, forced
         self.eos, self.pad = eos, pad
-        self.row, self.eos_row, self.finished = first_row, None, False
+        self.step, self.eos_step, self.finished = first_step, None, False
         self.rows: dict[int, list[int]] = {}
 
     def advance(self, sampled: list[int]) -> list[int]:
-        r, longest = self.row, max(self.delay)
-        given = self.forced[r - self.first_row] if r - self.first_row < len(self.forced) else [-1] * len(sampled)
+        r, longest = self.step, max(self.delay)
+        given = self.forced[r - self.first_step] if r - self.first_step < len(self.forced) else [-1] * len(sampled)
         codes = [f if f >= 0 else s for f, s in zip(given, sampled, strict=True)]
-        if self.eos_row is None and r > self.first_row:
-            if r == self.end_row - longest:
+        if self.eos_step is None and r > self.first_step:
+            if r == self.end_step - longest:
                 codes[0] = self.eos
             if codes[0] == self.eos:
-                self.eos_row = r
-        if self.eos_row is not None:
+                self.eos_step = r
+        if self.eos_step is not None:
             for channel, delay in enumerate(self.delay):
-                if r == self.eos_row + delay:
+                if r == self.eos_step + delay:
                     codes[channel] = self.eos
-                elif r > self.eos_row + delay:
+                elif r > self.eos_step + delay:
                     codes[channel] = self.pad
         self.rows[r] = codes
-        self.row += 1
-        self.finished = r >= self.end_row or (self.eos_row is not None and r >= self.eos_row + longest)
+        self.step += 1
+        self.finished = r >= self.end_step or (self.eos_step is not None and r >= self.eos_step + longest)
         return codes
 
 
@@ -252,10 +252,10 @@ def test_embed_codes_forms_the_delayed_grid(data: st.DataObject, paired: bool, s
 
     rows = 2 * batch if paired else batch
     state = {
-        "row": torch.tensor([-1 if rest else f for f, rest in zip(first, resting, strict=True)], dtype=torch.int32),
-        "first_row": torch.tensor(first, dtype=torch.int32),
-        "end_row": torch.tensor(end, dtype=torch.int32),
-        "eos_row": torch.full((batch,), -1, dtype=torch.int32),
+        "step": torch.tensor([-1 if rest else f for f, rest in zip(first, resting, strict=True)], dtype=torch.int32),
+        "first_step": torch.tensor(first, dtype=torch.int32),
+        "end_step": torch.tensor(end, dtype=torch.int32),
+        "eos_step": torch.full((batch,), -1, dtype=torch.int32),
         "delay": torch.tensor(delay, dtype=torch.int32),
         "codes": torch.full((batch, capacity, channels), -9, dtype=torch.int32),
         "positions": torch.empty(rows, dtype=torch.int32),
@@ -269,16 +269,16 @@ def test_embed_codes_forms_the_delayed_grid(data: st.DataObject, paired: bool, s
             live = not resting[b] and not grid.finished
             position, expected = -1, torch.zeros(hidden, dtype=torch.float64)
             if live:
-                position, codes = grid.row, grid.advance(sampled[b].tolist())
+                position, codes = grid.step, grid.advance(sampled[b].tolist())
                 expected = sum(table[c * vocab + code].double() for c, code in enumerate(codes))
             for r in (b, batch + b) if paired else (b,):
                 assert state["positions"][r] == position
                 assert torch.allclose(x[r].double(), expected, atol=1e-6)
     for b, grid in enumerate(grids):
         if resting[b]:
-            assert state["row"][b] == -1 and (state["codes"][b] == -9).all()
+            assert state["step"][b] == -1 and (state["codes"][b] == -9).all()
             continue
-        assert grid.finished and state["finished"][b] == 1 and state["row"][b] == grid.row
-        assert state["eos_row"][b] == (-1 if grid.eos_row is None else grid.eos_row)
+        assert grid.finished and state["finished"][b] == 1 and state["step"][b] == grid.step
+        assert state["eos_step"][b] == (-1 if grid.eos_step is None else grid.eos_step)
         written = {r: codes for r, codes in enumerate(state["codes"][b].tolist()) if codes != [-9] * channels}
         assert written == grid.rows

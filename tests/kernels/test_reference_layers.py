@@ -251,15 +251,15 @@ def test_rope_of_a_prefill() -> None:
     expected = qkv.view(n, -1, head_dim).double()
     expected = torch.cat((turned(expected[:, :-kv_heads], positions), expected[:, -kv_heads:]), 1)
     k_pages, v_pages = (poisoned((5, kv_heads, page_size, head_dim), torch.float32, CPU) for _ in range(2))
-    slots = torch.tensor([14, 0, -1, 7, 3, 4, -1, 1, 11, 2])
+    slot_mapping = torch.tensor([14, 0, -1, 7, 3, 4, -1, 1, 11, 2])
     again = reference.rope(qkv.clone(), cos, sin, positions, kv_heads)
-    got = reference.rope(qkv, cos, sin, positions, kv_heads, k_pages, v_pages, slots)
+    got = reference.rope(qkv, cos, sin, positions, kv_heads, k_pages, v_pages, slot_mapping)
     assert got is qkv and torch.equal(got, again)
     got = got.view(n, -1, head_dim)
     assert torch.allclose(got.double(), expected, atol=1e-6) and torch.equal(
         got[:, -kv_heads:].double(), expected[:, -kv_heads:]
     )
-    for token, slot in enumerate(slots.tolist()):
+    for token, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
             assert torch.equal(k_pages[slot // page_size, :, slot % page_size], got[token, heads : heads + kv_heads])
             assert torch.equal(v_pages[slot // page_size, :, slot % page_size], got[token, heads + kv_heads :])

@@ -21,7 +21,7 @@ def formulas(config: DiaConfig, rows: int, context: int, dtype: torch.dtype) -> 
     decoder, guided, batch = config.decoder, rows > 1, max(rows // 2, 1)
     step = work.Step(
         batch, context, traffic.TEXT, dtype.itemsize, guided, batch, max(CONTEXTS) + 1, traffic.TEXT, mixes=False,
-        forced=context <= max(config.delay_pattern) + 1,
+        prompt_codes=context <= max(config.delay_pattern) + 1,
     )  # fmt: skip
 
     def block(name: str, count: int) -> int:

@@ -24,13 +24,13 @@ def check(
     positions = torch.randint(0, tokens + 5, (tokens,), generator=generator, dtype=torch.int32).to(device)
     got, plain = qkv.clone(), qkv.clone()
     pools: tuple[torch.Tensor, ...] = ()
-    slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+    slot_mapping = torch.full((tokens,), -1, dtype=torch.int64, device=device)
     if page_size:
         pages = -(-tokens // page_size) + 2
         pools = tuple(poisoned((pages, kv_heads, page_size, head_dim), dtype, device) for _ in range(2))
         drawn = torch.randperm(pages * page_size, generator=generator)[:tokens].to(device)
-        slots = torch.where(torch.arange(tokens, device=device) % 3 == 2, slots, drawn)
-        assert rope(got, cos, sin, positions, kv_heads, *pools, slots) is got
+        slot_mapping = torch.where(torch.arange(tokens, device=device) % 3 == 2, slot_mapping, drawn)
+        assert rope(got, cos, sin, positions, kv_heads, *pools, slot_mapping) is got
     else:
         assert rope(got, cos, sin, positions, kv_heads) is got
     reference.rope(plain, cos, sin, positions, kv_heads)
@@ -45,9 +45,9 @@ def check(
     assert same_bits(got[:, turning:], qkv[:, turning:])
     for pool, part in zip(pools, got.view(tokens, -1, head_dim)[:, heads:].split(kv_heads, 1), strict=False):
         flat = pool.transpose(1, 2).reshape(-1, kv_heads, head_dim)
-        kept = slots >= 0
-        assert same_bits(flat[slots[kept]], part[kept])
-        flat[slots[kept]] = torch.nan
+        kept = slot_mapping >= 0
+        assert same_bits(flat[slot_mapping[kept]], part[kept])
+        flat[slot_mapping[kept]] = torch.nan
         assert_untouched(flat)
 
 
@@ -88,8 +88,8 @@ def test_the_last_slot_of_a_pool_beyond_32_bits(device: torch.device) -> None:
     k_pages, v_pages = (torch.empty(pages, 1, 64, 256, dtype=torch.float16, device=device) for _ in range(2))
     qkv = random((1, 768), torch.float16, device, 1)
     cos, sin = angles(1, 256, device)
-    at, slots = torch.zeros(1, dtype=torch.int32, device=device), torch.tensor([pages * 64 - 1], device=device)
-    rope(qkv, cos, sin, at, 1, k_pages, v_pages, slots)
+    at, slot_mapping = torch.zeros(1, dtype=torch.int32, device=device), torch.tensor([pages * 64 - 1], device=device)
+    rope(qkv, cos, sin, at, 1, k_pages, v_pages, slot_mapping)
     assert same_bits(k_pages[-1, 0, -1], qkv[0, 256:512]) and same_bits(v_pages[-1, 0, -1], qkv[0, 512:])
 
 
@@ -101,7 +101,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("positions", "int64", {"positions": torch.zeros(2, dtype=torch.int64)}),
     ("k_pages", "needs", {"k_pages": torch.empty(3, 2, 16, 16)}),
     ("v_pages", "needs", {"v_pages": torch.empty(4, 1, 16, 16)}),
-    ("slots", "int32", {"slots": torch.zeros(2, dtype=torch.int32)}),
+    ("slot_mapping", "int32", {"slot_mapping": torch.zeros(2, dtype=torch.int32)}),
 ]
 
 
@@ -115,7 +115,7 @@ def test_bad_arguments_are_named(name: str, says: str, change: dict[str, Any]) -
         "kv_heads": 1,
         "k_pages": torch.empty(3, 1, 16, 16),
         "v_pages": torch.empty(3, 1, 16, 16),
-        "slots": torch.zeros(2, dtype=torch.int64),
+        "slot_mapping": torch.zeros(2, dtype=torch.int64),
     }
     with pytest.raises(ValueError) as caught:
         rope(**{**good, **change})

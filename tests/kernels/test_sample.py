@@ -21,18 +21,18 @@ PRODUCTION_VOCAB, PRODUCTION_EOS = 1028, 1024
 
 def request(batch: int, device: torch.device, **changes: float) -> dict[str, torch.Tensor]:
     """Settings of `batch` equal slots, the defaults of generation unless changed."""
-    values = {"guidance_scale": 3.0, "temperature": 1.2, "top_k": 45, "top_p": 0.95, "seed": 11, "row": 5} | changes
-    dtypes = {"top_k": torch.int32, "seed": torch.int64, "row": torch.int32}
+    values = {"guidance_scale": 3.0, "temperature": 1.2, "top_k": 45, "top_p": 0.95, "seed": 11, "step": 5} | changes
+    dtypes = {"top_k": torch.int32, "seed": torch.int64, "step": torch.int32}
     return {k: torch.full((batch,), v, dtype=dtypes.get(k, torch.float32), device=device) for k, v in values.items()}
 
 
 def run(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int, op=sample, first: bool = False) -> torch.Tensor:
-    out = poisoned((req["row"].shape[0], logits.shape[1]), torch.int32, logits.device)
+    out = poisoned((req["step"].shape[0], logits.shape[1]), torch.int32, logits.device)
     return op(logits=logits, **req, out=out, status=torch.zeros_like(out), eos=eos, first_generation=first)
 
 
 def weights(logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int) -> torch.Tensor:
-    return reference.sample_weights(logits, **{k: v for k, v in req.items() if k not in ("row", "seed")}, eos=eos)
+    return reference.sample_weights(logits, **{k: v for k, v in req.items() if k not in ("step", "seed")}, eos=eos)
 
 
 def table(folder: Path, digit: int) -> str:
@@ -128,7 +128,7 @@ def test_eos_rule(device: torch.device) -> None:
     logits[1, :, eos] = 5.0
     logits[1, :, 3] = 6.0
     req = request(2, device, guidance_scale=1.0, top_k=0, top_p=1.0, temperature=1.0)
-    drawn = torch.stack([run(logits, {**req, "row": req["row"] + i}, eos) for i in range(12)])
+    drawn = torch.stack([run(logits, {**req, "step": req["step"] + i}, eos) for i in range(12)])
     assert (drawn[:, 0, 0] == eos).all()
     assert (drawn[:, 1] < eos).all() and (drawn[:, 0, 1] < eos).all()
     assert drawn[:, 0, 1].unique().numel() > 3
@@ -139,7 +139,7 @@ def test_special_ids_take_their_places_among_the_guided_best(device: torch.devic
     logits = torch.zeros(2, 1, 12, device=device)
     logits[0, 0, [10, 11, 4, 5]] = torch.tensor([9.0, 8.0, 7.0, 6.0], device=device)
     req = request(1, device, top_k=3, top_p=1.0)
-    drawn = {int(run(logits, {**req, "row": req["row"] + i}, 8)) for i in range(4)}
+    drawn = {int(run(logits, {**req, "step": req["step"] + i}, 8)) for i in range(4)}
     assert drawn == {4}
 
 
@@ -151,7 +151,7 @@ def run_both(
     logits: torch.Tensor, req: dict[str, torch.Tensor], eos: int, op, first: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and status."""
-    out = poisoned((req["row"].shape[0], logits.shape[1]), torch.int32, logits.device)
+    out = poisoned((req["step"].shape[0], logits.shape[1]), torch.int32, logits.device)
     status = torch.zeros_like(out)
     op(logits=logits, **req, out=out, status=status, eos=eos, first_generation=first)
     return out, status
@@ -188,9 +188,9 @@ def test_the_first_status_stays(op, device: torch.device) -> None:
     req = request(1, device, guidance_scale=1.0)
     out, status = run_both(logits, req, 8, op)
     assert status.item() == 5 * 4 + NOT_FINITE
-    op(logits=logits, **req | {"row": req["row"] + 1}, out=out, status=status, eos=8)
+    op(logits=logits, **req | {"step": req["step"] + 1}, out=out, status=status, eos=8)
     assert status.item() == 5 * 4 + NOT_FINITE
-    req["row"][0], status[0] = -1, 0
+    req["step"][0], status[0] = -1, 0
     op(logits=logits, **req, out=out, status=status, eos=8)
     assert status.item() == 0, "of an inert slot"
 
@@ -245,7 +245,7 @@ def test_a_damaged_slot_changes_no_other(device: torch.device) -> None:
 
 def test_inert_slots_are_left_alone(device: torch.device) -> None:
     req = request(3, device)
-    req["row"][1] = -1
+    req["step"][1] = -1
     out = run(random((6, 2, 30), torch.float32, device), req, 26)
     assert_untouched(out[1])
     assert (out[[0, 2]] >= 0).all()

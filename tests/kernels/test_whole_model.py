@@ -56,9 +56,11 @@ def test_tokens_equal_those_of_torch(first_generation: bool, greedy: bool, rows:
     expected = generate(model(get_ops("torch"), device, first_generation=first_generation), asked)
     got = generate(model(get_ops("triton", device), device, first_generation=first_generation), asked)
     for mine, theirs in zip(got, expected, strict=True):
-        assert torch.equal(mine.rows, theirs.rows)
+        assert torch.equal(mine.delayed_codes, theirs.delayed_codes)
         assert torch.equal(mine.frames, theirs.frames)
-    assert any(len(generation.rows[6:].unique()) > 3 for generation in got), "the tokens hardly vary: this shows little"
+    assert any(len(generation.delayed_codes[6:].unique()) > 3 for generation in got), (
+        "the tokens hardly vary: this shows little"
+    )
 
 
 def ready_state(made: DiaModel, guided: bool) -> DecodeState:
@@ -66,8 +68,8 @@ def ready_state(made: DiaModel, guided: bool) -> DecodeState:
     state = DecodeState(made.config, made.ops, Sizes(1, guided, 40, 8, 4, 1), made.dtype, made.device)
     state.grow(0, 40)
     state.cross_blocks.grow(0, 8)
-    state.row.zero_()
-    state.end_row.fill_(30)
+    state.step.zero_()
+    state.end_step.fill_(30)
     state.text_lengths.fill_(4)
     return state
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dia_fast.model.delay import FREE, delayed_rows, undo_delay
+from dia_fast.model.delay import FREE, apply_delay, undo_delay
 
 EOS, PAD, BOS = 1024, 1025, 1026
 
@@ -19,14 +19,14 @@ def random_frames(count: int, channels: int) -> Tensor:
 def spoken(frames: Tensor, delay: tuple[int, ...]) -> Tensor:
     """The whole grid of a speech that ended by itself: EOS after the last frame of each channel, then PAD."""
     ending = torch.tensor([EOS] + [PAD] * (max(delay) + 1))[:, None].expand(-1, len(delay))
-    rows = delayed_rows(torch.cat((frames, ending)), delay, BOS)
+    rows = apply_delay(torch.cat((frames, ending)), delay, BOS)
     return rows[: frames.shape[0] + max(delay) + 2]
 
 
 @given(st.integers(0, 40), patterns)
 def test_every_entry_of_the_grid_follows_from_its_row_and_channel(count: int, delay: tuple[int, ...]) -> None:
     frames = random_frames(count, len(delay))
-    rows = delayed_rows(frames, delay, BOS)
+    rows = apply_delay(frames, delay, BOS)
     assert rows.shape == (count + max(delay) + 1, len(delay))
     for row, codes in enumerate(rows.tolist()):
         for channel, code in enumerate(codes):
@@ -36,7 +36,7 @@ def test_every_entry_of_the_grid_follows_from_its_row_and_channel(count: int, de
 
 @given(st.integers(0, 40), patterns)
 def test_nothing_is_free_before_the_row_at_which_decoding_starts(count: int, delay: tuple[int, ...]) -> None:
-    rows = delayed_rows(random_frames(count, len(delay)), delay, BOS)
+    rows = apply_delay(random_frames(count, len(delay)), delay, BOS)
     assert (rows[:count] != FREE).all()
     assert rows[count, 0] != FREE
 

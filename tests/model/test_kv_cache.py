@@ -39,7 +39,7 @@ def test_every_page_is_free_or_held_once(data: st.DataObject) -> None:
             blocks.grow(row, tokens)
             assert blocks.held(row) >= -(-tokens // 4)
             assert held_pages(blocks, row)[: len(before)] == before
-        held = [page for owner in range(3) for page in held_pages(blocks, owner)]
+        held = [page for table_row in range(3) for page in held_pages(blocks, table_row)]
         assert len(set(held)) == len(held) == pool.pages - pool.free
         assert all(0 <= page < pool.pages for page in held)
 
@@ -73,7 +73,7 @@ def test_slots_address_what_the_block_table_says() -> None:
     blocks = BlockTable(pool, 2, 12, CPU)
     for row, tokens in ((0, 2), (1, 5), (0, 11)):
         blocks.grow(row, tokens)
-    slots = blocks.slots(0, 11).tolist()
+    slots = blocks.slot_mapping(0, 11).tolist()
     assert slots == [int(blocks.table[0, token // 4]) * 4 + token % 4 for token in range(11)]
 
 

@@ -183,7 +183,7 @@ def test_a_request_gets_the_same_codes_alone_and_in_a_batch(dtype: torch.dtype) 
     assert model.packed
     requests = [random_request(seed=seed, guidance_scale=scale) for seed, scale in ((1, 3.0), (2, None), (3, 2.0))]
     for request, together in zip(requests, generate(model, requests), strict=True):
-        assert torch.equal(generate(model, [request])[0].rows, together.rows)
+        assert torch.equal(generate(model, [request])[0].delayed_codes, together.delayed_codes)
 
 
 def test_the_tensors_of_a_packed_model_are_let_go() -> None:

@@ -37,21 +37,21 @@ def decoded_logits(model: DiaModel, texts: Sequence[Sequence[int]], rows: Tensor
     state = DecodeState(
         model.config, model.ops, Sizes(batch, True, steps + 1, max(map(len, texts)), 64, 64), model.dtype, model.device
     )
-    for slot, ids in enumerate(texts):
-        state.cross_blocks.grow(slot, len(ids))
-        state.grow(slot, steps)
-        item = plan(model.config, Request(ids, rows[slot, :prompt], max_new_tokens=steps, seed=0))
+    for batch_idx, ids in enumerate(texts):
+        state.cross_blocks.grow(batch_idx, len(ids))
+        state.grow(batch_idx, steps)
+        item = plan(model.config, Request(ids, rows[batch_idx, :prompt], max_new_tokens=steps, seed=0))
         # The rows of `rows` are the grid itself here, not frames that a delay makes a grid of.
-        item.grid[:prompt] = rows[slot, :prompt]
-        for _ in prefill(model, state, slot, item):
+        item.delayed_codes[:prompt] = rows[batch_idx, :prompt]
+        for _ in prefill(model, state, batch_idx, item):
             pass
-        place(state, slot, item)
-    state.row.fill_(prompt)
-    state.first_row.fill_(prompt)
-    state.end_row.fill_(4 * steps + 99)  # beyond reach: no EOS is forced
+        place(state, batch_idx, item)
+    state.step.fill_(prompt)
+    state.first_step.fill_(prompt)
+    state.end_step.fill_(4 * steps + 99)  # beyond reach: no EOS is forced
     state.codes = torch.zeros(batch, 4 * steps + 100, rows.shape[2], dtype=torch.int32)
-    state.forced = torch.full_like(rows, FREE, dtype=torch.int32)
-    state.forced[:, : steps - prompt] = rows[:, prompt:]
+    state.prompt_codes = torch.full_like(rows, FREE, dtype=torch.int32)
+    state.prompt_codes[:, : steps - prompt] = rows[:, prompt:]
     logits = torch.full((2 * batch, *rows.shape[1:], model.config.decoder.vocab_size), torch.nan)
     for step in range(prompt, steps):
         model.decode_step(state)

@@ -174,7 +174,7 @@ def test_locks_that_other_threads_hold_at_a_fork_are_not_waited_for(tmp_path: Pa
         assert in_child(child) == 0
         over.set()
         holder.join()
-        assert len(handle.result().rows) and dia.engine is engine
+        assert len(handle.result().delayed_codes) and dia.engine is engine
         """,
         tmp_path,
         threads=1,

@@ -16,7 +16,7 @@ from dia_fast.checkpoint.loading import Checkpoint
 from dia_fast.diagnostics.roofline.predict import Settings
 from dia_fast.diagnostics.roofline.work import LAUNCHES
 from dia_fast.engine import Engine, Request
-from dia_fast.engine.stepper import CudaGraphs
+from dia_fast.engine.decode_graphs import CudaGraphs
 from dia_fast.errors import InputError
 from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
 from dia_fast.model.fused_weights import packed_shapes
@@ -170,9 +170,9 @@ def _state(model: DiaModel, settings: Settings) -> DecodeState:
         settings.requests * step.branches * grid.pages(room), settings.requests * words.pages(settings.text),
     )  # fmt: skip
     state = DecodeState(config, model.ops, sizes, model.dtype, model.device)
-    for slot in range(settings.requests):
-        state.grow(slot, room)
-        state.cross_blocks.grow(slot, settings.text)
+    for batch_idx in range(settings.requests):
+        state.grow(batch_idx, room)
+        state.cross_blocks.grow(batch_idx, settings.text)
     for pages in state.pool.keys + state.pool.values + state.cross_pool.keys + state.cross_pool.values:
         pages.normal_()
     _reset(state, settings)
@@ -182,14 +182,14 @@ def _state(model: DiaModel, settings: Settings) -> DecodeState:
 def _reset(state: DecodeState, settings: Settings) -> None:
     """Puts every request back at its context: the launches that are timed move on what they find."""
     used = settings.requests
-    state.row.fill_(-1)
-    state.row[:used] = settings.context - 1
+    state.step.fill_(-1)
+    state.step[:used] = settings.context - 1
     state.positions.fill_(-1)
     for first in range(0, state.rows, state.batch):
         state.positions[first : first + used] = settings.context - 1
-    state.eos_row.fill_(-1)
-    state.first_row.fill_(-1000)  # nothing is prescribed any more
-    state.end_row.fill_(1 << 30)
+    state.eos_step.fill_(-1)
+    state.first_step.fill_(-1000)  # nothing is prescribed any more
+    state.end_step.fill_(1 << 30)
     state.finished.zero_()
     state.text_lengths[:used] = settings.text
     state.sampled.zero_()
@@ -225,7 +225,7 @@ def _steps(model: DiaModel, settings: Settings, timer: Timer, rounds: int) -> tu
         settings.requests * step.branches * held, settings.requests * words.pages(settings.text),
     )  # fmt: skip
     capture = timer.capture if settings.graph else None
-    with Engine(model, sizes=sizes, prefill_rows=1 << 30, capture=capture) as engine:
+    with Engine(model, sizes=sizes, prefill_tokens=1 << 30, capture=capture) as engine:
         handles = [engine.submit(request) for _ in range(settings.requests)]
         while engine.stats.running < settings.requests and not any(handle.error for handle in handles):
             engine.step()

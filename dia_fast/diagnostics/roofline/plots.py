@@ -8,7 +8,7 @@ from typing import Any
 from dia_fast.diagnostics.plotting import save_figure
 from dia_fast.diagnostics.roofline.predict import SIZES, STEPS_PER_SECOND, Prediction, predict
 from dia_fast.diagnostics.roofline.report import LABEL
-from dia_fast.engine.stepper import BUCKETS
+from dia_fast.engine.decode_graphs import BUCKETS
 
 CONTEXTS = (1, 64, 128, 256, 512, 1024, 1536, 2048, 2560, 3072)
 

@@ -21,7 +21,7 @@ from dia_fast.diagnostics.roofline import work as counted
 from dia_fast.diagnostics.roofline.devices import Device
 from dia_fast.diagnostics.roofline.figures import Figure, Figures, load
 from dia_fast.diagnostics.roofline.work import Step, Work
-from dia_fast.engine.stepper import BUCKETS
+from dia_fast.engine.decode_graphs import BUCKETS
 from dia_fast.generation.inputs import FRAMES_PER_SECOND
 from dia_fast.model.config import DiaConfig
 

@@ -44,7 +44,7 @@ class Step:
     capacity: int
     text_capacity: int
     mixes: bool = True
-    forced: bool = False
+    prompt_codes: bool = False
 
     @property
     def branches(self) -> int:
@@ -161,9 +161,9 @@ def _embed(config: DiaConfig, step: Step) -> Work:
     """Codes, a few integers of each slot, and a row of the table per channel. Slots without a request count as well."""
     decoder, slots = config.decoder, step.slots
     codes = 4 * decoder.num_channels
-    forced = codes if step.forced else 0
+    prompt_codes = codes if step.prompt_codes else 0
     rows = decoder.num_channels * decoder.hidden_size * step.itemsize
-    reads = codes + 5 * 4 + forced + rows
+    reads = codes + 5 * 4 + prompt_codes + rows
     writes = 2 * 4 + codes + step.branches * (4 + decoder.hidden_size * step.itemsize)
     return Work(
         "embed", "embed_codes", 1, step.rows, 0, 0, slots * (reads + writes) + codes, (slots - 1) * codes,

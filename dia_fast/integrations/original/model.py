@@ -21,7 +21,7 @@ from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.integrations.original.codecs import SoundCodec, as_codec
 from dia_fast.integrations.original.config import ComputeDtype, OriginalConfig, as_config
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.delay import delayed_rows
+from dia_fast.model.delay import apply_delay
 from dia_fast.model.model import DiaModel
 from dia_fast.text.tokenizer import TextWarning, encode_text, warn_about
 from dia_fast.utils.ambient import isolated
@@ -315,7 +315,7 @@ class Dia(OneProcess):
                     if prompt is None
                     else prompt
                 )
-                start = {"grid": delayed_rows(codes, config.delay_pattern, self.config.bos_token_id)[:-1]}
+                start = {"delayed_codes": apply_delay(codes, config.delay_pattern, self.config.bos_token_id)[:-1]}
             requests.append(Request(ids, **start, max_new_tokens=limit - frames, seed=item_seed, **settings))
         return requests
 

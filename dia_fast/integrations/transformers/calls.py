@@ -121,7 +121,7 @@ def read_texts(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     return texts
 
 
-def read_grids(rows: Tensor, mask: Tensor, known: int, config: DiaConfig) -> tuple[list[Tensor], list[int]]:
+def read_delayed_codes(rows: Tensor, mask: Tensor, known: int, config: DiaConfig) -> tuple[list[Tensor], list[int]]:
     """(what is given of each delayed grid, FREE where the model chooses; padding rows before each).
 
     rows: `[batch, n, channels]`, the pad code where the model chooses; mask: `[batch, known]`; known: rows that
@@ -140,18 +140,22 @@ def read_grids(rows: Tensor, mask: Tensor, known: int, config: DiaConfig) -> tup
         raise NotOurs("decoder_input_ids, which give codes beyond the rows that are complete")
     given = rows.masked_fill(free, FREE)
     given[:, :known] = rows[:, :known]
-    return [grid[late:limit].to(torch.int32) for grid, late in zip(given, pads, strict=True)], pads
+    return [codes[late:limit].to(torch.int32) for codes, late in zip(given, pads, strict=True)], pads
 
 
 def make_requests(
-    texts: Sequence[Sequence[int]], grids: Sequence[Tensor], settings: Settings, known: int, seeds: Sequence[int | None]
+    texts: Sequence[Sequence[int]],
+    delayed_codes: Sequence[Tensor],
+    settings: Settings,
+    known: int,
+    seeds: Sequence[int | None],
 ) -> list[Request]:
     """A request for each text. Raises NotOurs for settings outside the engine's range."""
     try:
         return [
             Request(
                 ids,
-                grid=grid,
+                delayed_codes=codes,
                 max_new_tokens=settings.max_length - known,
                 guidance_scale=settings.guidance_scale,
                 temperature=settings.temperature,
@@ -159,7 +163,7 @@ def make_requests(
                 top_p=settings.top_p,
                 seed=seed,
             )
-            for ids, grid, seed in zip(texts, grids, seeds, strict=True)
+            for ids, codes, seed in zip(texts, delayed_codes, seeds, strict=True)
         ]
     except InputError as error:
         raise NotOurs(str(error)) from error
@@ -173,11 +177,11 @@ def assemble(
     start: `[batch * channels, known]`, the rows before decoding.
     """
     channels = config.decoder.num_channels
-    ends = [late + len(item.rows) for late, item in zip(pads, spoken, strict=True)]
+    ends = [late + len(item.delayed_codes) for late, item in zip(pads, spoken, strict=True)]
     total = min(max(ends), settings.max_length)
-    grid = torch.full((len(spoken), total, channels), config.decoder.pad_token_id, dtype=torch.int64, device="cpu")
-    for row, late, item in zip(grid, pads, spoken, strict=True):
-        row[late : late + len(item.rows)] = item.rows[: total - late]
-    flat = grid.transpose(1, 2).reshape(-1, total).to(start)
+    codes = torch.full((len(spoken), total, channels), config.decoder.pad_token_id, dtype=torch.int64, device="cpu")
+    for row, late, item in zip(codes, pads, spoken, strict=True):
+        row[late : late + len(item.delayed_codes)] = item.delayed_codes[: total - late]
+    flat = codes.transpose(1, 2).reshape(-1, total).to(start)
     flat[:, : start.shape[1]] = start
     return flat

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dia_fast.engine import MAX_BATCH, Engine, Generation, Request, plan
-from dia_fast.engine.sizing import sizes_for
+from dia_fast.engine.memory import sizes_for
 from dia_fast.model.decode_state import Sizes, cross_pages
 from dia_fast.model.model import DiaModel
 
@@ -26,7 +26,7 @@ def speak(
         while not all(handle.done for handle in handles):
             engine.advance()
             if heard is not None:
-                heard([handle.rows() for handle in handles])
+                heard([handle.delayed_codes() for handle in handles])
         return [handle.result() for handle in handles]
     finally:
         for handle in handles:

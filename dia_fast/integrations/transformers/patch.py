@@ -298,9 +298,10 @@ def _speak(
         raise calls.NotOurs("encoder_outputs")
     mask = given.get("attention_mask")
     texts = calls.read_texts(call.texts[:batch], None if mask is None else mask[:batch])
-    grids, pads = calls.read_grids(given["decoder_delay_mask"], given["decoder_attention_mask"], known, config)
+    masks = given["decoder_delay_mask"], given["decoder_attention_mask"]
+    delayed_codes, pads = calls.read_delayed_codes(*masks, known, config)
     seeds = _seeds(call.seed, batch, sampled=settings.temperature > 0)
-    requests = calls.make_requests(texts, grids, settings, known, seeds)
+    requests = calls.make_requests(texts, delayed_codes, settings, known, seeds)
     with state.lock:
         model = state.model_for(self, max(map(len, texts)), settings.max_length)
         engine = state.engine_for(model, requests)

@@ -146,22 +146,22 @@ def rope(
     kv_heads: int,
     k_pages: Tensor | None = None,
     v_pages: Tensor | None = None,
-    slots: Tensor | None = None,
+    slot_mapping: Tensor | None = None,
 ) -> Tensor:
     """Prefill: rotates q and k of `qkv` in place; with pages given, also stores k and v in them.
 
     qkv: `[tokens, (heads + 2 * kv_heads) * head_dim]`; cos, sin: `[max_positions, head_dim / 2]` float32;
     positions: `[tokens]` int32; k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`;
-    slots: `[tokens]` int64, `page * page_size + offset` of each token, -1 to store nothing.
+    slot_mapping: `[tokens]` int64, `page * page_size + offset` of each token, -1 to store nothing.
     """
     head_dim = 2 * cos.shape[1]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     turning = heads[:, : heads.shape[1] - kv_heads]
     turning.copy_(_rotate(turning, cos[positions.long()], sin[positions.long()]))
-    if k_pages is not None and v_pages is not None and slots is not None:
+    if k_pages is not None and v_pages is not None and slot_mapping is not None:
         page_size = k_pages.shape[2]
-        keep = slots >= 0
-        page, offset = slots[keep] // page_size, slots[keep] % page_size
+        keep = slot_mapping >= 0
+        page, offset = slot_mapping[keep] // page_size, slot_mapping[keep] % page_size
         k_pages[page, :, offset] = heads[keep, -2 * kv_heads : -kv_heads]
         v_pages[page, :, offset] = heads[keep, -kv_heads:]
     return qkv

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 WEIGHT_ONE = 1 << 30  # fixed-point weight of the likeliest candidate
-NOT_FINITE, EMPTY = 1, 2  # in the lowest two bits of a status; the row is above them
+NOT_FINITE, EMPTY = 1, 2  # in the lowest two bits of a status; the step is above them
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
@@ -51,7 +51,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _most_kept(top_k: Tensor, vocab: int) -> int:
-    """The largest `top_k` of all slots, where 0 means all."""
+    """The largest `top_k` of all requests, where 0 means all."""
     return vocab if bool((top_k <= 0).any()) else int(top_k.max())
 
 
@@ -123,11 +123,11 @@ def sample_weights(
 
     An id's probability is its weight divided by the sum over `vocab`. Arguments as in `sample`. Steps (docs/dia.md):
 
-    1. guided slots (`rows == 2 * batch` and `guidance_scale != 1`): `guided = cond + scale * (cond - uncond)`; with
+    1. guided requests (`rows == 2 * batch` and `guidance_scale != 1`): `guided = cond + scale * (cond - uncond)`; with
        `top_k > 0` the conditional logits of the `top_k` best guided ids stay, without it `guided` itself goes on;
     2. ids above `eos` on channel 0, from `eos` on elsewhere: out;
     3. channel 0: if `eos` is the argmax it stays alone, otherwise it is out;
-    4. unguided slots: the `top_k` best stay;
+    4. unguided requests: the `top_k` best stay;
     5. greedy (`temperature == 0`): the argmax gets all the weight. Otherwise weights are
        `floor(exp((score - max) * (1 / temperature)) * 2^30 + 0.5)` and an id stays when the weights of all ids before
        it, best first, sum to at most `top_p` of the total.
@@ -137,7 +137,7 @@ def sample_weights(
 
     first_generation: the rules of the first Dia-1.6B. In step 1 `guided` itself goes on, whatever `top_k` is; before
     step 2 the logit of `eos` on channel 0 is multiplied by 0.8; in step 3 an `eos` that is the argmax does not stay
-    alone; step 4 is for all slots.
+    alone; step 4 is for all requests.
     """
     return _weights(_candidates(logits, guidance_scale, top_k, eos, first_generation)[0], temperature, top_k, top_p)
 
@@ -163,7 +163,7 @@ def _weights(scores: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) 
 
 def sample(
     logits: Tensor,
-    row: Tensor,
+    step: Tensor,
     seed: Tensor,
     guidance_scale: Tensor,
     temperature: Tensor,
@@ -175,36 +175,36 @@ def sample(
     eos: int,
     first_generation: bool = False,
 ) -> Tensor:
-    """Draws one code per slot and channel.
+    """Draws one code per request and channel.
 
     logits: `[rows, channels, vocab]` float32; rows is batch (no guidance) or 2 * batch: conditional rows first.
-    row: `[batch]` int32, index of the row being sampled, the step in the random key; a slot with `row < 0` is inert.
+    step: `[batch]` int32, the step being sampled, also in the random key; a request with `step < 0` is inert.
     seed: `[batch]` int64; guidance_scale: `[batch]` float32, 1 for none; temperature: `[batch]` float32, 0 for greedy;
     top_k: `[batch]` int32, 0 for all; top_p: `[batch]` float32 in (0, 1]; out: `[batch, channels]` int32.
     first_generation: as in `sample_weights`.
     The draw is `floor(u * total)` on the cumulative integer weights in id order, `u` the 32-bit Philox word of
-    (seed, row, channel): the same seed gives the same code whatever else is in the batch.
+    (seed, step, channel): the same seed gives the same code whatever else is in the batch.
 
-    status: `[batch, channels]` int32, where 0 means that all has been well; then it becomes `4 * row + kind` once
-    something is not, and stays that. The kinds are `NOT_FINITE`: a logit of the slot, or what guidance makes of it, is
-    NaN or infinity, and `EMPTY`: not that, no candidate is left, and the draw is not greedy (a greedy one takes id 0,
-    as transformers does, which raises in the other case). Minus infinity is no fault by itself: such an id is out.
+    status: `[batch, channels]` int32, where 0 means that all has been well; then it becomes `4 * step + kind` once
+    something is not, and stays that. The kinds are `NOT_FINITE`: a logit of the request, or what guidance makes of it,
+    is NaN or infinity, and `EMPTY`: not that, no candidate is left, and the draw is not greedy (a greedy one takes id
+    0, as transformers does, which raises in the other case). Minus infinity is no fault by itself: such an id is out.
     Whatever the bits of the logits are, a code is from 0 to `vocab - 1`.
     """
     scores, wrong = _candidates(logits, guidance_scale, top_k, eos, first_generation)
     weights = _weights(scores, temperature, top_k, top_p)
     batch, channels, _ = weights.shape
     channel = torch.arange(channels, device=logits.device, dtype=torch.int64).expand(batch, channels)
-    bits = philox(seed[:, None].expand(batch, channels), row[:, None].expand(batch, channels), channel)
+    bits = philox(seed[:, None].expand(batch, channels), step[:, None].expand(batch, channels), channel)
     edges = weights.cumsum(-1)
     total = edges[..., -1]
     target = bits * (total >> 32) + _high32(bits, total & _MASK)
     drawn = (edges <= target[..., None]).sum(-1).to(torch.int32)
     empty = (scores == -torch.inf).all(-1) & (temperature != 0)[:, None]
     kind = torch.where(wrong, NOT_FINITE, torch.where(empty, EMPTY, 0))
-    first = (kind != 0) & (status == 0) & (row >= 0)[:, None]
-    status.copy_(torch.where(first, row[:, None] * 4 + kind, status))
-    return out.copy_(torch.where((row >= 0)[:, None], drawn, out))
+    first = (kind != 0) & (status == 0) & (step >= 0)[:, None]
+    status.copy_(torch.where(first, step[:, None] * 4 + kind, status))
+    return out.copy_(torch.where((step >= 0)[:, None], drawn, out))
 
 
 def _high32(a: Tensor, b: Tensor) -> Tensor:

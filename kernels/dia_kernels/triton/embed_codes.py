@@ -1,9 +1,9 @@
 """embed_codes: the next decoder input from the codes sampled in the last step, in one launch.
 
-    code[c]  = forced[r - first_row, c] if given, else sampled[c], then the EOS countdown
+    code[c]  = prompt_codes[step - first_step, c] if given, else sampled[c], then the EOS countdown
     x        = sum_c table[c * vocab + code[c]]        # fp32 sum in channel order, rounded once
 
-One program per slot: it alone reads and advances the slot's state, so no other program can see it half advanced.
+One program per request: it alone reads and advances the request's state, so no other program can see it half advanced.
 Reads channels table rows, writes one or two rows of x (the unconditional row has the same input).
 """
 
@@ -17,11 +17,11 @@ from dia_kernels import launcher as launch
 @triton.jit
 def _embed_codes(
     sampled_ptr,  # [batch, CHANNELS] int32
-    forced_ptr,  # [batch, DEPTH, CHANNELS] int32, -1 where free
-    row_ptr,  # [batch] int32, advanced
-    first_row_ptr,  # [batch] int32
-    end_row_ptr,  # [batch] int32
-    eos_row_ptr,  # [batch] int32, set once
+    prompt_codes_ptr,  # [batch, DEPTH, CHANNELS] int32, -1 where free
+    step_ptr,  # [batch] int32, advanced
+    first_step_ptr,  # [batch] int32
+    end_step_ptr,  # [batch] int32
+    eos_step_ptr,  # [batch] int32, set once
     delay_ptr,  # [CHANNELS] int32
     table_ptr,  # [CHANNELS * VOCAB, HIDDEN]
     codes_ptr,  # [batch, capacity, CHANNELS] int32
@@ -38,43 +38,43 @@ def _embed_codes(
     VOCAB: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    ROWS_PER_SLOT: tl.constexpr,
+    ROWS_PER_REQUEST: tl.constexpr,
 ):
-    slot = tl.program_id(0).to(tl.int64)
-    r = tl.load(row_ptr + slot)
-    first_row = tl.load(first_row_ptr + slot)
-    end_row = tl.load(end_row_ptr + slot)
-    eos_row = tl.load(eos_row_ptr + slot)
-    active = (r >= 0) & (tl.load(finished_ptr + slot) == 0)
+    batch_idx = tl.program_id(0).to(tl.int64)
+    step = tl.load(step_ptr + batch_idx)
+    first_step = tl.load(first_step_ptr + batch_idx)
+    end_step = tl.load(end_step_ptr + batch_idx)
+    eos_step = tl.load(eos_step_ptr + batch_idx)
+    active = (step >= 0) & (tl.load(finished_ptr + batch_idx) == 0)
 
     channel = tl.arange(0, BLOCK_C)
     real = channel < CHANNELS
     delay = tl.load(delay_ptr + channel, mask=real, other=0)
     max_delay = tl.max(delay, 0)
-    sampled = tl.load(sampled_ptr + slot * CHANNELS + channel, mask=real, other=0)
-    depth = r - first_row
+    sampled = tl.load(sampled_ptr + batch_idx * CHANNELS + channel, mask=real, other=0)
+    depth = step - first_step
     inside = real & (depth >= 0) & (depth < DEPTH) & active
-    forced = tl.load(forced_ptr + (slot * DEPTH + depth) * CHANNELS + channel, mask=inside, other=-1)
-    code = tl.minimum(tl.maximum(tl.where(forced >= 0, forced, sampled), 0), VOCAB - 1)
+    prompt_codes = tl.load(prompt_codes_ptr + (batch_idx * DEPTH + depth) * CHANNELS + channel, mask=inside, other=-1)
+    code = tl.minimum(tl.maximum(tl.where(prompt_codes >= 0, prompt_codes, sampled), 0), VOCAB - 1)
 
-    open_ended = active & (eos_row < 0) & (r > first_row)
-    code = tl.where((channel == 0) & open_ended & (r == end_row - max_delay), EOS, code)
+    open_ended = active & (eos_step < 0) & (step > first_step)
+    code = tl.where((channel == 0) & open_ended & (step == end_step - max_delay), EOS, code)
     leader = tl.sum(tl.where(channel == 0, code, 0), 0)
-    eos_row = tl.where(open_ended & (leader == EOS), r, eos_row)
-    since = r - eos_row - delay
-    code = tl.where((eos_row >= 0) & (since == 0), EOS, code)
-    code = tl.where((eos_row >= 0) & (since > 0), PAD, code)
-    done = (r >= end_row) | ((eos_row >= 0) & (r >= eos_row + max_delay))
+    eos_step = tl.where(open_ended & (leader == EOS), step, eos_step)
+    since = step - eos_step - delay
+    code = tl.where((eos_step >= 0) & (since == 0), EOS, code)
+    code = tl.where((eos_step >= 0) & (since > 0), PAD, code)
+    done = (step >= end_step) | ((eos_step >= 0) & (step >= eos_step + max_delay))
 
     # Every warp has to have read the state before any of them overwrites it.
     tl.debug_barrier()
-    tl.store(eos_row_ptr + slot, eos_row, mask=active)
-    tl.store(row_ptr + slot, r + 1, mask=active)
-    tl.store(finished_ptr + slot, 1, mask=active & done)
-    at = tl.minimum(r, capacity - 1)
-    tl.store(codes_ptr + (slot * capacity + at) * CHANNELS + channel, code, mask=real & active)
-    for branch in tl.static_range(ROWS_PER_SLOT):
-        tl.store(positions_ptr + branch * batch + slot, tl.where(active, r, -1))
+    tl.store(eos_step_ptr + batch_idx, eos_step, mask=active)
+    tl.store(step_ptr + batch_idx, step + 1, mask=active)
+    tl.store(finished_ptr + batch_idx, 1, mask=active & done)
+    at = tl.minimum(step, capacity - 1)
+    tl.store(codes_ptr + (batch_idx * capacity + at) * CHANNELS + channel, code, mask=real & active)
+    for branch in tl.static_range(ROWS_PER_REQUEST):
+        tl.store(positions_ptr + branch * batch + batch_idx, tl.where(active, step, -1))
 
     for start in tl.static_range(0, HIDDEN, BLOCK_H):
         h = start + tl.arange(0, BLOCK_H)
@@ -83,8 +83,8 @@ def _embed_codes(
         for c in tl.static_range(CHANNELS):
             entry = c * VOCAB + tl.sum(tl.where(channel == c, code, 0), 0).to(tl.int64)
             total += tl.load(table_ptr + entry * HIDDEN + h, mask=inner & active, other=0.0).to(tl.float32)
-        for branch in tl.static_range(ROWS_PER_SLOT):
-            tl.store(x_ptr + (branch * batch + slot) * HIDDEN + h, total.to(x_ptr.dtype.element_ty), mask=inner)
+        for branch in tl.static_range(ROWS_PER_REQUEST):
+            tl.store(x_ptr + (branch * batch + batch_idx) * HIDDEN + h, total.to(x_ptr.dtype.element_ty), mask=inner)
 
 
 def _rule(dtype: torch.dtype, arch: str, *, hidden: int) -> dict[str, int]:
@@ -94,11 +94,11 @@ def _rule(dtype: torch.dtype, arch: str, *, hidden: int) -> dict[str, int]:
 
 def embed_codes(
     sampled: torch.Tensor,
-    forced: torch.Tensor,
-    row: torch.Tensor,
-    first_row: torch.Tensor,
-    end_row: torch.Tensor,
-    eos_row: torch.Tensor,
+    prompt_codes: torch.Tensor,
+    step: torch.Tensor,
+    first_step: torch.Tensor,
+    end_step: torch.Tensor,
+    eos_step: torch.Tensor,
     delay: torch.Tensor,
     table: torch.Tensor,
     codes: torch.Tensor,
@@ -113,13 +113,19 @@ def embed_codes(
     batch, channels = sampled.shape
     rows, hidden = x.shape
     if rows not in (batch, 2 * batch):
-        raise ValueError(f"x: has {rows} rows, needs {batch} (one per slot) or {2 * batch} (guided)")
-    slots = {"row": row, "first_row": first_row, "end_row": end_row, "eos_row": eos_row, "finished": finished}
+        raise ValueError(f"x: has {rows} rows, needs {batch} (one per request) or {2 * batch} (guided)")
+    per_request = {
+        "step": step,
+        "first_step": first_step,
+        "end_step": end_step,
+        "eos_step": eos_step,
+        "finished": finished,
+    }
     launch.require(
         {
             "sampled": (sampled, (batch, channels)),
-            "forced": (forced, (batch, forced.shape[1], channels)),
-            **{name: (tensor, (batch,)) for name, tensor in slots.items()},
+            "prompt_codes": (prompt_codes, (batch, prompt_codes.shape[1], channels)),
+            **{name: (tensor, (batch,)) for name, tensor in per_request.items()},
             "delay": (delay, (channels,)),
             "table": (table, (table.shape[0] // channels * channels, hidden)),
             "codes": (codes, (batch, codes.shape[1], channels)),
@@ -132,11 +138,11 @@ def embed_codes(
         _embed_codes,
         (batch,),
         sampled,
-        forced,
-        row,
-        first_row,
-        end_row,
-        eos_row,
+        prompt_codes,
+        step,
+        first_step,
+        end_step,
+        eos_step,
         delay,
         table,
         codes,
@@ -147,12 +153,12 @@ def embed_codes(
         codes.shape[1],
         EOS=eos,
         PAD=pad,
-        DEPTH=forced.shape[1],
+        DEPTH=prompt_codes.shape[1],
         CHANNELS=channels,
         BLOCK_C=triton.next_power_of_2(channels),
         VOCAB=table.shape[0] // channels,
         HIDDEN=hidden,
-        ROWS_PER_SLOT=rows // batch,
+        ROWS_PER_REQUEST=rows // batch,
         **config,
     )
     return x

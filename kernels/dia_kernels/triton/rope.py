@@ -20,7 +20,7 @@ def _rope(
     positions_ptr,  # [tokens] int32
     k_ptr,  # [pages, KV_HEADS, PAGE, HEAD_DIM], or unused
     v_ptr,  # as k_ptr, or unused
-    slots_ptr,  # [tokens] int64, or unused
+    slot_mapping_ptr,  # [tokens] int64, or unused
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -50,7 +50,7 @@ def _rope(
     tl.store(at, new_first, mask=turning)
     tl.store(at + HALF, new_second, mask=turning)
     if PAGE > 0:
-        slot = tl.load(slots_ptr + token)
+        slot = tl.load(slot_mapping_ptr + token)
         kv_head = tl.where(h < TURNING, h - HEADS, h - TURNING)
         place = ((slot // PAGE * KV_HEADS + kv_head) * PAGE + slot % PAGE)[:, None] * HEAD_DIM + angle[None, :]
         is_k = turning & (h >= HEADS)[:, None] & (slot >= 0)
@@ -67,7 +67,12 @@ def _rule(dtype: torch.dtype, arch: str, *, heads: int, head_dim: int) -> dict[s
 
 
 def _check_pages(
-    qkv: torch.Tensor, kv_heads: int, head_dim: int, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
+    qkv: torch.Tensor,
+    kv_heads: int,
+    head_dim: int,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
 ) -> None:
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         found = f"{pages.dtype} {tuple(pages.shape)}"
@@ -75,9 +80,11 @@ def _check_pages(
             raise ValueError(f"{name}: {found}, needs {qkv.dtype} [pages, {kv_heads}, page_size, {head_dim}]")
     if v_pages.shape != k_pages.shape:
         raise ValueError(f"v_pages: {tuple(v_pages.shape)}, needs k_pages' {tuple(k_pages.shape)}")
-    if slots.shape != qkv.shape[:1] or slots.dtype != torch.int64:
-        raise ValueError(f"slots: {slots.dtype} {tuple(slots.shape)}, needs int64 [{qkv.shape[0]}]")
-    launch.require_contiguous(k_pages=k_pages, v_pages=v_pages, slots=slots)
+    if slot_mapping.shape != qkv.shape[:1] or slot_mapping.dtype != torch.int64:
+        raise ValueError(
+            f"slot_mapping: {slot_mapping.dtype} {tuple(slot_mapping.shape)}, needs int64 [{qkv.shape[0]}]"
+        )
+    launch.require_contiguous(k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping)
 
 
 def rope(
@@ -88,7 +95,7 @@ def rope(
     kv_heads: int,
     k_pages: torch.Tensor | None = None,
     v_pages: torch.Tensor | None = None,
-    slots: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.rope`; all tensors contiguous. Raises ValueError naming the argument."""
     tokens, width = qkv.shape
@@ -103,8 +110,8 @@ def rope(
         raise ValueError(f"positions: {positions.dtype} {tuple(positions.shape)}, needs int32 [{tokens}]")
     launch.require_contiguous(qkv=qkv, cos=cos, sin=sin, positions=positions)
     page_size = 0
-    if k_pages is not None and v_pages is not None and slots is not None:
-        _check_pages(qkv, kv_heads, head_dim, k_pages, v_pages, slots)
+    if k_pages is not None and v_pages is not None and slot_mapping is not None:
+        _check_pages(qkv, kv_heads, head_dim, k_pages, v_pages, slot_mapping)
         page_size = k_pages.shape[2]
     if tokens == 0:
         return qkv
@@ -119,7 +126,7 @@ def rope(
         positions,
         k_pages,
         v_pages,
-        slots,
+        slot_mapping,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,

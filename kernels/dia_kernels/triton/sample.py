@@ -5,7 +5,7 @@
     EOS rule on channel 0;  weights = floor(exp((score - max) * (1 / temperature)) * 2^30 + 0.5)
     top_p;  one Philox draw;  a status where scores are not numbers or no candidate is left
 
-One program per (slot, channel); a row of logits is read once and stays in registers. The top_k and top_p borders are
+One program per (request, channel); a row of logits is read once and stays in registers. The top_k and top_p borders are
 found by bisection over the bits of the float's ordered integer image: exact, no sort. Weights are integers, so sums do
 not depend on their order: the result equals the torch reference wherever `exp` gives the same weights.
 """
@@ -84,7 +84,7 @@ def _eos_rule(score, ids, channel, EOS: tl.constexpr, FIRST: tl.constexpr):
 @triton.jit
 def _sample(
     logits_ptr,  # [rows, CHANNELS, VOCAB] float32
-    row_ptr,  # [batch] int32
+    step_ptr,  # [batch] int32
     seed_ptr,  # [batch] int64
     scale_ptr,  # [batch] float32
     temperature_ptr,  # [batch] float32
@@ -101,17 +101,17 @@ def _sample(
     FIRST: tl.constexpr,  # the rules of the first generation
     DIGIT: tl.constexpr,
 ):
-    slot = tl.program_id(0).to(tl.int64)
+    batch_idx = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1)
-    row = tl.load(row_ptr + slot)
-    if row < 0:
+    step = tl.load(step_ptr + batch_idx)
+    if step < 0:
         return
     ids = tl.arange(0, BLOCK_V)
     real = ids < VOCAB
     allowed = ids < tl.where(channel == 0, EOS + 1, EOS)
-    top_k = tl.minimum(tl.load(top_k_ptr + slot), VOCAB)
-    scale = tl.load(scale_ptr + slot)
-    cond = tl.load(logits_ptr + (slot * CHANNELS + channel) * VOCAB + ids, mask=real, other=float("-inf"))
+    top_k = tl.minimum(tl.load(top_k_ptr + batch_idx), VOCAB)
+    scale = tl.load(scale_ptr + batch_idx)
+    cond = tl.load(logits_ptr + (batch_idx * CHANNELS + channel) * VOCAB + ids, mask=real, other=float("-inf"))
 
     wrong = real & ~(cond < float("inf"))
     cond = _numbers(cond)
@@ -121,7 +121,7 @@ def _sample(
     if not FIRST:
         ranked = _eos_rule(tl.where(allowed, cond, float("-inf")), ids, channel, EOS, FIRST)
     if guided:
-        other = tl.load(logits_ptr + ((batch + slot) * CHANNELS + channel) * VOCAB + ids, mask=real, other=0.0)
+        other = tl.load(logits_ptr + ((batch + batch_idx) * CHANNELS + channel) * VOCAB + ids, mask=real, other=0.0)
         mixed = cond + scale * (cond - other)
         wrong = wrong | (real & ~((other < float("inf")) & (mixed < float("inf"))))
         if FIRST:
@@ -141,16 +141,16 @@ def _sample(
         score = _eos_rule(score, ids, channel, EOS, FIRST)
 
     best = tl.argmax(score, 0, tie_break_left=True)
-    temperature = tl.load(temperature_ptr + slot)
+    temperature = tl.load(temperature_ptr + batch_idx)
     drawn = best
     peak = tl.max(score, 0)
     kind = tl.where((temperature != 0.0) & (peak == float("-inf")), EMPTY, 0)
     kind = tl.where(tl.sum(wrong.to(tl.int32), 0) > 0, NOT_FINITE, kind)
     # Stored before the draw, whose 64-bit weights need the registers.
-    place = status_ptr + slot * CHANNELS + channel
-    tl.store(place, row * 4 + kind, mask=tl.load(place, mask=kind != 0, other=1) == 0)
+    place = status_ptr + batch_idx * CHANNELS + channel
+    tl.store(place, step * 4 + kind, mask=tl.load(place, mask=kind != 0, other=1) == 0)
     if temperature != 0.0:
-        top_p = tl.load(top_p_ptr + slot)
+        top_p = tl.load(top_p_ptr + batch_idx)
         gap = tl.where(score == float("-inf"), float("-inf"), score - peak)
         heat = tl.minimum(tl.div_rn(1.0, temperature), 3.4028234663852886e38)  # 0 times infinity would be NaN
         weight = tl.floor(tl.exp(gap * heat) * WEIGHT_ONE + 0.5).to(tl.int64)
@@ -160,14 +160,14 @@ def _sample(
             weight = tl.where(_keep_top_p(_ordered(score), weight, budget, DIGIT), weight, 0)
         edges = tl.cumsum(weight, 0)
         total = tl.sum(weight, 0)
-        c0 = row.to(tl.uint32)
+        c0 = step.to(tl.uint32)
         zero = c0 * 0
-        bits, _1, _2, _3 = tl.philox(tl.load(seed_ptr + slot), c0, channel.to(tl.uint32), zero, zero)
+        bits, _1, _2, _3 = tl.philox(tl.load(seed_ptr + batch_idx), c0, channel.to(tl.uint32), zero, zero)
         wide = bits.to(tl.int64)
         low = total & 0xFFFFFFFF
         target = wide * (total >> 32) + (((wide >> 16) * low + (((wide & 0xFFFF) * low) >> 16)) >> 16)
         drawn = tl.sum((real & (edges <= target)).to(tl.int32), 0)
-    tl.store(out_ptr + slot * CHANNELS + channel, drawn)
+    tl.store(out_ptr + batch_idx * CHANNELS + channel, drawn)
 
 
 def _rule(dtype: torch.dtype, arch: str, *, vocab: int) -> dict[str, int]:
@@ -176,7 +176,7 @@ def _rule(dtype: torch.dtype, arch: str, *, vocab: int) -> dict[str, int]:
 
 def sample(
     logits: torch.Tensor,
-    row: torch.Tensor,
+    step: torch.Tensor,
     seed: torch.Tensor,
     guidance_scale: torch.Tensor,
     temperature: torch.Tensor,
@@ -192,18 +192,18 @@ def sample(
     rows, channels, vocab = logits.shape
     batch = out.shape[0]
     if rows not in (batch, 2 * batch):
-        raise ValueError(f"logits: has {rows} rows, needs {batch} or {2 * batch} for {batch} slots")
+        raise ValueError(f"logits: has {rows} rows, needs {batch} or {2 * batch} for {batch} requests")
     if logits.dtype != torch.float32:
         raise TypeError(f"logits: float32 needed, got {logits.dtype}")
     if vocab > 16384:
         raise ValueError(f"logits: vocab {vocab} is above 16384, the largest row one program keeps in registers")
     settings = {
-        "row": row, "seed": seed, "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k,
+        "step": step, "seed": seed, "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k,
         "top_p": top_p,
     }  # fmt: skip
     per_code = {"out": (out, (batch, channels)), "status": (status, (batch, channels))}
-    per_slot = {name: (tensor, (batch,)) for name, tensor in settings.items()}
-    launch.require({"logits": (logits, logits.shape), **per_code, **per_slot})
+    per_request = {name: (tensor, (batch,)) for name, tensor in settings.items()}
+    launch.require({"logits": (logits, logits.shape), **per_code, **per_request})
     config = launch.configuration("sample", _rule, logits.dtype, logits.device, vocab=vocab)
     if config["DIGIT"] not in (1, 2, 4, 8):
         raise ValueError(f"DIGIT: {config['DIGIT']} bits a round, needs 1, 2, 4 or 8, which divide 32")
@@ -211,7 +211,7 @@ def sample(
         _sample,
         (batch, channels),
         logits,
-        row,
+        step,
         seed,
         guidance_scale,
         temperature,

@@ -1,4 +1,4 @@
-"""One decode step of as many slots as are in use: on which buffers, and on a GPU by which captured graph."""
+"""Decode steps by captured graphs, one for each batch size; launch by launch where there are none."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ class Stepper:
         self._made: set[tuple[int, bool]] = set()
 
     def view(self, count: int, guided: bool) -> DecodeState:
-        """The buffers for `count` slots: those of the smallest bucket that holds them, the same ones every time."""
+        """The buffers for `count` requests: those of the smallest bucket that holds them, the same ones every time."""
         key = self.buckets[bisect_left(self.buckets, count)], guided
         if key not in self._views:
             self._views[key] = self.state.view(*key)
@@ -113,5 +113,5 @@ def choose_capture(wanted: Capture | str | None, model: DiaModel) -> Capture | N
 
 
 def _up_to(batch: int) -> list[int]:
-    """The buckets for at most `batch` slots, `batch` itself the last."""
+    """The buckets for at most `batch` requests, `batch` itself the last."""
     return [size for size in BUCKETS if size < batch] + [batch]

@@ -1,4 +1,4 @@
-"""How much memory an engine takes, and what it is spent on."""
+"""Size of the page pools, from the requests and the memory that is free."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import Sizes, cross_pages, self_pages
 
 _MEMINFO = "/proc/meminfo"
-_SHARE_FOR_TEXT = 0.4  # of the memory for pages: what a text of 1024 bytes takes beside 3072 rows of sound
+_SHARE_FOR_TEXT = 0.4  # of the memory for pages: what a text of 1024 bytes takes beside 3072 steps of sound
 
 
 def sizes_for_any(
@@ -24,18 +24,18 @@ def sizes_for_any(
     it does not hold one request of one page.
     """
     decoder, encoder = config.decoder, config.encoder
-    grid, text = self_pages(config), cross_pages(config)
-    rows = decoder.max_position_embeddings + 1
-    pages = 2 * max_batch * grid.pages(rows)
+    sound, text = self_pages(config), cross_pages(config)
+    steps = decoder.max_position_embeddings + 1
+    pages = 2 * max_batch * sound.pages(steps)
     text_pages = max_batch * text.pages(encoder.max_position_embeddings)
     limit = free_memory(device) // 2 if memory is None else memory
-    if pages * grid.bytes(dtype) + text_pages * text.bytes(dtype) > limit:
+    if pages * sound.bytes(dtype) + text_pages * text.bytes(dtype) > limit:
         text_pages = min(text_pages, int(limit * _SHARE_FOR_TEXT) // text.bytes(dtype))
-        pages = min(pages, (limit - text_pages * text.bytes(dtype)) // grid.bytes(dtype))
+        pages = min(pages, (limit - text_pages * text.bytes(dtype)) // sound.bytes(dtype))
         if pages < 2 or text_pages < 1:
-            least = 2 * grid.bytes(dtype) + int(text.bytes(dtype) / _SHARE_FOR_TEXT)
+            least = 2 * sound.bytes(dtype) + int(text.bytes(dtype) / _SHARE_FOR_TEXT)
             raise InputError(f"memory: {limit} bytes hold no request; give at least {least}, and some hundred MB more")
-    return Sizes(max_batch, True, rows, encoder.max_position_embeddings, pages, text_pages)
+    return Sizes(max_batch, True, steps, encoder.max_position_embeddings, pages, text_pages)
 
 
 def sizes_for(
@@ -50,9 +50,9 @@ def sizes_for(
     wanted = Sizes(
         batch=min(len(plans), max_batch),
         guided=guided,
-        rows=longest[0],
+        steps=longest[0],
         text=texts[0],
-        pages=branches * sum(self_pages(config).pages(rows) for rows in longest[:max_batch]),
+        pages=branches * sum(self_pages(config).pages(steps) for steps in longest[:max_batch]),
         text_pages=sum(text.pages(length) for length in texts[:max_batch]),
     )
     limit = sizes_for_any(config, max_batch, None, dtype, device)
