@@ -45,27 +45,27 @@ def embed_codes(
     vocab = table.shape[0] // channels
     max_delay = delay.max()
     active = (step >= 0) & (finished == 0)
-    step = step.clamp(min=0)
-    depth = (step - first_step).long()
+    current = step.clamp(min=0)
+    depth = (current - first_step).long()
     in_prompt = (depth >= 0) & (depth < prompt_codes.shape[1])
     lookup = prompt_codes[
         torch.arange(batch, device=step.device, dtype=torch.int64), depth.clamp(0, prompt_codes.shape[1] - 1)
     ]
     code = torch.where(in_prompt[:, None] & (lookup >= 0), lookup, sampled).clamp(0, vocab - 1)
 
-    open_ended = active & (eos_step < 0) & (step > first_step)
-    code[:, 0] = torch.where(open_ended & (step == end_step - max_delay), eos, code[:, 0])
-    eos_step.copy_(torch.where(open_ended & (code[:, 0] == eos), step, eos_step))
-    past_eos = (step - eos_step)[:, None] - delay
+    open_ended = active & (eos_step < 0) & (current > first_step)
+    code[:, 0] = torch.where(open_ended & (current == end_step - max_delay), eos, code[:, 0])
+    eos_step.copy_(torch.where(open_ended & (code[:, 0] == eos), current, eos_step))
+    past_eos = (current - eos_step)[:, None] - delay
     ended = (eos_step >= 0)[:, None]
     code = torch.where(ended & (past_eos == 0), eos, torch.where(ended & (past_eos > 0), pad, code))
 
-    at = step.long().clamp(max=codes.shape[1] - 1)
+    at = current.long().clamp(max=codes.shape[1] - 1)
     batch_idx = torch.arange(batch, device=step.device, dtype=torch.int64)
     codes[batch_idx, at] = torch.where(active[:, None], code, codes[batch_idx, at])
-    done = (step >= end_step) | ((eos_step >= 0) & (step >= eos_step + max_delay))
+    done = (current >= end_step) | ((eos_step >= 0) & (current >= eos_step + max_delay))
     finished.copy_(torch.where(active & done, 1, finished))
-    step.copy_(torch.where(active, step + 1, step))
+    step.copy_(torch.where(active, current + 1, step))
 
     index = (
         torch.where(active[:, None], code, 0).long()
@@ -75,6 +75,6 @@ def embed_codes(
     for channel in range(1, channels):
         total += table[index[:, channel]]
     total *= active[:, None]
-    positions.view(-1, batch).copy_(torch.where(active, step, -1))
+    positions.view(-1, batch).copy_(torch.where(active, current, -1))
     x.view(-1, batch, x.shape[-1]).copy_(total)
     return x
