@@ -24,6 +24,7 @@ FORBIDDEN = {
     "dia_fast.server": ("dia_fast.integrations", "dia_fast.cli", "bench", "tests"),
     "dia_fast.cli": ("bench", "tests"),
     "dia_fast.__main__": ("bench", "tests"),
+    "dia_fast.run": ("dia_fast.cli", "bench", "tests"),
     "bench": ("tests",),
     "examples": ("dia_kernels", "bench", "tests"),
     "examples.single_kernels": ("bench", "tests"),

@@ -12,8 +12,10 @@
 | norms | `model.` + same |
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dia_fast.errors import CheckpointError
 from dia_fast.model.config import DiaConfig
@@ -21,6 +23,10 @@ from dia_fast.model.fused_weights import packed_shapes, pieces
 
 # Buffers that follow from the configuration; some versions store them, none needs them.
 _DERIVED = (".offsets", ".inv_freq", ".original_inv_freq", ".timescale")
+
+_WRAPPED = re.compile(r"^(?:_orig_mod\.|module\.)+")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,20 @@ def detect_layout(names: Iterable[str]) -> str:
         return "original"
     some = ", ".join(sorted(names)[:3]) or "none at all"
     raise CheckpointError(f"the tensors are not those of Dia in either official layout; the first are: {some}")
+
+
+def plain_names(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors by their names in a layout, without what torch.compile and DistributedDataParallel put in front.
+
+    Raises CheckpointError for two tensors that have the same name then.
+    """
+    found: dict[str, T] = {}
+    for name, tensor in tensors.items():
+        plain = _WRAPPED.sub("", name)
+        if plain in found:
+            raise CheckpointError(f"tensor {plain} is there twice, as {name} and under another prefix")
+        found[plain] = tensor
+    return found
 
 
 def is_derived(name: str) -> bool:

@@ -7,7 +7,7 @@ memory is taken. Loading fills the packed weights in place: the peak is those we
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from dia_fast.checkpoint import hub
 from dia_fast.checkpoint import tensor_io as tensor_files
 from dia_fast.checkpoint.adapters import Adapter, base_of, is_adapter, open_adapter
 from dia_fast.checkpoint.demo import located
-from dia_fast.checkpoint.layouts import Placement, detect_layout, is_derived, placements
+from dia_fast.checkpoint.layouts import Placement, detect_layout, is_derived, placements, plain_names
 from dia_fast.checkpoint.tensor_io import MappedTensor, StoredTensor, open_tensors
 from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.generation.sampling_params import SamplingParams, from_generation_config
@@ -159,14 +159,32 @@ def open_checkpoint(
         entry = find_weights(_file_names(folder), str(folder))
     names = read_index(folder / entry) if entry.endswith(".index.json") else [entry]
     files = tuple(folder / name for name in names)
-    tensors = _open_files(files)
+    layout, kept = _checked(_open_files(files), config, folder / entry)
+    return Checkpoint(source, config, layout, files, kept, _defaults(folder / GENERATION_CONFIG))
+
+
+def checkpoint_of(state: Mapping[str, Tensor], config: DiaConfig) -> Checkpoint:
+    """A checkpoint of tensors in memory, by their names in either official layout. Raises CheckpointError."""
+    where = Path("state_dict")
+    tensors: dict[str, StoredTensor] = {}
+    for offset, (name, tensor) in enumerate(state.items()):
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{where}: entry {shown(name)} is a {type(tensor).__name__}, not a tensor")
+        shape, held = tuple(tensor.shape), tensor.detach()
+        tensors[name] = MappedTensor(name, where, shape, tensor.dtype, offset, held, releasable=False)
+    layout, kept = _checked(tensors, config, where)
+    return Checkpoint(str(where), config, layout, (), kept)
+
+
+def _checked(tensors: dict[str, StoredTensor], config: DiaConfig, where: Path) -> tuple[str, dict[str, StoredTensor]]:
+    """The layout of the tensors, and those that make up the model by their names in it."""
     try:
+        tensors = plain_names(tensors)
         layout = detect_layout(tensors)
     except CheckpointError as error:
-        raise CheckpointError(f"{folder / entry}: {error}") from error
-    _check(tensors, placements(config, layout), folder / entry)
-    kept = {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
-    return Checkpoint(source, config, layout, files, kept, _defaults(folder / GENERATION_CONFIG))
+        raise CheckpointError(f"{where}: {error}") from error
+    _check(tensors, placements(config, layout), where)
+    return layout, {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
 
 
 def _defaults(path: Path) -> SamplingParams:

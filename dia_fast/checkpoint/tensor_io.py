@@ -212,6 +212,7 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
     content = load_pickle(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected tensors by name")
+    content = _weights_of(content)
     check_stored(content, path)
     mapped = _mapped_ranges(path)
     tensors: dict[str, StoredTensor] = {}
@@ -223,6 +224,15 @@ def _open_pickle(path: Path) -> dict[str, StoredTensor]:
             str(name), path, tuple(tensor.shape), tensor.dtype, start_at, tensor.detach(), releasable
         )
     return tensors
+
+
+# What training scripts save beside an optimizer's state calls the weights by one of these names.
+_WEIGHTS = ("model", "state_dict", "model_state_dict")
+
+
+def _weights_of(content: dict[Any, Any]) -> dict[Any, Any]:
+    """The weights in what a training script has saved, or the contents as they are."""
+    return next((content[name] for name in _WEIGHTS if isinstance(content.get(name), dict)), content)
 
 
 def load_pickle(path: Path) -> Any:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dia_fast.errors import InputError, shown
-from dia_fast.generation.sampling_params import SamplingParams, random_seed
+from dia_fast.generation.sampling_params import AnySamplingParams, SamplingParams, random_seed
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.delay import FREE, apply_delay
 from dia_fast.utils.values import tensor_of
@@ -42,6 +43,8 @@ class Request:
     seed: int | None = None
     delayed_codes: Tensor | None = None
 
+    PARAMS: ClassVar[type[SamplingParams]] = SamplingParams
+
     def __post_init__(self) -> None:
         self.settings  # noqa: B018 - checks them
         for name in ("prompt", "delayed_codes"):
@@ -55,7 +58,7 @@ class Request:
 
     @property
     def settings(self) -> SamplingParams:
-        return SamplingParams(
+        return self.PARAMS(
             max_new_tokens=self.max_new_tokens,
             guidance_scale=self.guidance_scale,
             temperature=self.temperature,
@@ -63,6 +66,12 @@ class Request:
             top_p=self.top_p,
             seed=self.seed,
         )
+
+
+class AnyRequest(Request):
+    """A request whose guidance and temperature have no bounds but those of float32's precision."""
+
+    PARAMS = AnySamplingParams
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from dia_fast.errors import InputError, shown
 from dia_fast.utils.values import real_number, whole_number
@@ -47,13 +47,17 @@ class SamplingParams:
     seed: int | None = None
     retries: int = 2
 
+    GUIDANCE: ClassVar[tuple[float, float]] = (1, 100)
+    TEMPERATURE: ClassVar[tuple[float, float]] = (0, 100)
+
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "max_new_tokens", whole_number("max_new_tokens", self.max_new_tokens, 1, None))
         if self.guidance_scale is not None:
-            wanted = "None (no guidance) or from 1 to 100"
-            put(self, "guidance_scale", _number("guidance_scale", self.guidance_scale, 1, 100, wanted))
-        put(self, "temperature", _number("temperature", self.temperature, 0, 100, "from 0 (greedy) to 100"))
+            wanted = "None (no guidance) or from {:g} to {:g}".format(*self.GUIDANCE)
+            put(self, "guidance_scale", _number("guidance_scale", self.guidance_scale, *self.GUIDANCE, wanted))
+        wanted = "from {:g} (greedy) to {:g}".format(*self.TEMPERATURE)
+        put(self, "temperature", _number("temperature", self.temperature, *self.TEMPERATURE, wanted))
         top_p = real_number("top_p", self.top_p)
         if not 0 < top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, not {shown(self.top_p)}; 1 keeps every candidate")
@@ -79,6 +83,13 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0.0
+
+
+class AnySamplingParams(SamplingParams):
+    """Settings of any guidance and any temperature, for programs that were written without bounds."""
+
+    GUIDANCE = (-1e6, 1e6)
+    TEMPERATURE = (0, 1e6)
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -311,10 +311,10 @@ def _read_first_generation(data: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_first_generation(config: DiaConfig) -> dict[str, Any]:
-    """The file that `_read_first_generation` reads. Raises CheckpointError for what it cannot say."""
+def first_generation_fields(config: DiaConfig) -> dict[str, Any]:
+    """A configuration under the names of the first generation's files, `model` and `data`, of whichever it is."""
     encoder, decoder = config.encoder, config.decoder
-    written = {
+    return {
         "version": "1.0",
         "model": {
             "encoder": {name: getattr(encoder, ours) for name, ours in _FIRST_ENCODER.items()},
@@ -337,6 +337,11 @@ def _write_first_generation(config: DiaConfig) -> dict[str, Any]:
             "delay_pattern": list(config.delay_pattern),
         },
     }
+
+
+def _write_first_generation(config: DiaConfig) -> dict[str, Any]:
+    """The file that `_read_first_generation` reads. Raises CheckpointError for what it cannot say."""
+    written = first_generation_fields(config)
     if DiaConfig(**_read_first_generation(written)) != config:
         raise CheckpointError(
             "this configuration cannot be written as one of the first generation, which has one head of keys for each "

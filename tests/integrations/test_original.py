@@ -61,10 +61,11 @@ def test_names_and_defaults() -> None:
     """Positional order and defaults, as wrappers rely on them."""
     names = {
         "generate": ["self", "text", "max_tokens", "cfg_scale", "temperature", "top_p", "use_torch_compile",
-                     "cfg_filter_top_k", "audio_prompt", "audio_prompt_path", "use_cfg_filter", "verbose", "seed"],
+                     "cfg_filter_top_k", "audio_prompt", "audio_prompt_path", "use_cfg_filter", "verbose", "seed",
+                     "pbar", "text_to_generate_size"],
         "from_local": ["config_path", "checkpoint_path", "compute_dtype", "device", "load_dac", "more"],
         "from_pretrained": ["model_name", "compute_dtype", "device", "load_dac", "more"],
-        "__init__": ["self", "config", "compute_dtype", "device", "load_dac", "dac_model", "quirks"],
+        "__init__": ["self", "config", "compute_dtype", "device", "load_dac", "dac_model", "dac_model_path", "quirks"],
     }  # fmt: skip
     for method, expected in names.items():
         assert list(inspect.signature(getattr(Dia, method)).parameters) == expected
@@ -284,9 +285,11 @@ def test_what_cannot_be(dia: Dia, silent: Dia, tmp_path: Path) -> None:
         "audio_prompt has 1 entries for 2": {"text": [TEXT, TEXT], "audio_prompt": [None]},
         "audio_prompt has 1 entries for 3": {"text": [TEXT] * 3, "audio_prompt": prompt_codes(3)},
         "max_tokens must be more than the 30": {"max_tokens": 30, "audio_prompt": prompt_codes(30)},
-        "cfg_scale must be 0": {"cfg_scale": 0.5},
+        "cfg_scale must be a number": {"cfg_scale": "3"},
+        "guidance_scale must be": {"cfg_scale": float("inf")},
+        "top_p must be a number": {"top_p": float("nan")},
+        "top_k must be": {"cfg_filter_top_k": -1},
         "temperature must be": {"temperature": -1},
-        "text is empty": {"text": " "},
         "text is an empty list": {"text": []},
         "seed has 2 entries": {"seed": [1, 2]},
         "seed must be": {"seed": "x"},
@@ -316,7 +319,7 @@ def test_install_and_uninstall() -> None:
         for line in (
             "from dia.layers import Attention",
             "from dia.audio import decode",
-            "from dia.config import DataConfig",
+            "from dia.config import Nothing",
         ):
             with pytest.raises(ImportError, match=r"is of the original package.*no counterpart"):
                 exec(line, {})

@@ -1,5 +1,6 @@
 """`Dia` with the constructors, methods and return values of the original package's, on the engine of dia-fast."""
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -7,26 +8,29 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 
-from dia_fast.audio.audio import Audio, load_audio
+from dia_fast.audio.audio import BLOCK, convert, load_audio
 from dia_fast.checkpoint.loading import Checkpoint, open_checkpoint
-from dia_fast.engine import Engine, Generation, Request, generate
+from dia_fast.engine import Engine, Generation, generate
+from dia_fast.engine.request import AnyRequest
 from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.generation.inputs import least_seconds, texts_of
 from dia_fast.generation.outcome import silence
 from dia_fast.generation.prompts import checked_codes
-from dia_fast.generation.sampling_params import SamplingParams
-from dia_fast.integrations.original.codecs import SoundCodec, as_codec
+from dia_fast.generation.sampling_params import MAX_SEED, RANDOM_SEED, random_seed
+from dia_fast.integrations.original.codecs import SoundCodec, as_codec, as_module
 from dia_fast.integrations.original.config import ComputeDtype, OriginalConfig, as_config
+from dia_fast.integrations.original.module import OriginalModel, as_model
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.delay import apply_delay
-from dia_fast.model.model import DiaModel
-from dia_fast.text.tokenizer import TextWarning, encode_text, warn_about
+from dia_fast.text.tokenizer import SPEAKER_IDS, TAG, TextWarning, encode_text, warn_about
 from dia_fast.utils.ambient import isolated
+from dia_fast.utils.files import checked_path, replacing, uninterrupted
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
-from dia_fast.utils.values import whole_number
+from dia_fast.utils.values import real_number, whole_number
 from dia_fast.utils.warn import warn
 from dia_kernels import get_ops
 
@@ -36,6 +40,8 @@ CODEC = "descript/dac_44khz"
 _STEPS_PER_SECOND = 86  # as the original rounds them
 # The engine reads a scale of 1 as "no guidance"; in the original's formula it is as good a number as any other.
 _JUST_ABOVE_ONE = float(np.nextafter(np.float32(1), np.float32(2)))
+_BEST_ALONE = 1e-30  # a top_p that only the best candidate is within, as the original does for 0 and below
+_told: set[str] = set()
 
 # Methods of the original that are steps of its `generate`.
 _INSIDE = frozenset(
@@ -50,20 +56,25 @@ Prompts: TypeAlias = AudioPrompt | list[AudioPrompt]
 
 
 class _Report:
-    """The lines that the original prints with `verbose` while it generates. Call it with the number of steps so far.
+    """What is told of the steps while they are made. Call it with the number of steps so far.
 
-    count: texts; given: frames of the shortest prompt, from which the original counts its steps.
+    count: texts; given: frames of the shortest prompt, from which the original counts its steps; verbose: print the
+    original's lines; bar: what some forks are given, with tqdm's `update`, or None.
     """
 
-    def __init__(self, count: int, given: int) -> None:
-        self.count, self.given = count, given
-        print("generate: data loaded")
-        print("generate: starting generation loop")
+    def __init__(self, count: int, given: int, verbose: bool, bar: Any) -> None:
+        self.count, self.given, self.verbose, self.bar, self._done = count, given, verbose, bar, 0
+        if verbose:
+            print("generate: data loaded")
+            print("generate: starting generation loop")
         self._start = time.perf_counter()
 
     def __call__(self, steps: int) -> None:
+        if self.bar is not None:
+            self.bar.update(steps - self._done)
+            self._done = steps
         step = self.given + steps
-        if step % _STEPS_PER_SECOND:
+        if not self.verbose or step % _STEPS_PER_SECOND:
             return
         now = time.perf_counter()
         seconds, self._start = max(now - self._start, 1e-9), now
@@ -71,6 +82,14 @@ class _Report:
             f"generate step {step}: speed={_STEPS_PER_SECOND * self.count / seconds:.3f} tokens/s, "
             f"realtime factor={self.count / seconds:.3f}x"
         )
+
+
+def tell_ignored(names: Sequence[str]) -> None:
+    """Warns of arguments of a fork that make no difference here, of each once in a process."""
+    new = [name for name in names if name not in _told]
+    _told.update(new)
+    if new:
+        warn(f"generate: {', '.join(new)} of a fork of the original package makes no difference here", UserWarning)
 
 
 def default_device() -> torch.device:
@@ -82,7 +101,8 @@ class Dia(OneProcess):
     """The original package's `Dia`. Positional arguments, defaults and results are the same; `seed` is new.
 
     dac_model: what encodes and decodes sound, and may be replaced at any time: a `dac.DAC`, a `transformers.DacModel`,
-    a `Codec`; None before it is loaded. model: the `DiaModel` with the weights, None before those are loaded.
+    a `Codec`, which is given the interface of a `dac.DAC`; None before it is loaded. model: a module with the weights,
+    whose `load_state_dict` takes the original's names; it may be replaced too, by the original's own `DiaModel`.
     """
 
     def __init__(
@@ -93,10 +113,12 @@ class Dia(OneProcess):
         load_dac: bool = True,
         *,
         dac_model: Any = None,
+        dac_model_path: str | os.PathLike[str] | None = None,
         quirks: bool = False,
     ) -> None:
-        """config: sizes; weights come with `from_pretrained` or `from_local`. load_dac: without it `generate` returns
-        codes. dac_model: as above, or the name of one for `load_codec`, instead of the default.
+        """config: sizes; weights come with `from_pretrained`, `from_local` or `model.load_state_dict`. load_dac:
+        without it `generate` returns codes. dac_model: as above, or the name of one for `load_codec`, instead of the
+        default; dac_model_path: the same, by the name that forks have for it.
 
         quirks: repeat the original's off-by-one, which lets the model choose one code of the audio prompt (the last
         channel's in its last row); tokens are then those of the original. Raises InputError, CheckpointError.
@@ -105,15 +127,37 @@ class Dia(OneProcess):
         self.compute_dtype = ComputeDtype(compute_dtype).to_dtype()
         self.device = torch.device(device) if device is not None else default_device()
         self.load_dac, self.quirks = load_dac, quirks
-        self.model: DiaModel | None = None
-        self.dac_model: Any = None if isinstance(dac_model, str | os.PathLike) else dac_model
+        self._model: OriginalModel | None = OriginalModel(self.config.native, self.device, self.compute_dtype)
+        dac_model = dac_model_path if dac_model is None else dac_model
+        self.dac_model = None if isinstance(dac_model, str | os.PathLike) else dac_model
         self._codec_name = os.fspath(dac_model) if isinstance(dac_model, str | os.PathLike) else CODEC
         self._engine: Engine | None = None
+        self._engine_version = 0
         renew_in_child(self)
-        if self.dac_model is not None:
-            as_codec(self.dac_model)
-        elif not load_dac:
+        if self.dac_model is None and not load_dac:
             warn("load_dac=False: generate returns codes instead of sound", UserWarning)
+
+    @property
+    def model(self) -> OriginalModel | None:
+        return self._model
+
+    @model.setter
+    def model(self, given: Any) -> None:
+        if given is None:
+            self._model = self._engine = None
+        elif given is not self._model:
+            self._model = as_model(given, self.config.native, self.device, self.compute_dtype)
+            self._engine = None
+
+    @property
+    def dac_model(self) -> Any:
+        return self._dac_model
+
+    @dac_model.setter
+    def dac_model(self, given: Any) -> None:
+        if given is not None:
+            as_codec(given)
+        self._dac_model = as_module(given)
 
     def _renew(self) -> None:
         """In a new process: an engine of its own. The parent's is not freed, since its GPU memory is not ours."""
@@ -137,9 +181,9 @@ class Dia(OneProcess):
             if not Path(path).exists():
                 raise FileNotFoundError(f"{path}: no such file")
         config = DiaConfig.from_file(config_path)
-        return cls(config, compute_dtype, device, load_dac, **more)._load(
-            open_checkpoint(checkpoint_path, config=config)
-        )
+        # By name: the classes for copies of the package have another order.
+        made = cls(config, compute_dtype=compute_dtype, device=device, load_dac=load_dac, **more)
+        return made._load(open_checkpoint(checkpoint_path, config=config))
 
     @classmethod
     def from_pretrained(
@@ -155,13 +199,13 @@ class Dia(OneProcess):
         Raises CheckpointError (a RuntimeError).
         """
         checkpoint = open_checkpoint(model_name)
-        return cls(checkpoint.config, compute_dtype, device, load_dac, **more)._load(checkpoint)
+        made = cls(checkpoint.config, compute_dtype=compute_dtype, device=device, load_dac=load_dac, **more)
+        return made._load(checkpoint)
 
     @isolated()
     def _load(self, checkpoint: Checkpoint) -> "Dia":
-        ops = get_ops("auto", self.device)
-        weights = checkpoint.load(self.compute_dtype, self.device)
-        self.model = DiaModel(checkpoint.config, ops).load(weights).pack(progress=True)
+        assert self._model is not None
+        self._model.load(checkpoint.load(self.compute_dtype, self.device)).pack(progress=True)
         if self.load_dac and self.dac_model is None:
             self._load_dac_model()
         return self
@@ -186,14 +230,18 @@ class Dia(OneProcess):
         verbose: bool = False,
         *,
         seed: int | list[int] | None = None,
+        pbar: Any = None,
+        text_to_generate_size: int | None = None,
     ) -> Any:
         """Speaks a text, or a list of them as one batch.
 
         max_tokens: rows in all, the audio prompt's included; None for as many as the model has positions. cfg_scale:
-        from 1 to 100, or 0 for no guidance. audio_prompt: a path or codes `[frames, channels]`, a tensor or an array,
-        for each text of a list its own; only the new words are returned. use_torch_compile: makes no difference here.
-        verbose: prints the original's lines. seed: by default drawn from torch's random numbers, so that
-        `torch.manual_seed` decides.
+        any; 0 is no guidance. top_p: 1 and above keeps every candidate, 0 and below the best alone. cfg_filter_top_k:
+        None and 0 keep all. audio_prompt: a path or codes `[frames, channels]`, a tensor or an array, for each text of
+        a list its own; only the new words are returned. use_torch_compile: makes no difference here.
+        verbose: prints the original's lines. seed: as `torch.manual_seed` takes it, or -1 for a random one; by default
+        drawn from torch's random numbers, so that `torch.manual_seed` decides. pbar, text_to_generate_size: of forks;
+        the first hears of every step through its `update`, the second makes no difference.
         Returns float32 samples `[n]` at 44.1 kHz, or with `load_dac=False` codes `[frames, channels]` int64, as a numpy
         array; for a list of two or more texts a list of them. Raises InputError (a ValueError) for whatever cannot be
         used, CheckpointError (a RuntimeError) if the weights were not loaded.
@@ -203,27 +251,18 @@ class Dia(OneProcess):
             audio_prompt = audio_prompt_path
         if use_cfg_filter is not None:
             warn("use_cfg_filter is deprecated and does nothing", FutureWarning)
-        if self.model is None:
-            raise CheckpointError("this Dia has no weights: make it with from_pretrained or from_local")
+        if text_to_generate_size is not None:
+            tell_ignored(["text_to_generate_size"])
+        model = self._ready()
         start = time.perf_counter()
         texts = texts_of(text)
         prompts = self._prompts(audio_prompt, len(texts))
-        limit = self.config.decoder_config.max_position_embeddings if max_tokens is None else max_tokens
-        settings = {
-            "guidance_scale": None if cfg_scale == 0 else _JUST_ABOVE_ONE if cfg_scale == 1 else cfg_scale,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": cfg_filter_top_k,
-        }
-        if isinstance(cfg_scale, int | float) and 0 < cfg_scale < 1:
-            raise InputError(f"cfg_scale must be 0 (no guidance) or from 1 to 100, not {cfg_scale}")
-        for item in texts:
-            longest = self.config.encoder_config.max_position_embeddings
-            warn_about(item, max_length=longest, least_seconds=least_seconds(self.config.native))
+        limit = self.config.native.decoder.max_position_embeddings if max_tokens is None else max_tokens
+        settings = _settings(cfg_scale, temperature, top_p, cfg_filter_top_k)
         requests = self._requests(texts, prompts, limit, settings, seed)
         given = min(0 if prompt is None else len(prompt) for prompt in prompts)
-        report = _Report(len(requests), given) if verbose else None
-        spoken = generate(self.model, requests, progress=report, engine=self._engine_for(requests))
+        report = _Report(len(requests), given, verbose, pbar) if verbose or pbar is not None else None
+        spoken = generate(model, requests, progress=report, engine=self._engine_for(model))
         if verbose:
             steps = sum(len(item.frames) for item in spoken) / len(spoken)
             print(f"generate: avg steps={steps:.1f}, total duration={time.perf_counter() - start:.3f}s")
@@ -250,8 +289,49 @@ class Dia(OneProcess):
         return self._encode(torch.from_numpy(load_audio(audio_path, DEFAULT_SAMPLE_RATE))[None].to(self.device))
 
     def save_audio(self, path: str, audio: np.ndarray) -> None:
-        """Writes samples as a .wav, .flac, .ogg, .mp3 or .aiff file, complete or not at all. Raises InputError."""
-        Audio(audio, DEFAULT_SAMPLE_RATE).save(path)
+        """Writes samples, `[n]` or `[n, channels]`, floating point or integers of 16 or 32 bits, none of them too, as a
+        file of any kind that libsndfile knows by its extension, complete or not at all. Raises InputError."""
+        target = checked_path(path)
+        extension = target.suffix.lower()
+        kind = extension.removeprefix(".").upper()
+        kind = {"AIF": "AIFF", "OPUS": "OGG"}.get(kind, kind)
+        if kind not in soundfile.available_formats():
+            raise InputError(
+                f"cannot write {target}: extension {target.suffix!r} names no format of libsndfile; use .wav"
+            )
+        samples = _samples(audio)
+        channels = 1 if samples.ndim == 1 else samples.shape[1]
+        subtype = "OPUS" if extension == ".opus" else None
+        rate = 48_000 if subtype else DEFAULT_SAMPLE_RATE
+        if subtype:
+            samples = convert(samples, DEFAULT_SAMPLE_RATE, rate)
+            channels = 1
+        try:
+            with (
+                replacing(target) as temporary,
+                uninterrupted(),
+                soundfile.SoundFile(temporary, "w", rate, channels, subtype, format=kind) as file,
+            ):
+                for start in range(0, len(samples), BLOCK):
+                    file.write(samples[start : start + BLOCK])
+        except soundfile.LibsndfileError as error:
+            raise InputError(f"cannot write {target} as {kind}: {error.error_string}") from error
+
+    def encode_audio_prompt(self, waveform: Tensor, sample_rate: int) -> Tensor:
+        """The codes of a waveform, `[n]`, `[channels, n]` or `[1, channels, n]`, as forks name it.
+
+        Returns codes `[frames, channels]` int32, to be used as `audio_prompt`. Raises InputError, CheckpointError.
+        """
+        self._codec()
+        wave = waveform.detach().cpu()
+        if not wave.is_floating_point():
+            wave = wave.float() / torch.iinfo(wave.dtype).max
+        wave = wave[0] if wave.ndim == 3 and len(wave) == 1 else wave
+        samples = convert(wave.float().T.numpy(), sample_rate, DEFAULT_SAMPLE_RATE)
+        return self._encode(torch.from_numpy(np.clip(samples, -1.0, 1.0))[None].to(self.device)).int()
+
+    def reset_state(self) -> None:
+        """Does nothing: a call of a fork, whose steps leave state behind. Here they leave none."""
 
     @isolated()
     def _encode(self, audio: Tensor) -> Tensor:
@@ -264,18 +344,31 @@ class Dia(OneProcess):
         return self._codec().decode(audio_codes)
 
     def _codec(self) -> SoundCodec:
+        if self.dac_model is None and self.load_dac:
+            self._load_dac_model()
         if self.dac_model is None:
             raise CheckpointError("this Dia has no codec (load_dac=False): sound needs one; codes do not")
         return as_codec(self.dac_model)
 
-    def _engine_for(self, requests: Sequence[Request]) -> Engine | None:
+    def _ready(self) -> OriginalModel:
+        """The model, its weights laid out for inference. Raises CheckpointError if there are none."""
+        if self._model is None or not self._model.loaded:
+            raise CheckpointError(
+                "this Dia has no weights: make it with from_pretrained or from_local, or load them with "
+                "model.load_state_dict"
+            )
+        if not self._model.packed:
+            self._model.pack()
+        return self._model
+
+    def _engine_for(self, model: OriginalModel) -> Engine | None:
         """On a GPU one engine for all calls, which captures graphs once; elsewhere None: one for each call is cheap."""
-        assert self.model is not None
-        if self.device.type == "cpu":
+        if model.device.type == "cpu":
             return None
-        if self._engine is None:
-            check_device(self.device)
-            self._engine = Engine(self.model)
+        if self._engine is None or self._engine_version != model.version:
+            check_device(model.device)
+            self._engine = None  # its memory first
+            self._engine, self._engine_version = Engine(model), model.version
         return self._engine
 
     @isolated()
@@ -298,7 +391,7 @@ class Dia(OneProcess):
     @isolated()
     def _requests(
         self, texts: list[str | bytes], prompts: list[Tensor | None], limit: int, settings: dict[str, Any], seed: Any
-    ) -> list[Request]:
+    ) -> list[AnyRequest]:
         config = self.config.native
         longest = max(0 if prompt is None else len(prompt) for prompt in prompts)
         limit = whole_number("max_tokens", limit, 0, None)
@@ -306,7 +399,7 @@ class Dia(OneProcess):
             raise InputError(f"max_tokens must be more than the {longest} frames of the audio prompt, not {limit}")
         requests = []
         for text, prompt, item_seed in zip(texts, prompts, self._seeds(seed, len(texts)), strict=True):
-            ids = encode_text(text, max_length=config.encoder.max_position_embeddings)
+            ids = self._ids(text)
             frames = 0 if prompt is None else len(prompt)
             start: dict[str, Any] = {"prompt": prompt}
             if self.quirks and frames == longest:
@@ -316,7 +409,7 @@ class Dia(OneProcess):
                     else prompt
                 )
                 start = {"delayed_codes": apply_delay(codes, config.delay_pattern, self.config.bos_token_id)[:-1]}
-            requests.append(Request(ids, **start, max_new_tokens=limit - frames, seed=item_seed, **settings))
+            requests.append(AnyRequest(ids, **start, max_new_tokens=limit - frames, seed=item_seed, **settings))
         return requests
 
     @isolated()
@@ -326,7 +419,19 @@ class Dia(OneProcess):
         seeds = list(seed) if isinstance(seed, list | tuple) else [seed] * count
         if len(seeds) != count:
             raise InputError(f"seed has {len(seeds)} entries for {count} texts: give one for each, or one int for all")
-        return [SamplingParams(seed=item).seed for item in seeds]
+        return [_seed(item) for item in seeds]
+
+    def _ids(self, text: str | bytes) -> list[int]:
+        """A text as the encoder reads it, with the warnings about it. The original speaks without words, too."""
+        longest = self.config.native.encoder.max_position_embeddings
+        if isinstance(text, str) and not TAG.sub("", text).strip():
+            warn("the text has no words: what is spoken is left to chance", TextWarning)
+            data = text.encode()
+            for tag, number in SPEAKER_IDS.items():
+                data = data.replace(tag.encode(), bytes([number]))
+            return list(data[:longest]) or [0]  # padding, which is what the unconditional branch reads
+        warn_about(text, max_length=longest, least_seconds=least_seconds(self.config.native))
+        return encode_text(text, max_length=longest)
 
     def _output(self, item: Generation) -> np.ndarray:
         if not self.load_dac:
@@ -334,3 +439,36 @@ class Dia(OneProcess):
         if not len(item.frames):
             return np.zeros(0, np.float32)
         return self._decode(item.frames).cpu().numpy()
+
+
+def _settings(cfg_scale: Any, temperature: Any, top_p: Any, top_k: Any) -> dict[str, Any]:
+    """The original's settings as those of a request. Raises InputError for what is no number."""
+    scale, share = real_number("cfg_scale", cfg_scale), real_number("top_p", top_p)
+    if math.isnan(share):
+        raise InputError("top_p must be a number, not nan; 1 keeps every candidate")
+    return {
+        "guidance_scale": None if scale == 0 else _JUST_ABOVE_ONE if scale == 1 else scale,
+        "temperature": temperature,
+        "top_p": min(share, 1.0) if share > 0 else _BEST_ALONE,
+        "top_k": None if top_k is None or top_k == 0 else top_k,
+    }
+
+
+def _seed(given: Any) -> int:
+    """A seed as `torch.manual_seed` takes it: negative ones count back from 2^64; -1 is a random one."""
+    seed = whole_number("seed", given, -(1 << 63), MAX_SEED, "-1 draws one")
+    return random_seed() if seed == RANDOM_SEED else seed % (MAX_SEED + 1)
+
+
+def _samples(audio: Any) -> np.ndarray:
+    """What soundfile can write of what a caller has. Raises InputError."""
+    samples = np.asarray(audio.detach().cpu() if isinstance(audio, Tensor) else audio)
+    if samples.ndim not in (1, 2) or samples.dtype.kind not in "fi":
+        raise InputError(
+            f"audio must be numbers of shape [n] or [n, channels], not {samples.dtype} of {list(samples.shape)}"
+        )
+    if samples.dtype.kind == "f":
+        return np.clip(np.nan_to_num(samples.astype(np.float32)), -1.0, 1.0)
+    if samples.dtype.itemsize not in (2, 4):
+        raise InputError(f"audio holds {samples.dtype}; integers must be of 16 or 32 bits, or give floating point")
+    return samples
