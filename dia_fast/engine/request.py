@@ -46,7 +46,15 @@ class Request:
     PARAMS: ClassVar[type[SamplingParams]] = SamplingParams
 
     def __post_init__(self) -> None:
-        self.settings  # noqa: B018 - checks them
+        settings = self.PARAMS(
+            max_new_tokens=self.max_new_tokens,
+            guidance_scale=self.guidance_scale,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+        object.__setattr__(self, "_settings", settings)
         for name in ("prompt", "delayed_codes"):
             codes = getattr(self, name)
             if codes is not None and (not isinstance(codes, Tensor) or codes.dtype == torch.bool or codes.is_complex()):
@@ -58,14 +66,8 @@ class Request:
 
     @property
     def settings(self) -> SamplingParams:
-        return self.PARAMS(
-            max_new_tokens=self.max_new_tokens,
-            guidance_scale=self.guidance_scale,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-        )
+        """The checked settings, made once: the scheduler asks for them in every step."""
+        return self._settings  # type: ignore[attr-defined]
 
 
 class AnyRequest(Request):
