@@ -263,6 +263,27 @@ def test_links_between_documents_resolve() -> None:
     assert not broken, "\n".join(broken)
 
 
+def cited_documents(source: str) -> set[str]:
+    """Documents that comments and docstrings send a reader to."""
+    return set(re.findall(r"(?<![\w/.*{}-])((?:docs|bench|kernels|examples)/[\w/-]+\.md|[A-Z][A-Z_]+\.md)", source))
+
+
+def test_code_cites_only_documents_that_are_here() -> None:
+    found = []
+    for path in python_files():
+        if path == Path(__file__).resolve():
+            continue
+        for name in sorted(cited_documents(path.read_text(encoding="utf-8"))):
+            # A bare name may be a file that the package writes or reads, where it lies beside the code.
+            if not any((folder / name).is_file() for folder in (ROOT, path.parent)):
+                found.append(f"{path.relative_to(ROOT)} cites {name}")
+    assert not found, "\n".join(found)
+
+
+def test_the_citation_check_itself() -> None:
+    assert cited_documents('"""See docs/dia.md and DIA.md, not `*.md` or f"{name}.md"."""') == {"docs/dia.md", "DIA.md"}
+
+
 def test_readme_names_make_targets_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
