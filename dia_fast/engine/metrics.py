@@ -31,7 +31,8 @@ class EngineEvent:
 
     kind: `"queued"`, `"started"`, `"first_frame"`, `"swapped_out"`, `"swapped_in"` or `"ended"`. number: of the request
     in its engine, from 0, as in `Handle.number`. seconds: since it was queued. reason: of an end, `"done"`,
-    `"failed"`, `"cancelled"` or `"deadline"`. frames: complete at this moment.
+    `"failed"`, `"cancelled"` or `"deadline"`. frames: complete at this moment. steps: whose codes the
+    host has, those of the prompt included.
     """
 
     kind: Literal["queued", "started", "first_frame", "swapped_out", "swapped_in", "ended"]
@@ -39,6 +40,7 @@ class EngineEvent:
     seconds: float
     reason: str | None = None
     frames: int = 0
+    steps: int = 0
 
 
 Listener: TypeAlias = Callable[[EngineEvent], None]

@@ -61,7 +61,7 @@ class Engine(OneProcess):
             (128 tokens of a prompt, or one text).
         capture: Makes a graph of a step: by default CUDA graphs, for Triton kernels on a GPU; None for none.
         sizes: Instead of memory and max_batch.
-        max_waiting: Most requests that wait; None for any number.
+        max_waiting: Most requests that wait, beside those that fill the batch; None for any number.
         on_event: Called with an `EngineEvent` for each thing that happens to a request, by the thread that makes steps
             (`"queued"`: that submits). It must be quick; errors in it become warnings.
         device: What the steps run on; by default the model's.
@@ -169,7 +169,8 @@ class Engine(OneProcess):
             raise InputError(f"deadline must be a number of seconds above 0, or None, not {deadline}")
         due, mark = None if deadline is None else now + deadline, self.device.caller_mark()
         with self._door:
-            waiting = len(self._waiting) + len(self._inbox)
+            submitted = sum(command == "submit" for command, _ in list(self._inbox))
+            waiting = len(self._waiting) + submitted - len(self._free_table_idxs)  # below 0: the batch has room
             if self.max_waiting is not None and waiting >= self.max_waiting:
                 raise EngineFull(f"{waiting} requests wait already, and max_waiting is {self.max_waiting}; try later")
             sequence = Sequence(item, self._submitted, whole_number("priority", priority, -(1 << 31)), due, mark, now)
@@ -299,7 +300,7 @@ class Engine(OneProcess):
             frames = len(sequence.generation.frames)
         seconds = self.device.now() - sequence.submitted
         try:
-            self._on_event(EngineEvent(kind, sequence.number, seconds, reason, frames))  # type: ignore[arg-type]
+            self._on_event(EngineEvent(kind, sequence.number, seconds, reason, frames, sequence.received))  # type: ignore[arg-type]
         except Exception as error:
             warn(f"on_event raised {type(error).__name__}: {error}", RuntimeWarning)
 

@@ -103,7 +103,7 @@ def test_another_seed_gives_other_codes_and_no_seed_a_reported_one() -> None:
     request = random_request(seed=None)
     first, second = generate(model, [request, request])
     assert first.seed != second.seed
-    assert not torch.equal(first.rows, second.rows)
+    assert not torch.equal(first.delayed_codes, second.delayed_codes)
     again = Request(request.text_ids, request.prompt, 30, seed=first.seed)
     assert_same(generate(model, [again])[0], first)
 
@@ -130,8 +130,8 @@ def test_whatever_the_settings_only_sounds_come_out(limit: int, scale: float | N
     assert ((result.frames >= 0) & (result.frames < EOS)).all()
     assert len(result.frames) <= max(limit - MAX_DELAY - 1, 0)
     prompt = 0 if request.prompt is None else len(request.prompt)
-    assert len(result.rows) <= prompt + 1 + limit
-    assert result.truncated == (len(result.rows) == prompt + 1 + limit)
+    assert len(result.delayed_codes) <= prompt + 1 + limit
+    assert result.truncated == (len(result.delayed_codes) == prompt + 1 + limit)
 
 
 def test_the_models_positions_are_a_limit_too() -> None:
@@ -141,7 +141,7 @@ def test_the_models_positions_are_a_limit_too() -> None:
     for frames in (0, 12, 39):
         prompt = torch.randint(0, EOS, (frames, CHANNELS))
         (result,) = generate(model, [Request([1, 2, 3], prompt, 3072)])
-        assert len(result.rows) == 41 and result.truncated
+        assert len(result.delayed_codes) == 41 and result.truncated
 
 
 def test_progress_counts_steps() -> None:
@@ -149,7 +149,7 @@ def test_progress_counts_steps() -> None:
     model = random_model()
     results = generate(model, [random_request(), random_request(max_new_tokens=20)], progress=seen.append)
     assert seen == list(range(1, len(seen) + 1))
-    assert 0 < len(seen) <= max(len(result.rows) for result in results)
+    assert 0 < len(seen) <= max(len(result.delayed_codes) for result in results)
 
 
 def test_no_requests_no_work() -> None:
