@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dia_fast.api import Dia
     from dia_fast.audio.audio import Audio
     from dia_fast.checkpoint.demo import demo_voice
-    from dia_fast.errors import CheckpointError, DiaFastError, InputError, OutOfPages, SilentSpeech
+    from dia_fast.errors import CheckpointError, DiaFastError, InputError, OutOfMemory, OutOfPages, SilentSpeech
     from dia_fast.generation.outcome import Outcome
     from dia_fast.generation.sampling_params import SamplingParams
     from dia_fast.model.config import DiaConfig
@@ -28,6 +28,7 @@ _HOMES = {
     "DiaConfig": "model.config",
     "DiaFastError": "errors",
     "InputError": "errors",
+    "OutOfMemory": "errors",
     "OutOfPages": "errors",
     "Outcome": "generation.outcome",
     "SamplingParams": "generation.sampling_params",
@@ -43,6 +44,7 @@ __all__ = [
     "DiaConfig",
     "DiaFastError",
     "InputError",
+    "OutOfMemory",
     "OutOfPages",
     "Outcome",
     "SamplingParams",

@@ -42,11 +42,10 @@ from dia_fast.generation.long_form import Reading, readings_of, speak_scripts
 from dia_fast.generation.prompts import AudioPrompt, encode_prompts, prompt_for_each
 from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.device import choose_device, choose_dtype
+from dia_fast.model.device import choose_device, choose_dtype, choose_ops
 from dia_fast.model.fused_weights import packed_shapes
 from dia_fast.model.model import DiaModel
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
-from dia_kernels import get_ops
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,10 +115,7 @@ class Dia(OneProcess):
         limits = engine_limits(max_batch, memory)
         place = choose_device(device)
         kind = choose_dtype(dtype, place)
-        try:
-            ops = get_ops(backend, place)
-        except (ValueError, TypeError) as error:
-            raise InputError(str(error)) from error
+        ops = choose_ops(backend, place)
         checkpoint = open_checkpoint(os.fspath(name_or_path), revision=revision, local_files_only=local_files_only)
         model = DiaModel(checkpoint.config, ops).load(checkpoint.load(kind, place)).pack(progress=True)
         if isinstance(codec, str | os.PathLike):

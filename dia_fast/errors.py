@@ -1,8 +1,8 @@
 """Every exception that dia_fast raises on purpose.
 
 Each message says what was wrong, with which value, and what would work. The command line prints it as one line and
-exits with status 2, or with 1 for a NumericError, which no other argument would mend, and for SilentSpeech; whatever
-else escapes is a bug in dia_fast.
+exits with status 2, or with 1 for a NumericError, which no other argument would mend, for SilentSpeech and OutOfMemory;
+whatever else escapes is a bug in dia_fast.
 """
 
 
@@ -24,6 +24,10 @@ class NumericError(DiaFastError, RuntimeError):
 
 class SilentSpeech(DiaFastError, RuntimeError):
     """A text of which nothing was spoken, where the result would be a file of sound."""
+
+
+class OutOfMemory(DiaFastError, MemoryError):
+    """A computation for which the device has no memory left."""
 
 
 class OutOfPages(DiaFastError, RuntimeError):

@@ -23,23 +23,9 @@ def download(
     configuration comes first and is read, so that what cannot be used is refused before gigabytes of it are fetched.
     Without a connection, or under `local_files_only`, the folder is what the cache has. Raises CheckpointError.
     """
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    def cached(reason: str) -> Path:
-        try:
-            return Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
-        except (errors.LocalEntryNotFoundError, OSError, ValueError):
-            raise CheckpointError(
-                f"{repository} is neither a local folder nor in the cache of the Hub{_at(revision)}, and {reason}"
-            ) from None
-
-    if local_files_only:
-        return cached("it may not be downloaded (local_files_only)")
-    try:
-        names = file_names(repository, revision)
-    except Unreachable as error:
-        return cached(str(error))
+    names = _names_or_cache(repository, revision, local_files_only)
+    if isinstance(names, Path):
+        return names
 
     def fetch(name: str) -> Path:
         return fetch_file(repository, name, revision)
@@ -54,9 +40,45 @@ def download(
         fetched.append(fetch("generation_config.json"))
     if entry.name.endswith(".index.json"):
         fetched += [fetch(shard) for shard in read_index(entry)]
-    if any(path.parent != config.parent for path in fetched):
+    return _one_folder(repository, [config, *fetched])
+
+
+def download_files(
+    repository: str, wanted: Collection[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """As `download`, for those of some files that the repository has; the first of `wanted` must be there."""
+    names = _names_or_cache(repository, revision, local_files_only)
+    if isinstance(names, Path):
+        return names
+    first, *_ = wanted
+    if first not in names:
+        raise CheckpointError(f"the Hub repository {repository} has no {first}")
+    return _one_folder(repository, [fetch_file(repository, name, revision) for name in wanted if name in names])
+
+
+def _names_or_cache(repository: str, revision: str | None, local_files_only: bool) -> list[str] | Path:
+    """The files of a repository; its folder in the cache if they are not to be had."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    reason = "it may not be downloaded (local_files_only)"
+    if not local_files_only:
+        try:
+            return file_names(repository, revision)
+        except Unreachable as error:
+            reason = str(error)
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, OSError, ValueError):
+        raise CheckpointError(
+            f"{repository} is neither a local folder nor in the cache of the Hub{_at(revision)}, and {reason}"
+        ) from None
+
+
+def _one_folder(repository: str, files: list[Path]) -> Path:
+    if any(path.parent != files[0].parent for path in files):
         raise CheckpointError(f"the Hub repository {repository} changed during the download; try again")
-    return config.parent
+    return files[0].parent
 
 
 class Unreachable(CheckpointError):

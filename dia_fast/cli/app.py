@@ -14,7 +14,7 @@ from typing import Any
 import dia_fast
 from dia_fast.cli import batch, convert, doctor, info, plan, serve, speak, train
 from dia_fast.cli.process import OutputRefused, drop_output
-from dia_fast.errors import AudioWarning, DiaFastError, NumericError, SilentSpeech
+from dia_fast.errors import AudioWarning, DiaFastError, NumericError, OutOfMemory, SilentSpeech
 from dia_fast.text.tokenizer import TextWarning
 
 EXAMPLES = """\
@@ -74,11 +74,15 @@ def run(argv: Sequence[str] | None = None) -> int:
             return 0
         except OutputRefused as error:
             return _fail(args, f"error: cannot write to standard output: {error.strerror or error}", 1)
-        except (NumericError, SilentSpeech) as error:
-            return _fail(args, f"error: {error}", 1)
+        except (NumericError, SilentSpeech, OutOfMemory) as error:
+            return _fail(args, f"error: {in_options(str(error), args)}", 1)
         except DiaFastError as error:
             return _fail(args, f"error: {in_options(str(error), args)}", 2)
         except Exception as error:
+            from dia_fast.utils.out_of_memory import out_of_memory
+
+            if (told := out_of_memory(error)) is not None:
+                return _fail(args, f"error: {in_options(str(told), args)}", 1)
             return _fail(args, f"error: {type(error).__name__}: {error} (--debug shows where)", 1)
 
 

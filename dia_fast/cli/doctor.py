@@ -78,8 +78,9 @@ def _verdicts(args: argparse.Namespace, device: Any, dtype: Any) -> tuple[list[A
 
     obstacle = triton_obstacle(device)
     if obstacle is None:
-        from dia_kernels import triton as kernels
+        from dia_fast.model.device import choose_ops
 
+        kernels = choose_ops("triton", device)
         if device.type != "cpu":
             return doctor.check_running(kernels, dtype, device, full_width=True), []
         # Triton's interpreter computes bfloat16 wrongly in every version; float32 shows what it can show.

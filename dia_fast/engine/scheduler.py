@@ -22,6 +22,7 @@ from dia_fast.model.decode_state import DecodeState, Sizes
 from dia_fast.model.model import DiaModel
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.forks import OneProcess, renew_in_child
+from dia_fast.utils.out_of_memory import out_of_memory
 from dia_fast.utils.values import real_number, whole_number
 from dia_fast.utils.warn import warn
 
@@ -354,7 +355,7 @@ class Engine(OneProcess):
         May be interrupted itself and called again: it goes by `_live` and the states alone.
         """
         told = "in the middle of a step" if cause is None else f"by {type(cause).__name__}: {cause}".rstrip(": ")
-        failed = StepFailed(f"interrupted {told}")
+        failed = (cause and out_of_memory(cause)) or StepFailed(f"interrupted {told}")
         failed.__cause__ = cause
         self._polling.forget()
         self._launched.clear()
@@ -578,7 +579,7 @@ class Engine(OneProcess):
             self.state.reset_scratch()
             self._polling.forget()
             self._launched.clear()
-            broken = StepFailed(f"a decode step failed: {type(error).__name__}: {error}")
+            broken = out_of_memory(error) or StepFailed(f"a decode step failed: {type(error).__name__}: {error}")
             broken.__cause__ = error
             for sequence in list(self._running):
                 self._end(sequence, "failed", broken)
@@ -630,7 +631,7 @@ class Engine(OneProcess):
     def _fail_alone(self, sequence: Sequence, error: Exception) -> None:
         """End one that broke while it was outside of the batch, or being put into it; nobody else notices."""
         self.state.repair()
-        self._end(sequence, "failed", error)
+        self._end(sequence, "failed", out_of_memory(error) or error)
 
     def _drop(self, sequence: Sequence) -> None:
         """Take a sequence out of its container and give back all it holds."""

@@ -21,6 +21,7 @@ from dia_fast.generation.prompts import MIN_SECONDS, encode_prompt
 from dia_fast.jobs.items import Failed, Item
 from dia_fast.jobs.manifest import Manifest, done_entry, failed_entry
 from dia_fast.utils.files import sweep
+from dia_fast.utils.out_of_memory import out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,6 +200,7 @@ def _encoded(dia: "Dia", item: Item, known: "dict[str, Tensor]") -> "Tensor":
 
 
 def _said(error: Exception) -> str:
+    error = out_of_memory(error) or error
     return str(error) if isinstance(error, DiaFastError) else f"{type(error).__name__}: {error}"
 
 

@@ -1,8 +1,11 @@
-"""Where a model runs and in which type, from what the caller said or from what the machine has."""
+"""Where a model runs, by which ops and in which type, from what the caller said or from what the machine has."""
+
+from types import ModuleType
 
 import torch
 
 from dia_fast.errors import InputError, shown
+from dia_kernels import get_ops
 
 DTYPES = {
     "float32": torch.float32,
@@ -58,3 +61,14 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     if not isinstance(chosen, torch.dtype) or chosen not in DTYPES.values():
         raise InputError(f"dtype {shown(dtype)} is not supported; use float32, bfloat16 or float16 (fp32, bf16, fp16)")
     return chosen
+
+
+def choose_ops(backend: str, device: torch.device) -> ModuleType:
+    """The op set of a backend, see `dia_kernels.get_ops`.
+
+    Raises InputError for a backend that is unknown or cannot run there, or a `DIA_KERNELS_TABLE` that cannot be read.
+    """
+    try:
+        return get_ops(backend, device)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error

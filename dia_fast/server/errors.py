@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from dia_fast.errors import DiaFastError, InputError, OutOfPages, SilentSpeech
+from dia_fast.errors import DiaFastError, InputError, OutOfMemory, OutOfPages, SilentSpeech
 
 logger = logging.getLogger("dia_fast.server")
 
@@ -82,7 +82,7 @@ def as_api_error(error: Exception, *, seeded: bool = False) -> ApiError:
         name = _FIELDS.get(named[0], named[0]) if named else None
         known = name in _KNOWN
         return ApiError(400, str(error), param=name if known else None)
-    if isinstance(error, OutOfPages):
+    if isinstance(error, OutOfPages | OutOfMemory):
         return overloaded(str(error), "out_of_memory", 5)
     if isinstance(error, SilentSpeech):
         again = "false" if seeded else "true"

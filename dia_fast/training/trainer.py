@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dia_fast.checkpoint.loading import Checkpoint
 from dia_fast.errors import InputError, NumericError
-from dia_fast.model.device import DTYPES
+from dia_fast.model.device import DTYPES, choose_ops
 from dia_fast.model.model import DiaModel
 from dia_fast.training.batch import Batch, Example, build_batch, disturb_codes, drop_conditions
 from dia_fast.training.data import Dataset, drawn, generator
@@ -25,7 +25,6 @@ from dia_fast.training.lora import LoRA, make_adapters
 from dia_fast.training.run import Run
 from dia_fast.training.settings import TrainSettings
 from dia_fast.utils.ambient import isolated
-from dia_kernels import get_ops
 
 _CALM = "Lower the learning rate, or lengthen the warm-up"
 Report = Callable[[dict[str, Any]], None]
@@ -45,10 +44,7 @@ class Trainer:
         """Loads the checkpoint onto the device: float32 if its weights are trained, else in the settings' dtype."""
         self.settings, self.device, self.config = settings, device, checkpoint.config
         self.dtype = DTYPES[settings.dtype]
-        try:
-            ops = get_ops(backend, device)
-        except (ValueError, TypeError) as error:
-            raise InputError(str(error)) from error
+        ops = choose_ops(backend, device)
         held = self.dtype if settings.lora_rank else torch.float32
         self.model = DiaModel(checkpoint.config, ops).load(checkpoint.load(held, device))
         self.adapters: dict[str, LoRA] = {}

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from dia_fast.utils import forks
+from dia_fast.utils.out_of_memory import memory_errors
 
 _DEVICES = ("cpu", "cuda")
 _lock = threading.Lock()
@@ -24,13 +25,13 @@ _here = threading.local()  # blocks that this thread has open
 def isolated(*, grad: bool = False) -> Iterator[None]:
     """Run a block or a function by settings of its own: no autocast, default device CPU, exact matrix products.
 
-    Results are ordinary tensors, never inference tensors.
+    Results are ordinary tensors, never inference tensors. Where memory runs out, OutOfMemory is raised.
 
     Args:
         grad: Leave gradients as the caller has them. By default none are recorded.
     """
     forks.check_threads()
-    with contextlib.ExitStack() as stack:
+    with memory_errors(), contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             if grad:  # leaving inference mode would switch gradients on, which inference mode had off

@@ -1,8 +1,10 @@
 """Where every kernel is launched and configured: the one place where tests, codegen report and traffic meter listen."""
 
+import errno
 import functools
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,8 @@ OPS = frozenset(
         "rms_norm_glu", "rms_norm_linear", "rope", "rope_attention", "sample", "snake",
     }
 )  # fmt: skip
+
+LARGEST_TABLE = 1 << 24  # characters
 
 Launcher = Callable[..., Any]
 Listener = Callable[[Launcher, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Any]
@@ -97,12 +101,16 @@ def read_table(path: str) -> dict[str, list[dict[str, Any]]]:
     ValueError naming the file if it is not such a table.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            table = json.load(file)
+        # Without waiting for a pipe of that name, nor reading a device to no end.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, encoding="utf-8") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            table = json.loads(file.read(LARGEST_TABLE))
     except OSError as error:
         raise ValueError(f"DIA_KERNELS_TABLE: cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise ValueError(f"DIA_KERNELS_TABLE: {path}: not JSON: {error}") from error
     groups = list(table.values()) if isinstance(table, dict) else [None]
     if not all(isinstance(group, list) and all(map(_is_entry, group)) for group in groups):
         raise ValueError(f'{path}: expected {{op: [{{"where": {{...}}, "use": {{...}}}}, ...]}}')

@@ -2,9 +2,12 @@
 
 import importlib
 import importlib.util
+import os
 from types import ModuleType
 
 import torch
+
+from dia_kernels import launcher
 
 BACKENDS = ("auto", "torch", "triton")
 _TRITON_GPUS = ("cuda", "xpu")  # torch device types that Triton has drivers for; ROCm calls itself cuda
@@ -15,7 +18,8 @@ def get_ops(backend: str = "auto", device: torch.device | str = "cpu") -> Module
 
     backend: `torch` runs anywhere; `triton` where Triton can run on `device`: a GPU, or the CPU under
     `TRITON_INTERPRET=1` or under a Triton driver whose torch device is the CPU; `auto` is triton on a GPU and torch
-    elsewhere. Raises ValueError for an unknown backend, and when Triton is asked for where it cannot run.
+    elsewhere. Raises ValueError for an unknown backend, when Triton is asked for where it cannot run, and for a
+    `DIA_KERNELS_TABLE` that cannot be read.
     """
     device = torch.device(device)
     if backend not in BACKENDS:
@@ -25,6 +29,8 @@ def get_ops(backend: str = "auto", device: torch.device | str = "cpu") -> Module
     obstacle = triton_obstacle(device)
     if obstacle is not None:
         raise ValueError(f"backend: {backend!r} cannot run on device {str(device)!r}: {obstacle}")
+    if table := os.environ.get("DIA_KERNELS_TABLE"):
+        launcher.read_table(table)
     return importlib.import_module("dia_kernels.triton")
 
 

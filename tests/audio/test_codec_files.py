@@ -277,21 +277,39 @@ def test_names_that_are_neither_paths_nor_repositories(
 def test_the_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for options in ({"local_files_only": True}, {"revision": "main", "local_files_only": True}):
-        with pytest.raises(CheckpointError, match="some/codec-name: cannot be had from the Hugging Face Hub: "):
+        with pytest.raises(
+            CheckpointError,
+            match=r"some/codec-name is neither a local folder nor in the cache of the Hub.*local_files_only",
+        ):
             load_codec("some/codec-name", **options)  # type: ignore[arg-type]
 
 
 def test_a_snapshot_of_the_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, codec: Codec) -> None:
-    import huggingface_hub
+    asked: list[tuple[str, str, str | None]] = []
 
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, **k: asked.update(k, name=name) or str(folder)
-    )
-    loaded = load_codec("some/codec-name", revision="v2")
-    assert same_tensors(loaded, codec)
-    assert (asked["name"], asked["revision"], asked["local_files_only"]) == ("some/codec-name", "v2", False)
-    assert "model.safetensors" in asked["allow_patterns"]
+    def fetch(name: str, file: str, revision: str | None) -> Path:
+        asked.append((name, file, revision))
+        return folder / file
+
+    monkeypatch.setattr("dia_fast.checkpoint.hub.file_names", lambda name, revision: ["README.md", *os.listdir(folder)])
+    monkeypatch.setattr("dia_fast.checkpoint.hub.fetch_file", fetch)
+    assert same_tensors(load_codec("some/codec-name", revision="v2"), codec)
+    files = ("config.json", "preprocessor_config.json", "model.safetensors")
+    assert asked == [("some/codec-name", file, "v2") for file in files]
+
+
+def test_a_codec_is_asked_for_once_where_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(self: object, name: str, *, revision: str | None = None, timeout: float) -> None:
+        asked.append(timeout)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    with pytest.raises(CheckpointError, match="nobody/no-codec is neither .*: no route to host") as caught:
+        load_codec("nobody/no-codec")
+    assert len(asked) == 1 and asked[0] <= 10
+    assert caught.value.__cause__ is None
 
 
 def test_a_failed_save_leaves_nothing(codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

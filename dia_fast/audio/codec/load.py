@@ -81,11 +81,5 @@ def _download(name: str, revision: str | None, local_files_only: bool) -> Path:
         raise CheckpointError(
             f"{name}: no such file or folder, and not the name of a repository (such as descript/dac_44khz) either"
         )
-    from huggingface_hub import snapshot_download
-
     files = [CONFIG, PREPROCESSOR, WEIGHTS]
-    try:
-        folder = snapshot_download(name, revision=revision, local_files_only=local_files_only, allow_patterns=files)
-    except Exception as error:  # the Hub client raises its own, its HTTP library's and the system's errors
-        raise CheckpointError(f"{name}: cannot be had from the Hugging Face Hub: {hub.reason_of(error)}") from None
-    return Path(folder)
+    return hub.download_files(name, files, revision=revision, local_files_only=local_files_only)

@@ -19,9 +19,9 @@ from dia_fast.engine import Engine, Request
 from dia_fast.engine.decode_graphs import CudaGraphs
 from dia_fast.errors import InputError
 from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
+from dia_fast.model.device import choose_ops
 from dia_fast.model.fused_weights import packed_shapes
 from dia_fast.model.model import DiaModel
-from dia_kernels import get_ops
 from dia_kernels import launcher as launch
 
 ROUNDS = 9  # of which the median counts
@@ -124,7 +124,7 @@ def _model(settings: Settings, dtype: torch.dtype, device: torch.device, checkpo
     else:
         weights = checkpoint.load(dtype, device)
     weights["decoder.head"][config.decoder.eos_token_id] = 0
-    return DiaModel(config, get_ops("triton", device)).load(weights)
+    return DiaModel(config, choose_ops("triton", device)).load(weights)
 
 
 def _launches(model: DiaModel, settings: Settings, timer: Timer, rounds: int) -> dict[str, float]:

@@ -26,13 +26,13 @@ from dia_fast.integrations.original.config import ComputeDtype, OriginalConfig, 
 from dia_fast.integrations.original.module import OriginalModel, as_model
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.delay import apply_delay
+from dia_fast.model.device import choose_ops
 from dia_fast.text.tokenizer import SPEAKER_IDS, TAG, TextWarning, encode_text, warn_about
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.files import checked_path, replacing, uninterrupted
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
 from dia_fast.utils.values import real_number, whole_number
 from dia_fast.utils.warn import warn
-from dia_kernels import get_ops
 
 DEFAULT_SAMPLE_RATE = 44100
 SAMPLE_RATE_RATIO = 512
@@ -213,7 +213,7 @@ class Dia(OneProcess):
     def _load_dac_model(self) -> None:
         from dia_fast.audio.codec import load_codec
 
-        self.dac_model = load_codec(self._codec_name, device=self.device, ops=get_ops("auto", self.device))
+        self.dac_model = load_codec(self._codec_name, device=self.device, ops=choose_ops("auto", self.device))
 
     def generate(
         self,

@@ -25,10 +25,10 @@ from dia_fast.errors import InputError
 from dia_fast.generation.sampling_params import RANDOM_SEED, SamplingParams
 from dia_fast.integrations.transformers import calls, fallback, loop, modules, weights
 from dia_fast.model.config import DiaConfig
+from dia_fast.model.device import choose_ops
 from dia_fast.model.model import DiaModel
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.forks import check_device, renew_in_child
-from dia_kernels import get_ops
 
 STATE = "_dia_fast"
 # What prepares the encoder's output: version 5, version 4.57.
@@ -111,7 +111,7 @@ class State:
         packed = weights.pack(model, config, share=self.share_memory)
         encoder = replace(config.encoder, max_position_embeddings=text)
         decoder = replace(config.decoder, max_position_embeddings=rows)
-        ours = DiaModel(replace(config, encoder=encoder, decoder=decoder), get_ops(self.backend, model.device))
+        ours = DiaModel(replace(config, encoder=encoder, decoder=decoder), choose_ops(self.backend, model.device))
         self._ours = ours.load(packed) if self.share_memory else ours.load(packed).pack()
         self._fingerprint = weights.fingerprint(model) if self._ours.packed else None
         weights.rotate_alike(model, self._ours)
@@ -171,10 +171,7 @@ def accelerate(
         raise InputError(f"model must be a DiaForConditionalGeneration of transformers, not {type(model).__name__}")
     unaccelerate(model)
     weights.read_config(model)
-    try:
-        get_ops(backend, model.device)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    choose_ops(backend, model.device)
     state = State(backend, share_memory, [])
     if generate:
         hooks: dict[str, Any] = {"generate": _generate, _LOOP: _sample, _CACHE_HOOK: _prepare_cache, "_apply": _apply}
