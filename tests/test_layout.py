@@ -108,6 +108,18 @@ def test_the_import_check_itself(module: str, line: str, allowed: bool) -> None:
     assert (not forbidden_imports(line, module)) == allowed
 
 
+def test_one_place_chooses_the_ops() -> None:
+    """`choose_ops` tells what cannot be used as an InputError, which `get_ops`, free of dia_fast, does not."""
+    found = [
+        f"{module_name(path)}:{line}"
+        for path in python_files()
+        if is_inside(module := module_name(path), "dia_fast") and module != "dia_fast.model.device"
+        for line, name in imports(ast.parse(path.read_text(encoding="utf-8")), module, path.name == "__init__.py")
+        if name == "dia_kernels.get_ops"
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_guests_are_imported_only_when_asked_for() -> None:
     """`import dia_fast` works on the base install: optional packages are imported inside functions."""
     found = []

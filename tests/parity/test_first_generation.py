@@ -157,7 +157,7 @@ def test_the_generations_differ() -> None:
 def assert_greedy(result: Generation, text: list[int], frames: int, scale: float | None, eos_gain: float) -> int:
     """Every code that the model chose is the best one after the rows before it; returns how many rows were chosen."""
     plain, eos = models(eos_gain)[0], CONFIG.decoder.eos_token_id
-    rows = result.rows.long()
+    rows = result.delayed_codes.long()
     cond, uncond = (plain.logits(rows, text, conditional) for conditional in (True, False))
     best = guided(cond, uncond, scale or 0.0, eos).argmax(-1)
     ends = [row for row in range(frames + 1, len(rows)) if rows[row, 0] == eos]
@@ -188,7 +188,7 @@ def test_greedy_codes(eos_gain: float, lengths: list[int], frames: list[int], sc
     rows = [assert_greedy(result, text, count, scale, eos_gain) for result, text, count in zipped]
     if eos_gain == 0:
         assert min(rows) == 270
-        assert all(len(result.rows.unique()) > 200 for result in results), "rows that repeat prove little"
+        assert all(len(result.delayed_codes.unique()) > 200 for result in results), "rows that repeat prove little"
     else:
         assert any(not result.truncated for result in results)
 

@@ -51,10 +51,10 @@ def compare(
     ]
     results = generate(model, requests)
     for result, rows, prompt in zip(results, expected, prompts, strict=True):
-        count = len(result.rows)
-        assert torch.equal(result.rows.long(), rows[:count])
+        count = len(result.delayed_codes)
+        assert torch.equal(result.delayed_codes.long(), rows[:count])
         assert (rows[count:] == config.decoder.pad_token_id).all()
-        spoken = undo_delay(result.rows, config.delay_pattern, config.decoder.eos_token_id)
+        spoken = undo_delay(result.delayed_codes, config.delay_pattern, config.decoder.eos_token_id)
         assert torch.equal(result.frames, spoken[len(prompt) :])
         assert torch.equal(spoken[: len(prompt)], prompt[: len(spoken)])
     return results
@@ -69,9 +69,9 @@ def test_two_hundred_rows(frames: list[int], guidance_scale: float | None) -> No
     texts, prompts = random_texts(CONFIG, [17, 5, 64][: len(frames)]), random_prompts(CONFIG, frames)
     results = compare(CONFIG, models(0.0), texts, prompts, 204, guidance_scale)
     for result, prompt in zip(results, prompts, strict=True):
-        assert len(result.rows) == len(prompt) + 1 + 204 and result.truncated
+        assert len(result.delayed_codes) == len(prompt) + 1 + 204 and result.truncated
         assert len(result.frames) == 204 - MAX_DELAY - 1
-        assert len(result.rows[:, 0].unique()) > 80, "rows that repeat prove little"
+        assert len(result.delayed_codes[:, 0].unique()) > 80, "rows that repeat prove little"
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
@@ -79,12 +79,14 @@ def test_some_end_early_some_late_and_some_never(guidance_scale: float) -> None:
     texts, prompts = random_texts(CONFIG, [3, 8, 13, 21, 34]), random_prompts(CONFIG, [0, 12, 0, 5, 20])
     results = compare(CONFIG, models(1.4), texts, prompts, 80, guidance_scale)
     ended = [result for result in results if not result.truncated]
-    assert len({len(result.rows) for result in ended}) >= 3 and len(ended) < len(results), "choose another seed"
+    assert len({len(result.delayed_codes) for result in ended}) >= 3 and len(ended) < len(results), (
+        "choose another seed"
+    )
     for result in ended:
-        row = int((result.rows[:, 0] == TOKENS.eos_token_id).nonzero()[0])
-        assert len(result.rows) == row + MAX_DELAY + 1
+        row = int((result.delayed_codes[:, 0] == TOKENS.eos_token_id).nonzero()[0])
+        assert len(result.delayed_codes) == row + MAX_DELAY + 1
         for channel, delay in enumerate(CONFIG.delay_pattern):
-            tail = result.rows[row + delay :, channel].tolist()
+            tail = result.delayed_codes[row + delay :, channel].tolist()
             assert tail == [TOKENS.eos_token_id] + [TOKENS.pad_token_id] * (MAX_DELAY - delay)
 
 

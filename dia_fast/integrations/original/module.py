@@ -10,10 +10,10 @@ from dia_fast.checkpoint.layouts import placements, plain_names
 from dia_fast.checkpoint.loading import checkpoint_of
 from dia_fast.errors import CheckpointError
 from dia_fast.model.config import DiaConfig
+from dia_fast.model.device import choose_ops
 from dia_fast.model.fused_weights import packed_shapes
 from dia_fast.model.model import DiaModel
 from dia_fast.utils.ambient import isolated
-from dia_kernels import get_ops
 
 
 class Keys(NamedTuple):
@@ -31,7 +31,7 @@ class OriginalModel(DiaModel):
     """
 
     def __init__(self, config: DiaConfig, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(config, get_ops("auto", device))
+        super().__init__(config, choose_ops("auto", device))
         self._place = torch.empty(0, device=device, dtype=dtype)
         self.version = 0  # counts what has been done to the weights; 0 before there are any
 
@@ -90,7 +90,7 @@ class OriginalModel(DiaModel):
             return self
         if self.loaded:
             super()._apply(fn, recurse)
-        self._place, self.ops = place, get_ops("auto", place.device)
+        self._place, self.ops = place, choose_ops("auto", place.device)
         if self.loaded:
             self.finalize()
             self.version += 1
