@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-voice eval-voice test test-isa test-latest test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures \
+.PHONY: help demo demo-voice eval-voice test test-isa test-latest test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures serve \
 	package-test lint clean
 
 help: ## list the targets
@@ -47,6 +47,11 @@ $(VENV)/.voice: $(VENV)/.base
 $(VENV)/.docs: $(VENV)/.base
 	@echo "installing what builds the documentation into $(VENV)"
 	@$(INSTALL) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.server: $(VENV)/.base
+	@echo "installing the server into $(VENV)"
+	@$(INSTALL) -e '.[server]'
 	@touch $@
 
 demo: $(VENV)/.base ## speak a short dialogue with the voice that comes with the package (downloads no weights)
@@ -108,6 +113,10 @@ CODEGEN_ARGS ?=
 codegen: $(VENV)/.dev ## compile every kernel for eight GPUs; tables and figures in bench/results (no GPU needed, CODEGEN_ARGS=)
 	@mkdir -p bench/results
 	$(PY) -m bench.codegen --markdown bench/results/codegen.md --json bench/results/codegen.json $(CODEGEN_ARGS)
+
+SERVE_ARGS ?=
+serve: $(VENV)/.server ## serve the demo voice over HTTP at port 8000, with a page for the browser (SERVE_ARGS=)
+	$(VENV)/bin/dia-fast serve $(SERVE_ARGS)
 
 docs: $(VENV)/.docs ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict

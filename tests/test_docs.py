@@ -5,13 +5,15 @@ below `<!-- needs: ... -->` asks for what the tests do not have: it is compiled,
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import tomllib
 
 from dia_fast import Audio, Dia, TextWarning, cli, demo_voice
 from dia_fast.cli import app
+from tests.server.serving import Server, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -90,15 +93,37 @@ def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyP
                 exec(code, program)
 
 
+@pytest.fixture(scope="module")
+def ask_server() -> Iterator[Callable[[], Server]]:
+    """A server with the demo voice, started by the first page that asks one."""
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda: stack.enter_context(serving()))
+
+
 SHELL = [page for page in PAGES if any(block.kind == "sh" for block in blocks(page))]
 
 
 @pytest.mark.parametrize("page", SHELL, ids=ids(SHELL))
-def test_shell_blocks_run(page: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_shell_blocks_run(
+    page: Path, folder: Path, ask_server: Callable[[], Server], capfd: pytest.CaptureFixture[str]
+) -> None:
     for block in blocks(page):
         if block.kind == "sh":
             for line in commands(block.code):
-                run(line, folder, real=block.needs is None)
+                if line.startswith("curl "):
+                    ask(line.split(" | ")[0], ask_server(), folder)
+                else:
+                    run(line, folder, real=block.needs is None)
+
+
+def ask(line: str, server: Server, folder: Path) -> None:
+    """Run a curl command as it stands, with the server under test in the place of the reader's; it must succeed."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    command = line.replace("http://127.0.0.1:8000", server.url).replace("curl ", "curl --fail-with-body ", 1)
+    done = subprocess.run(["bash", "-euc", command], cwd=folder, capture_output=True, timeout=60)
+    assert done.returncode == 0, f"{line}: {done.stdout[-500:]!r}{done.stderr[-500:]!r}"
+    assert not done.stdout or done.stdout[:4] == b"RIFF" or done.stdout[:1] in b"{[", f"{line}: {done.stdout[:50]!r}"
 
 
 def commands(code: str) -> Iterator[str]:
@@ -117,6 +142,8 @@ def run(line: str, folder: Path, *, real: bool) -> None:
     match words:
         case ["dia-fast", "--help"]:
             assert "commands:" in app.build_parser().format_help()
+        case ["dia-fast", "serve", *_]:
+            app.build_parser().parse_args([word.replace(OFFICIAL, "demo") for word in words[1:]])
         case ["dia-fast", *rest]:
             arguments = [word.replace(OFFICIAL, "demo") for word in rest]
             if real:
