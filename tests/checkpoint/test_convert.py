@@ -17,7 +17,6 @@ from torch import Tensor
 
 from bench.make_checkpoint import main as make_checkpoint
 from bench.tools.tiny_models import (
-    configs,
     make_original_checkpoint,
     make_transformers_checkpoint,
     original_state,
@@ -31,6 +30,7 @@ from dia_fast.checkpoint.saving import convert, save_pretrained
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import packed_shapes
+from tests.helpers.strategies import configs
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

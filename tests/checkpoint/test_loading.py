@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.tools.tiny_models import (
-    configs,
     make_original_checkpoint,
     make_transformers_checkpoint,
     random_state,
@@ -27,6 +26,7 @@ from dia_fast.checkpoint.saving import write_checkpoint
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import packed_shapes, parameter_count, pieces
+from tests.helpers.strategies import configs
 
 
 @pytest.fixture(scope="module")
