@@ -94,7 +94,7 @@ def test_one_request_fails_and_the_others_go_on(value: float, temperature: float
     broken = handles.pop(1)
     for handle, want in zip(handles, expected, strict=True):
         assert torch.equal(handle.result().delayed_codes, want.delayed_codes)
-    with pytest.raises(NumericError, match=r"step 1 \(row 1, channel 0\) are NaN or infinity.*damaged.*bfloat16"):
+    with pytest.raises(NumericError, match=r"step 1 \(position 1, channel 0\) are NaN or infinity.*damaged.*bfloat16"):
         broken.result()
     assert engine.stats.pages == engine.stats.text_pages == 0
     assert torch.equal(engine.submit(good[0]).result().delayed_codes, expected[0].delayed_codes), (

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dia_fast.engine import Engine, Request, generate, stepper
+from dia_fast.engine import Engine, Request, decode_graphs, generate
 from dia_kernels import get_ops
 from dia_kernels import launcher as launch
 from tests.kernels.test_whole_model import model
@@ -58,7 +58,7 @@ def test_replaying_the_launches_of_one_step_serves_all_others(
     """One to three requests in the buffers for three: the rows of the missing ones are padding."""
     made = model(get_ops("triton", device), device)
     recorder = Recorder()
-    monkeypatch.setattr(stepper, "BUCKETS", (3,))
+    monkeypatch.setattr(decode_graphs, "BUCKETS", (3,))
     engine = Engine(made, max_batch=3, capture=recorder)
     asked = requests()
     assert recorder.captures == 0, "nothing is captured before it is needed"
@@ -91,4 +91,4 @@ def test_a_capture_that_fails_says_why_and_leaves_the_engine_working(device: tor
     handle = engine.submit(request)
     with pytest.warns(RuntimeWarning, match="could not be captured as a graph .*not permitted.*launch by launch"):
         found = handle.result()
-    assert torch.equal(found.rows, expected.rows)
+    assert torch.equal(found.delayed_codes, expected.delayed_codes)
