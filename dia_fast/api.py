@@ -1,6 +1,5 @@
 """The front door: `Dia`."""
 
-import asyncio
 import math
 import os
 import threading
@@ -62,7 +61,13 @@ class Dia(OneProcess):
     """
 
     def __init__(
-        self, model: DiaModel, codec: AnyCodec = None, *, max_batch: int = MAX_BATCH, memory: Memory = None
+        self,
+        model: DiaModel,
+        codec: AnyCodec = None,
+        *,
+        max_batch: int = MAX_BATCH,
+        memory: Memory = None,
+        background: bool = False,
     ) -> None:
         """model: with its weights loaded. The others: see `from_pretrained`."""
         check_codec(codec)
@@ -72,6 +77,9 @@ class Dia(OneProcess):
         self.defaults = SamplingParams()
         self._engine: Engine | None = None
         self._limits = engine_limits(max_batch, memory)
+        if not isinstance(background, bool):
+            raise InputError(f"background must be True or False, not {shown(background)}")
+        self._background = background
         self._left: Engine | None = None
         self._renew()
         renew_in_child(self)
@@ -92,6 +100,7 @@ class Dia(OneProcess):
         codec: AnyCodec = "auto",
         max_batch: int = MAX_BATCH,
         memory: Memory = None,
+        background: bool = False,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> "Dia":
@@ -105,14 +114,15 @@ class Dia(OneProcess):
         else `descript/dac_44khz`; `"descript"` the dac package's own; a loaded codec; None for none, which leaves
         `generate_codes`. max_batch: most texts spoken at once, 1 to 32; more wait. memory: for keys and
         values, in bytes or as in `"4GB"`; by default what `max_batch` texts can need, at most half of what is free at
-        first use. A GPU sets it aside then; on a CPU it is taken as it is used. revision: branch, tag or commit on the
-        Hub. local_files_only: stay offline.
+        first use. A GPU sets it aside then; on a CPU it is taken as it is used. background: make the steps in a thread
+        of their own, so that a stream goes on, up to 10 s ahead, while what it gave is played. revision: branch, tag or
+        commit on the Hub. local_files_only: stay offline.
         Raises InputError for an argument, CheckpointError for a checkpoint that cannot be used.
         """
         if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
             raise InputError(f"name_or_path must be a Hub repository or a path, not {shown(name_or_path)}")
         check_codec(codec)
-        limits = engine_limits(max_batch, memory)
+        engine_limits(max_batch, memory)
         place = choose_device(device)
         kind = choose_dtype(dtype, place)
         ops = choose_ops(backend, place)
@@ -122,7 +132,7 @@ class Dia(OneProcess):
             from dia_fast.audio.codec import codec_for
 
             codec = codec_for(name_or_path, codec)
-        dia = cls(model, codec, **limits)
+        dia = cls(model, codec, max_batch=max_batch, memory=memory, background=background)
         dia.defaults = checkpoint.defaults
         dia._load_codec["local_files_only"] = local_files_only
         return dia
@@ -170,6 +180,8 @@ class Dia(OneProcess):
             if self._engine is None:
                 check_device(self.device)
                 self._engine = Engine(self.model, **self._limits)
+                if self._background:
+                    self._engine.start()
             return self._engine
 
     def close(self) -> None:
@@ -273,8 +285,8 @@ class Dia(OneProcess):
         """Speak one text and yield the sound chunk by chunk, each as soon as it is certain.
 
         The chunks joined are the sound of `generate` for the same seed. Streams in several threads share a batch.
-        Nothing happens between two chunks unless other threads use this Dia. To give up early, leave the loop and
-        `close()` the iterator (or drop it): the request ends and its memory is free.
+        Nothing happens between two chunks unless other threads use this Dia, or it was made with `background`. To give
+        up early, leave the loop and `close()` the iterator (or drop it): the request ends and its memory is free.
 
         Args:
             text: as in `generate`, one of them. A script that `split="auto"` cuts is spoken segment by segment; with a
@@ -334,7 +346,7 @@ class Dia(OneProcess):
             return running, codec, made[0]
 
         async def chunks() -> AsyncGenerator[Audio, None]:
-            prepared = await asyncio.to_thread(prepare)
+            prepared = await streaming.in_thread(prepare)
             async with aclosing(streaming.astream(*prepared, *sizes)) as pieces:
                 async for piece in pieces:
                     yield piece

@@ -1,5 +1,6 @@
 """The caller's end of a submitted request."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -32,9 +33,11 @@ class Handle(OneProcess):
         config: DiaConfig,
         advance: Callable[[float | None], None],
         cancel: Callable[[Sequence], None],
+        wake: Callable[[], None],
     ) -> None:
         self.request = sequence.plan.request
-        self._sequence, self._config, self._advance, self._cancel = sequence, config, advance, cancel
+        self._sequence, self._config = sequence, config
+        self._advance, self._cancel, self._wake = advance, cancel, wake
 
     @property
     def number(self) -> int:
@@ -61,6 +64,15 @@ class Handle(OneProcess):
         """
         self._cancel(self._sequence)
 
+    def want(self, frames: int | None) -> None:
+        """Say how many frames may be there ahead of need; None for all, as at first.
+
+        The engine's own thread, if it has one, rests while every request has as many as are wanted, so that speech
+        that nobody may listen to is not made. Somebody who waits for steps gets them anyway.
+        """
+        self._sequence.wanted = math.inf if frames is None else frames
+        self._wake()
+
     def result(self, timeout: float | None = None) -> Generation:
         """Wait for the end.
 
@@ -72,6 +84,7 @@ class Handle(OneProcess):
             Cancelled: If the request was cancelled. Other errors are what ended it.
         """
         end = None if timeout is None else time.monotonic() + timeout
+        self.want(None)
         while not self.done:
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:

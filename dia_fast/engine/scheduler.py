@@ -99,7 +99,7 @@ class Engine(OneProcess):
             self.state = DecodeState(model.config, model.ops, sizes, model.dtype, model.device)
             self._polling = Polling(self.state, self.device)
             self._stepper = Stepper(model, self.state, choose_capture(capture, model))
-        self._on_event = on_event
+        self.on_event = on_event
         self._process = os.getpid()
         self._renew()
         renew_in_child(self)
@@ -175,7 +175,7 @@ class Engine(OneProcess):
             if self.max_waiting is not None and waiting >= self.max_waiting:
                 raise EngineFull(f"{waiting} requests wait already, and max_waiting is {self.max_waiting}; try later")
             sequence = Sequence(item, self._submitted, whole_number("priority", priority, -(1 << 31)), due, mark, now)
-            handle = Handle(sequence, self.model.config, self.advance, self.cancel)
+            handle = Handle(sequence, self.model.config, self.advance, self.cancel, self._wake_up)
             self._submitted += 1
             self._emit("queued", sequence)
             self._inbox.append(("submit", sequence))
@@ -225,15 +225,18 @@ class Engine(OneProcess):
             self._read_left_over()
 
     def start(self) -> None:
-        """Make the steps in a thread of its own from now on, until `stop` or `close`. Does nothing if there is one."""
+        """Make the steps in a thread of its own from now on, until `stop` or `close`. Does nothing if there is one.
+
+        It rests while every request has the frames that are wanted of it, see `Handle.want`.
+        """
         with self._door:
             if self._driven:
                 return
             self._stop = threading.Event()
-            wake = self._wake
-            myself = weakref.ref(self, lambda _: wake.set())  # an engine that nobody holds ends with its thread
-            inputs = (myself, wake, self._stop)
+            inputs = (weakref.ref(self), self._wake, self._stop)
             self._driver = threading.Thread(target=_drive, args=inputs, name="dia-fast-engine", daemon=True)
+            # The thread ends with an engine that nobody holds, and before the interpreter does.
+            self._finalizer = weakref.finalize(self, _end, self._driver, self._wake, self._stop)
             self._driver.start()
 
     def stop(self) -> None:
@@ -241,9 +244,14 @@ class Engine(OneProcess):
         driver = self._driver
         self._stop.set()
         self._wake.set()
-        if driver is not None and driver is not threading.current_thread():
-            driver.join()
+        if driver is not None:
+            self._finalizer.detach()
+            if driver is not threading.current_thread():
+                driver.join()
         self._driver = None
+
+    def _wake_up(self) -> None:
+        self._wake.set()
 
     def close(self) -> None:
         """Cancel everything that is not done, and end the thread of `start`."""
@@ -293,17 +301,29 @@ class Engine(OneProcess):
         return (state.pool.pages - free) * state.pool.shape.bytes(dtype) + text
 
     def _emit(self, kind: str, sequence: Sequence, reason: str | None = None) -> None:
-        if self._on_event is None:
+        if self.on_event is None:
             return
-        item, delay = sequence.plan, max(self.model.config.delay_pattern)
-        frames = max(sequence.received - item.first - 1 - delay, 0)
+        frames = self._complete(sequence)
         if sequence.generation is not None:
             frames = len(sequence.generation.frames)
         seconds = self.device.now() - sequence.submitted
         try:
-            self._on_event(EngineEvent(kind, sequence.number, seconds, reason, frames, sequence.received))  # type: ignore[arg-type]
+            self.on_event(EngineEvent(kind, sequence.number, seconds, reason, frames, sequence.received))  # type: ignore[arg-type]
         except Exception as error:
             warn(f"on_event raised {type(error).__name__}: {error}", RuntimeWarning)
+
+    def _complete(self, sequence: Sequence) -> int:
+        """Frames that the host has all codes of."""
+        return max(sequence.received - sequence.plan.first - 1 - max(self.model.config.delay_pattern), 0)
+
+    def _pause(self) -> float:
+        """Seconds for which there is nothing that anyone wants: 0 if there is, infinity until the next command."""
+        live = list(self._live.values())
+        if self._inbox or any(
+            sequence.state is not State.RUNNING or self._complete(sequence) < sequence.wanted for sequence in live
+        ):
+            return 0.0
+        return max(self._deadline - self.device.now(), 0.0)
 
     # One step
 
@@ -669,7 +689,14 @@ def _drive(engine: "weakref.ref[Engine]", wake: threading.Event, stop: threading
         if running is None:
             return
         wake.clear()
-        busy = running.step()
+        pause = running._pause() if running.step() else math.inf
         del running
-        if not busy:
-            wake.wait()
+        if pause > 0:
+            wake.wait(None if pause == math.inf else pause)
+
+
+def _end(driver: threading.Thread, wake: threading.Event, stop: threading.Event) -> None:
+    stop.set()
+    wake.set()
+    if driver is not threading.current_thread():
+        driver.join(timeout=10)

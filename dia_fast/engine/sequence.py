@@ -1,6 +1,7 @@
 """A request being run, and the one state that it is in."""
 
 import enum
+import math
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -54,6 +55,7 @@ class Sequence:
         table_idx: Its index in the block tables, -1 for none.
         step: Its step on the device when the engine had made `since` steps; it grows by one with each until the end.
         passed: How often a later one was let in before it.
+        wanted: Frames beyond which nobody is in a hurry, see `Handle.want`.
     """
 
     plan: Plan
@@ -72,6 +74,7 @@ class Sequence:
     step: int = 0
     since: int = 0
     passed: int = 0
+    wanted: float = math.inf
     prefill: Generator[int, None, Tensor] | None = field(default=None, repr=False)
     swapped: Swapped | None = field(default=None, repr=False)
 

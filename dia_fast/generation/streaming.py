@@ -8,10 +8,12 @@ script meet, the last 10 ms of the first wait for the second, since they fade ou
 
 import asyncio
 import math
+import os
 import threading
 from asyncio import AbstractEventLoop
-from collections.abc import AsyncGenerator, Generator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from dia_fast.audio.codec import Codec
 
 FIRST_CHUNK_SECONDS = 0.1
+AHEAD_SECONDS = 10.0  # how far an engine with a thread of its own goes on before the sound is taken
 _AT_ONCE = 2  # segments of a stream: the one that is heard, and the next
 
 
@@ -144,22 +147,22 @@ async def astream(
     chunk_seconds: float,
     first_chunk_seconds: float = FIRST_CHUNK_SECONDS,
 ) -> AsyncGenerator[Audio, None]:
-    """As `stream`, with everything that takes time or waits for a lock in threads of asyncio's pool."""
+    """As `stream`, with everything that takes time or waits for a lock in threads of its own."""
     count, seed = len(reading.pieces), reading.seed
     chunks, segments = Chunks(codec, chunk_seconds, first_chunk_seconds, count), Segments(engine, reading)
     pump, told = _pumps.of(engine), warn_of(reading)
     try:
         while segments.heard < count:
-            await asyncio.to_thread(segments.fill)
+            await in_thread(segments.fill)
             while not segments.current.done:
                 while span := chunks.cut(segments.current):
-                    for chunk in await asyncio.to_thread(chunks.decode, span, seed):
+                    for chunk in await in_thread(chunks.decode, span, seed):
                         yield chunk
                 await pump.wait(engine, segments.current, chunks.needed)
             if not segments.land():
                 continue
             while span := chunks.cut(segments.current):
-                for chunk in await asyncio.to_thread(chunks.decode, span, seed):
+                for chunk in await in_thread(chunks.decode, span, seed):
                     yield chunk
             for chunk in chunks.end_segment(seed):
                 yield chunk
@@ -170,7 +173,7 @@ async def astream(
         raise
     finally:
         # Handed to a thread at once: a task of its own could be cancelled before it begins, when the loop ends.
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, segments.withdraw))
+        await asyncio.shield(in_thread(segments.withdraw))
 
 
 class Segments:
@@ -235,6 +238,7 @@ class Chunks:
     def __init__(self, codec: "Codec", seconds: float, first: float = math.inf, segments: int = 1) -> None:
         self.codec, self.segments = codec, segments
         self.size, self._first = self._frames(seconds), self._frames(min(first, seconds))
+        self._ahead = self._frames(AHEAD_SECONDS)
         self.sent = 0  # frames of this segment
         self._join = Joiner(round(FADE_SECONDS * codec.sample_rate)) if segments > 1 else None
 
@@ -251,12 +255,14 @@ class Chunks:
         """The next span, as all frames so far and its first and last but one; None if it is not there yet."""
         finished = handle.status == "done"
         if not finished and not handle.has(self.needed):
+            handle.want(self.needed + self._ahead)
             return None
         frames, start = handle.ready(), self.sent
         self.sent = min(start + self._first, len(frames))
         if self.sent == start:
             return None
         self._first = self.size
+        handle.want(self.needed + self._ahead)
         return frames, start, self.sent
 
     def decode(self, span: tuple[Tensor, int, int], seed: int | None) -> list[Audio]:
@@ -324,11 +330,34 @@ class Joiner:
         return np.concatenate([before, out])
 
 
+_Result = TypeVar("_Result")
+
+
+class _Threads:
+    """For what takes time in an event loop. asyncio's own pool is left to the caller, who may fill it."""
+
+    def __init__(self) -> None:
+        self._renew()
+        renew_in_child(self)
+
+    def _renew(self) -> None:
+        self.pool = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2), "dia-fast-asyncio")
+
+
+_threads = _Threads()
+
+
+def in_thread(work: Callable[..., _Result], *inputs: Any) -> "asyncio.Future[_Result]":
+    """Run something in a thread of ours; called in an event loop."""
+    return asyncio.get_running_loop().run_in_executor(_threads.pool, work, *inputs)
+
+
 class _Pump:
     """Makes an engine's steps in one thread for all streams of an event loop that wait."""
 
     def __init__(self) -> None:
         self._waiting: dict[Handle, int] = {}
+        self._thread = ThreadPoolExecutor(1, "dia-fast-steps")
         self._steps: asyncio.Task[None] | None = None
 
     async def wait(self, engine: Engine, handle: Handle, frames: int) -> None:
@@ -344,7 +373,7 @@ class _Pump:
 
     async def _make_steps(self, engine: Engine) -> None:
         try:
-            await asyncio.to_thread(self._advance, engine)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._advance, engine)
         finally:
             self._steps = None
 

@@ -77,6 +77,7 @@ class Service:
             self.state, self.failure = "failed", error
             self._stop()
             return
+        dia.engine.on_event = self.metrics.heard
         driver = Driver(dia.engine, loop, self.metrics.stepped)
         self.gate.slots = self.gate.free = dia.engine.state.sizes.batch
         self._shop = Workshop(

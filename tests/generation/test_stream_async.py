@@ -44,6 +44,7 @@ async def listen(chunks: AsyncGenerator[Audio, None]) -> np.ndarray:
 
 
 def assert_nothing_left(dia: Dia) -> None:
+    dia.engine.advance()  # waits for the end of the step that a thread may still be in
     stats = dia.engine.stats
     assert (stats.waiting, stats.running, stats.parked, stats.pages, stats.text_pages) == (0, 0, 0, 0, 0)
 

@@ -145,6 +145,9 @@ class Growing:
     def has(self, frames: int) -> bool:
         return frames <= self.count
 
+    def want(self, frames: int | None) -> None:
+        assert frames is not None and frames > self.count - 1
+
     def ready(self) -> Tensor:
         return self.frames[: self.count]
 
