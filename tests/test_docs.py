@@ -4,6 +4,7 @@ Python blocks of a page are one program, shell blocks one session; both see a fo
 below `<!-- needs: ... -->` asks for what the tests do not have: it is compiled, or its options are checked.
 """
 
+import ast
 import contextlib
 import functools
 import importlib
@@ -196,6 +197,43 @@ def test_commands_in_sentences_exist(page: Path) -> None:
         assert place.with_suffix(".py").is_file() or place.is_dir(), module
     for command in re.findall(r"`dia-fast ([a-z]+)", text):
         assert f"    {command} " in app.build_parser().format_help(), command
+
+
+PLACE = re.compile(r"`((?:dia_fast|kernels|bench|tests|examples)/[\w/.-]*)`(?:: ((?:`[\w.]+`(?:, )?)+))?")
+
+
+def defined(path: Path) -> set[str]:
+    """Names that a module defines at its top, and those of its classes as `Class.name`."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for name in names_of(node):
+            found.add(name)
+            if isinstance(node, ast.ClassDef):
+                found |= {f"{name}.{inner}" for part in node.body for inner in names_of(part)}
+    return found
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    match node:
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return [name]
+        case ast.Assign(targets=targets):
+            return [target.id for target in targets if isinstance(target, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+    return []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_places_in_the_code_exist(page: Path) -> None:
+    """Where a page sends its reader to a file, and to names in it, they are there."""
+    for path, names in PLACE.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if path.startswith("bench/results"):
+            continue  # written by a command
+        # The page on adding an op names the file that its reader is going to write.
+        assert (ROOT / path).exists() or path.endswith("/relu_squared.py"), path
+        missing = set(re.findall(r"[\w.]+", names)) - (defined(ROOT / path) if names else set())
+        assert not missing, f"{path} does not define {sorted(missing)}"
 
 
 def test_every_page_is_in_the_navigation() -> None:

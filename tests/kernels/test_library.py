@@ -1,12 +1,13 @@
 """The custom operators: registered as torch wants them, equal to the reference, and usable under torch.compile."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dia_kernels import reference
+from dia_kernels import launcher, reference
 from dia_kernels import torch_library as library
 from tests.kernels.support import random
 
@@ -63,6 +64,21 @@ def test_every_op_of_the_op_set_is_an_operator() -> None:
     tools = {"philox", "sample_weights", "attention_workspace", "pack", "PackedWeight"}
     assert set(NAMES) == set(reference.__all__) - tools
     assert all(hasattr(torch.ops.dia_kernels, name) for name in NAMES)
+
+
+def test_a_table_may_name_every_op_that_asks_for_a_config(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, configuration = set(), launcher.configuration
+
+    def noted(op: str, *args: Any, **named: Any) -> Any:
+        asked.add(op)
+        return configuration(op, *args, **named)
+
+    monkeypatch.setattr(launcher, "configuration", noted)
+    for name, arguments in cases(device).items():
+        getattr(library, name)(*arguments)
+    assert asked == launcher.OPS
 
 
 @pytest.mark.parametrize("name", NAMES)
