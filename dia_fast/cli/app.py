@@ -13,6 +13,7 @@ from typing import Any
 
 import dia_fast
 from dia_fast.cli import batch, convert, doctor, info, plan, serve, speak, train
+from dia_fast.cli.paths import check as check_paths
 from dia_fast.cli.process import OutputRefused, drop_output
 from dia_fast.errors import AudioWarning, DiaFastError, NumericError, OutOfMemory, SilentSpeech
 from dia_fast.text.tokenizer import TextWarning
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     for module in (speak, batch, serve, train, info, plan, convert, doctor):
         command = module.add_parser(commands)
         command.add_argument("--debug", action="store_true", help="show where an error came from")
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, parser=command)
     return parser
 
 
@@ -63,6 +64,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", kind)
         warnings.showwarning = _show_warning
         try:
+            check_paths(args.parser, args)
             status: int = args.run(args)
             sys.stdout.flush()
             return status
@@ -92,7 +94,7 @@ _OPTIONS = {"local_files_only": "offline", "max_batch": "batch_size", "name_or_p
 
 def in_options(message: str, args: argparse.Namespace) -> str:
     """An error message with the names of options in the place of those of Python's arguments."""
-    options = {name: name for name in vars(args)} | {
+    options = {name: name for name in vars(args) if name not in ("run", "parser")} | {
         name: other for name, other in _OPTIONS.items() if hasattr(args, other) and not hasattr(args, name)
     }
     # Names with an underscore are no words of English; others are options where they begin the message.

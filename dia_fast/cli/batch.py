@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dia_fast.checkpoint.demo import located
+from dia_fast.cli.paths import path
 from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, add_sampling, set_threads, settings_from
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.generation.sampling_params import SamplingParams, random_seed
@@ -59,8 +60,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", metavar="INPUT", help="JSON Lines file")
-    parser.add_argument("folder", metavar="FOLDER", help="where to write; made if it is missing")
+    parser.add_argument("input", type=path, metavar="INPUT", help="JSON Lines file")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="where to write; made if it is missing")
     parser.add_argument("--dry-run", action="store_true", help="check every line and prompt; load and write nothing")
     parser.add_argument("--format", default="wav", choices=("wav", "flac", "ogg", "mp3"), help="default: %(default)s")
     parser.add_argument(

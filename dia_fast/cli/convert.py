@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from dia_fast.cli.paths import path
+
 DESCRIPTION = """\
 Rewrites a checkpoint in the layout of transformers or of the original package, from whichever it has. Values stay
 exactly as they are unless --dtype is narrower. The destination appears complete or not at all.
@@ -25,8 +27,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SRC", help="Hub repository, local folder or file of weights")
-    parser.add_argument("destination", metavar="DST", help="a new folder")
+    parser.add_argument("source", type=path, metavar="SRC", help="Hub repository, local folder or file of weights")
+    parser.add_argument("destination", type=path, metavar="DST", help="a new folder")
     parser.add_argument("--to", choices=("transformers", "original"), required=True, help="the layout to write")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: what is stored)")
     parser.add_argument(

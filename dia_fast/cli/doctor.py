@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from dia_fast.cli.paths import path
 from dia_fast.errors import InputError
 
 DESCRIPTION = """\
@@ -13,6 +14,9 @@ Shows versions, the device, which backend will be used and why, and a verdict on
 
 On a GPU each kernel runs at the shapes of Dia-1.6B and is compared with its torch reference. On a CPU the kernels are
 compiled for the GPUs of --targets and not run; with TRITON_INTERPRET=1 they are interpreted, on small shapes.
+
+With --model the checkpoint and its codec are loaded and checked instead, and speak for a second: on a GPU every call is
+compared with the reference, on a CPU every number must be finite.
 """
 
 EXAMPLES = """\
@@ -21,6 +25,7 @@ examples:
   dia-fast doctor --device cuda:1 --dtype fp16
   dia-fast doctor --device cpu --targets sm_90 gfx942     compile for two GPUs that need not be here
   TRITON_INTERPRET=1 dia-fast doctor --device cpu
+  dia-fast doctor --model nari-labs/Dia-1.6B-0626         are these weights whole, and do they speak here?
 
 exit status: 0 nothing wrong was found; 1 a kernel failed or computes something else; 2 wrong options
 """
@@ -39,6 +44,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--targets", nargs="+", default=["sm_90"], metavar="GPU", help="what to compile for on a CPU (%(default)s)"
     )
+    parser.add_argument(
+        "-m", "--model", type=path, metavar="MODEL", help="check this one: Hub repository, folder, adapter, or demo"
+    )
+    parser.add_argument("--codec", type=path, default="auto", metavar="CODEC", help="with --model (default: its own)")
+    parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    parser.add_argument("--offline", action="store_true", help="use only what has been downloaded before")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -65,17 +76,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {verdict.op:17} {verdict.outcome:9} {verdict.detail}")
     for limit in limits:
         print(f"not checked: {limit}")
-    print("nothing wrong was found" if healthy else "some kernels do not work here; backend='torch' does")
+    wrong = "some kernels do not work here; backend='torch' does"
+    print("nothing wrong was found" if healthy else wrong if args.model is None else "the model does not work here")
     return 0 if healthy else 1
 
 
 def _verdicts(args: argparse.Namespace, device: Any, dtype: Any) -> tuple[list[Any], list[str]]:
-    """A verdict for every op, and what they leave open."""
+    """A verdict for every op or for the model, and what they leave open."""
     import torch
 
     from dia_fast.diagnostics import doctor
     from dia_kernels.ops import triton_obstacle
 
+    if args.model is not None:
+        return _model_verdict(args, device, dtype)
     obstacle = triton_obstacle(device)
     if obstacle is None:
         from dia_fast.model.device import choose_ops
@@ -98,6 +112,17 @@ def _verdicts(args: argparse.Namespace, device: Any, dtype: Any) -> tuple[list[A
     print(f"compiling for {', '.join(args.targets)}, a minute or so each ...", file=sys.stderr, flush=True)
     left = ["what the kernels compute, and how fast: Triton cannot run them on this device, they were only compiled"]
     return doctor.check_compiling(args.targets, dtype), left
+
+
+def _model_verdict(args: argparse.Namespace, device: Any, dtype: Any) -> tuple[list[Any], list[str]]:
+    from dia_fast.audio.codec import codec_for
+    from dia_fast.checkpoint.loading import open_checkpoint
+    from dia_fast.diagnostics import doctor
+
+    checkpoint = open_checkpoint(args.model, revision=args.revision, local_files_only=args.offline)
+    codec = codec_for(args.model, args.codec)
+    left = ["kernels, which a CPU does not run; leave out --model for them"] if device.type == "cpu" else []
+    return [doctor.check_model(checkpoint, codec, dtype, device, args.offline)], left
 
 
 def _has_triton() -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dia_fast.checkpoint import hub
 from dia_fast.checkpoint.demo import located
+from dia_fast.cli.paths import path
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import parameter_count
@@ -37,7 +38,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="Hub repository or local folder")
+    parser.add_argument("model", type=path, metavar="MODEL", help="Hub repository or local folder")
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--offline", action="store_true", help="use only what has been downloaded before")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="dialogues at once (%(default)s)")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dia_fast.cli.info import describe
+from dia_fast.cli.paths import path
 from dia_fast.errors import InputError
 
 DESCRIPTION = """\
@@ -48,7 +49,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--gpu", metavar="NAME", help="see below, or a JSON file (with --measure: the one that is here)"
+        "--gpu", type=path, metavar="NAME", help="see below, or a JSON file (with --measure: the one that is here)"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--batch", type=int, metavar="N", help="dialogues at once, 1 to 32 (1)")
@@ -63,13 +64,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--no-guidance", action="store_true", help="one row per dialogue instead of two")
     parser.add_argument("--no-graph", action="store_true", help="launch by launch instead of a CUDA graph")
     parser.add_argument(
-        "--model", help="take the sizes from this checkpoint: Hub repository or local folder (Dia-1.6B)"
+        "--model", type=path, help="take the sizes from this checkpoint: Hub repository or local folder (Dia-1.6B)"
     )
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--offline", action="store_true", help="use only what has been downloaded before")
     parser.add_argument("--measure", action="store_true", help="time the same on the GPU of this machine")
     parser.add_argument("--device", help="the GPU to measure on: cuda, cuda:1, ... (cuda)")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="save pictures there, as PNG and SVG")
+    parser.add_argument("--plots", type=path, metavar="FOLDER", help="save pictures there, as PNG and SVG")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -113,10 +114,10 @@ def _show_predicted(args: argparse.Namespace, settings: Any, device: Any, measur
     if args.plots is not None:
         from dia_fast.diagnostics.roofline import plots
 
-        paths = plots.save(made, args.plots, measured)
+        paths = plots.save(made, Path(args.plots), measured)
     if args.json:
         found = report.data(made, other, compared, measured)
-        print(json.dumps(found | ({"plots": [str(path) for path in paths]} if paths else {}), indent=1))
+        print(json.dumps(found | ({"plots": [str(picture) for picture in paths]} if paths else {}), indent=1))
     else:
         print(report.text(made, other, compared, measured))
         if paths:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dia_fast.cli.paths import path
 from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, set_threads
 from dia_fast.errors import InputError
 
@@ -50,7 +51,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     add_model(parser)
     parser.add_argument("--served-name", metavar="NAME", help="id of the model in /v1/models (default: the model's)")
-    parser.add_argument("--voices", metavar="FOLDER", help="recordings as name.wav, what is said in them as name.txt")
+    parser.add_argument("--voices", type=path, metavar="FOLDER", help="recordings name.wav, their words name.txt")
     parser.add_argument("--uploads", action="store_true", help="let clients add and delete voices of the folder")
     parser.add_argument(
         "--preload", action="append", default=[], metavar="VOICE", help="voice that must be there, or the start fails"
@@ -72,7 +73,7 @@ def _add_network(group: Any) -> None:
     group.add_argument(
         "--api-key", metavar="KEY", help=f"better as {PREFIX}API_KEY: others see the command line of a process"
     )
-    group.add_argument("--api-key-file", metavar="FILE", help="several keys, one a line")
+    group.add_argument("--api-key-file", type=path, metavar="FILE", help="several keys, one a line")
     group.add_argument("--no-auth", action="store_true", help="serve everybody, though others can reach the host")
     group.add_argument(
         "--cors-origin", action="append", default=[], metavar="URL", help="pages of that origin may call the server"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dia_fast.cli import process
+from dia_fast.cli.paths import path
 from dia_fast.errors import InputError, SilentSpeech
 from dia_fast.generation.sampling_params import CHECKPOINT, SamplingParams, random_seed
 from dia_fast.text.tokenizer import ABSURD_BYTES, TextWarning, checked_text, join_prompt, spoken_seconds
@@ -77,10 +78,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("text", nargs="?", metavar="TEXT", help="the transcript (default: standard input)")
-    parser.add_argument("-f", "--file", metavar="PATH", help="read the transcript from a UTF-8 file")
+    parser.add_argument("-f", "--file", type=path, metavar="PATH", help="read the transcript from a UTF-8 file")
     parser.add_argument(
         "-o",
         "--output",
+        type=path,
         metavar="PATH",
         default="out.wav",
         help="where to write; the extension picks wav, flac, ogg or mp3 (default: %(default)s); - with --stream "
@@ -100,7 +102,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
 
     voice = parser.add_argument_group("voice")
-    voice.add_argument("--prompt", metavar="AUDIO", help="recording of the voice to speak in, 5 to 10 seconds")
+    voice.add_argument("--prompt", type=path, metavar="AUDIO", help="the voice to speak in, 5 to 10 seconds")
     voice.add_argument("--prompt-text", metavar="TEXT", help="what is said in it, with speaker tags")
 
     add_model(parser)
@@ -119,10 +121,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def add_model(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument(
-        "-m", "--model", metavar="MODEL", help=f"Hub repository, folder, adapter, or demo: {OFFICIAL_MODEL}"
+        "-m", "--model", type=path, metavar="MODEL", help=f"Hub repository, folder, adapter, or demo: {OFFICIAL_MODEL}"
     )
     model.add_argument(
         "--codec",
+        type=path,
         metavar="CODEC",
         default="auto",
         help="codec (default: the folder codec in MODEL if it has one, else descript/dac_44khz)",
@@ -235,18 +238,18 @@ def transcript(args: argparse.Namespace) -> str:
     return checked_text(data.removeprefix(codecs.BOM_UTF8)).strip()
 
 
-def check_output(path: Path) -> None:
+def check_output(output: Path) -> None:
     """Finds out before the work, not after it, that the file cannot be written. Leaves nothing behind.
 
     Raises InputError: unknown extension, missing or unwritable folder, a folder of that name.
     """
     from dia_fast.audio.audio import FORMATS
 
-    if path == STANDARD_OUTPUT:
+    if output == STANDARD_OUTPUT:
         raise InputError("-o - writes the sound to standard output while it is generated: it needs --stream")
-    if path.suffix.lower() not in FORMATS:
-        raise InputError(f"cannot write {path}: its extension must be one of {', '.join(FORMATS)}")
-    writable(path)
+    if output.suffix.lower() not in FORMATS:
+        raise InputError(f"cannot write {output}: its extension must be one of {', '.join(FORMATS)}")
+    writable(output)
 
 
 def check_prompt(prompt: str) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from dia_fast.cli.speak import OFFICIAL_MODEL
+from dia_fast.cli.paths import path
+from dia_fast.cli.speak import OFFICIAL_MODEL, SMALL_MODEL, set_threads
 from dia_fast.errors import InputError
 
 DESCRIPTION = """\
@@ -64,7 +65,7 @@ _LORA: list[tuple[str, Any, str, str]] = [
     ("lora-alpha", float, "A", "their scale is A / R (default: twice the rank)"),
 ]
 _WATCHING: list[tuple[str, Any, str, str]] = [
-    ("eval-data", str, "DATA", "held-out recordings, like DATA (default: a share of DATA)"),
+    ("eval-data", path, "DATA", "held-out recordings, like DATA (default: a share of DATA)"),
     ("eval-share", float, "S", "share of DATA to hold out, 0 for none"),
     ("eval-every", int, "N", "steps between evaluations"),
     ("save-every", int, "N", "steps between states"),
@@ -81,31 +82,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of audio and texts, or JSONL file")
+    parser.add_argument("data", type=path, nargs="?", metavar="DATA", help="folder of audio and texts, or JSONL file")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="OUT", help="a new folder; with --resume that of a run"
+        "-o", "--output", type=path, required=True, metavar="OUT", help="a new folder; with --resume that of a run"
     )
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in OUT")
     parser.add_argument("-q", "--quiet", action="store_true", default=False, help="no progress bar and no summary")
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "-m", "--model", metavar="MODEL", help=f"to begin with: Hub repository or folder: {OFFICIAL_MODEL}"
-    )
-    model.add_argument(
-        "--codec",
-        metavar="CODEC",
-        help="codec (default: the folder codec in MODEL if it has one, else descript/dac_44khz)",
-    )
-    model.add_argument("--offline", action="store_true", default=False, help="use only what has been downloaded before")
-    model.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
-    model.add_argument("--backend", default="auto", help="auto, torch or triton (default: triton on a GPU)")
-    model.add_argument("--dtype", help="of the arithmetic: fp32 or bf16 (default: fp32); what is trained stays fp32")
-    model.add_argument("--recompute", action="store_true", help="much less memory for a third more time")
-    model.add_argument(
-        "--codes", default=None, metavar="FOLDER", help="where codes are kept (default: ~/.cache/dia-fast/codes)"
-    )
-
+    _add_model(parser.add_argument_group("model"))
     defaults = _defaults()
     for title, options in (("learning", _LEARNING), ("LoRA", _LORA), ("evaluation and states", _WATCHING)):
         group = parser.add_argument_group(title)
@@ -128,6 +112,37 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_model(model: Any) -> None:
+    model.add_argument(
+        "-m", "--model", type=path, metavar="MODEL", help=f"to begin with: Hub repository or folder: {OFFICIAL_MODEL}"
+    )
+    model.add_argument(
+        "--codec",
+        type=path,
+        metavar="CODEC",
+        help="codec (default: the folder codec in MODEL if it has one, else descript/dac_44khz)",
+    )
+    model.add_argument("--offline", action="store_true", default=False, help="use only what has been downloaded before")
+    model.add_argument("--device", default=None, help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
+    model.add_argument("--backend", default="auto", help="auto, torch or triton (default: triton on a GPU)")
+    model.add_argument(
+        "--threads",
+        type=int,
+        default=None,
+        metavar="N",
+        help="of torch on a CPU (default: what torch or OMP_NUM_THREADS says); another number gives other last bits",
+    )
+    model.add_argument("--dtype", help="of the arithmetic: fp32 or bf16 (default: fp32); what is trained stays fp32")
+    model.add_argument("--recompute", action="store_true", help="much less memory for a third more time")
+    model.add_argument(
+        "--codes",
+        type=path,
+        default=None,
+        metavar="FOLDER",
+        help="of encoded sound (default: ~/.cache/dia-fast/codes)",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Checks what can be checked, trains with a progress bar, and says how to listen to the result."""
     settings = {name: value for name, value in vars(args).items() if name in _defaults()}
@@ -137,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
         if "model" not in settings:
             raise InputError(f"no model to begin with: name one with --model, as in --model {OFFICIAL_MODEL}")
 
+    set_threads(args.threads, SMALL_MODEL)
     from dia_fast.training import finetune
 
     watch = Watch(hidden=args.quiet)

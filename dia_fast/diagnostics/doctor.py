@@ -16,15 +16,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dia_fast.engine import Request, generate
+from dia_fast.audio.codec import load_codec
+from dia_fast.checkpoint.loading import Checkpoint
+from dia_fast.engine import Generation, Request, generate
 from dia_fast.errors import NumericError
 from dia_fast.model.config import DiaConfig
+from dia_fast.model.device import choose_ops
 from dia_fast.model.fused_weights import packed_shapes
 from dia_fast.model.model import DiaModel
 from dia_kernels import reference
 from dia_kernels.ops import triton_obstacle
 
 _NO_KERNELS = ("philox", "sample_weights", "attention_workspace", "pack", "PackedWeight")
+STEPS = 86  # of a check of a model: a second
 OPS = tuple(op for op in reference.__all__ if op not in _NO_KERNELS)
 
 
@@ -160,15 +164,54 @@ def check_running(kernels: Any, dtype: torch.dtype, device: torch.device, *, ful
             delay_pattern=(0, 1),
         )
         frames, rows = 3, 3
-    model = random_model(config, ops, dtype, device)
-    prompt = torch.zeros(frames, config.decoder.num_channels, dtype=torch.int32, device="cpu")
     with suppress(NumericError):  # of an op that leaves no numbers, which its verdict tells
-        generate(model, [Request(list(b"\x01 Are these kernels sound?"), prompt=prompt, max_new_tokens=rows, seed=1)])
+        _speak(random_model(config, ops, dtype, device), frames, rows)
     x = torch.linspace(-9, 9, 3000 if full_width else 40, device=device, dtype=torch.float32).to(dtype).view(1, 2, -1)
     alpha = torch.ones(2, dtype=dtype, device=device)
     ops.snake(x, alpha, torch.empty_like(x))
     ops.snake_residual(x, x, alpha, torch.empty_like(x), torch.empty_like(x))
     return list(ops.verdicts())
+
+
+def _speak(model: DiaModel, frames: int, steps: int) -> Generation:
+    prompt = torch.zeros(frames, model.config.decoder.num_channels, dtype=torch.int32, device="cpu")
+    request = Request(
+        list(b"\x01 Are these kernels sound?"), prompt=prompt if frames else None, max_new_tokens=steps, seed=1
+    )
+    [generation] = generate(model, [request])
+    return generation
+
+
+def check_model(checkpoint: Checkpoint, codec: str, dtype: torch.dtype, device: torch.device, offline: bool) -> Verdict:
+    """Load a checkpoint and its codec, speak a second and decode it; with kernels on a GPU, compare each call.
+
+    Args:
+        checkpoint: Opened. Its weights are read and checked here.
+        codec: Name or path.
+        dtype: Of the computation.
+        device: Where it computes.
+        offline: Download nothing.
+
+    Raises:
+        CheckpointError: The weights or the codec cannot be used.
+    """
+    ops = choose_ops("auto", device)
+    compared = ComparingOps(ops) if ops is not reference else None
+    model = DiaModel(checkpoint.config, cast(ModuleType, compared or ops)).load(checkpoint.load(dtype, device))
+    voice = load_codec(codec, device=device, ops=ops, local_files_only=offline)
+    try:
+        frames = _speak(model, 0, STEPS).frames
+        if len(frames):
+            voice.decode(frames)
+    except NumericError as error:
+        return Verdict("model", "failed", str(error))
+    worst = max(compared.verdicts(), key=lambda verdict: (not verdict.healthy, verdict.share)) if compared else None
+    if worst is not None and not worst.healthy:
+        return Verdict("model", worst.outcome, f"{worst.op}: {worst.detail}", worst.share)
+    told = f"every weight and every number of {STEPS} steps is finite; {len(frames)} frames decoded"
+    if worst is not None:
+        told += f"; error at most {worst.share:.2f} of what is allowed"
+    return Verdict("model", "ok", told, worst.share if worst is not None else 0.0)
 
 
 def check_compiling(targets: Sequence[str], dtype: torch.dtype) -> list[Verdict]:

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.diagnostics import doctor
 from dia_kernels import reference
+from tests.helpers.front import make_codec, make_model
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -117,3 +120,59 @@ def test_without_triton_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch, caps
     said = capsys.readouterr().out
     assert said.count("unchecked triton is not installed") == len(doctor.OPS)
     assert "not checked: all kernels: triton is not installed" in said
+
+
+def of_model(folder: Path, *options: str) -> list[str]:
+    return ["doctor", "--device", "cpu", "--dtype", "fp32", "--model", str(folder), *options]
+
+
+def test_a_model_is_loaded_and_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dia_fast.cli import main
+
+    make_model(tmp_path / "model")
+    make_codec(tmp_path / "model" / "codec")
+    assert main([*of_model(tmp_path / "model"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [verdict["outcome"] for verdict in report["kernels"]] == ["ok"]
+    assert "every number of 86 steps is finite" in report["kernels"][0]["detail"]
+
+
+@pytest.mark.parametrize("part", ["model", "codec"])
+def test_damaged_weights_are_named(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from dia_fast.cli import main
+
+    make_model(tmp_path / "model")
+    make_codec(tmp_path / "model" / "codec")
+    file = next((tmp_path / "model" / ("" if part == "model" else "codec")).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = min(tensors)
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    assert main(of_model(tmp_path / "model")) == 2
+    assert name in (told := capsys.readouterr().err) and ("damaged: 1 of its" in told or "finite" in told)
+
+
+@pytest.mark.parametrize(
+    ("broken", "outcome", "said"),
+    [
+        ({"rms_norm_glu": lambda *given, **named: reference.rms_norm_glu(*given, **named).mul_(1.05)}, "wrong", "rms_"),
+        ({}, "ok", "of what is allowed"),
+    ],
+    ids=["broken", "sound"],
+)
+def test_kernels_are_compared_on_its_weights(
+    broken: dict[str, object], outcome: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_model(tmp_path / "model"))
+    codec = make_codec(tmp_path / "codec")
+    monkeypatch.setattr(doctor, "choose_ops", lambda backend, device: kernels(**broken))
+    verdict = doctor.check_model(checkpoint, str(codec), torch.float32, CPU, True)
+    assert verdict.outcome == outcome and said in verdict.detail
+
+
+def test_a_model_that_leaves_numbers_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(make_model(tmp_path / "model"))
+    codec = make_codec(tmp_path / "codec")
+    monkeypatch.setattr(reference, "codebook_logits", lambda *given, **named: given[-1].fill_(torch.nan))
+    verdict = doctor.check_model(checkpoint, str(codec), torch.float32, CPU, True)
+    assert verdict.outcome == "failed" and "damaged" in verdict.detail
