@@ -41,6 +41,7 @@ _STEPS_PER_SECOND = 86  # as the original rounds them
 # The engine reads a scale of 1 as "no guidance"; in the original's formula it is as good a number as any other.
 _JUST_ABOVE_ONE = float(np.nextafter(np.float32(1), np.float32(2)))
 _BEST_ALONE = 1e-30  # a top_p that only the best candidate is within, as the original does for 0 and below
+_NEVER_EMPTY = ("FLAC", "MP3")  # files that libsndfile cannot read without a sample, or does not write at all
 _told: set[str] = set()
 
 # Methods of the original that are steps of its `generate`.
@@ -300,6 +301,8 @@ class Dia(OneProcess):
                 f"cannot write {target}: extension {target.suffix!r} names no format of libsndfile; use .wav"
             )
         samples = _samples(audio)
+        if not len(samples) and kind in _NEVER_EMPTY:
+            samples = np.zeros((1, *samples.shape[1:]), np.float32)
         channels = 1 if samples.ndim == 1 else samples.shape[1]
         subtype = "OPUS" if extension == ".opus" else None
         rate = 48_000 if subtype else DEFAULT_SAMPLE_RATE
@@ -463,7 +466,7 @@ def _seed(given: Any) -> int:
 def _samples(audio: Any) -> np.ndarray:
     """What soundfile can write of what a caller has. Raises InputError."""
     samples = np.asarray(audio.detach().cpu() if isinstance(audio, Tensor) else audio)
-    if samples.ndim not in (1, 2) or samples.dtype.kind not in "fi":
+    if samples.ndim not in (1, 2) or 0 in samples.shape[1:] or samples.dtype.kind not in "fi":
         raise InputError(
             f"audio must be numbers of shape [n] or [n, channels], not {samples.dtype} of {list(samples.shape)}"
         )
