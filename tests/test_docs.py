@@ -241,6 +241,17 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(named) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES[1:])
 
 
+def test_the_page_on_versions_names_those_that_are_asked_for() -> None:
+    text = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
+    rows = {row[1].strip().split(" ")[0]: row for line in text.splitlines() if len(row := line.split("|")) > 5}
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    for name in ("torch", "Triton", "transformers"):
+        assert f'"{name.lower()}>={rows[name][2].strip()}' in project, name
+        assert re.search(rf"^{name.lower()}=={re.escape(rows[name][3].strip())}\b", pinned, re.MULTILINE), name
+    assert f'requires-python = ">={rows["Python"][2].strip()}"' in project
+
+
 def test_the_readme_is_short_and_shows_pictures() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
