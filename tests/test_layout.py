@@ -306,6 +306,18 @@ def test_readme_names_make_targets_that_exist() -> None:
         assert named <= targets, f"{document} names {sorted(named - targets)}"
 
 
+def test_documents_agree_on_the_version() -> None:
+    def found(pattern: str, name: str) -> tuple[str, ...]:
+        match = re.search(pattern, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        assert match, name
+        return match.groups()
+
+    version = found(r'^version = "([^"]+)"', "pyproject.toml")
+    released = found(r"^## (\d[\w.]*) - (\d{4}-\d\d-\d\d)$", "CHANGELOG.md")
+    assert version == found(r"^version: (\S+)$", "CITATION.cff") == released[:1]
+    assert released[1:] == found(r"^date-released: (\S+)$", "CITATION.cff")
+
+
 def test_packages_are_marked_as_typed() -> None:
     assert (ROOT / "dia_fast" / "py.typed").is_file()
     assert (ROOT / "kernels" / "dia_kernels" / "py.typed").is_file()
