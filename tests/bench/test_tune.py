@@ -34,7 +34,8 @@ def configurations(rows: int) -> list[dict[str, Any]]:
     seen: list[dict[str, Any]] = []
 
     def note(run: Any, kernel: Any, grid: Any, args: Any, meta: dict[str, Any]) -> None:
-        seen.append({"kernel": kernel.fn.__name__, **meta})
+        tile = meta["T"]._asdict() if "T" in meta else {}
+        seen.append({"kernel": kernel.fn.__name__, **meta, **tile})
 
     with launch.listening(note):
         steps.decode(rows, torch.bfloat16)

@@ -1,13 +1,15 @@
-"""The inner loop of every decode projection: `x @ weight.T` for 1 to 64 rows, the weights streamed from memory once.
+"""The loop of every decode projection: `x @ weight.T` for 1 to 64 rows, the weights streamed from memory once.
 
 One program computes `BLOCK_N` output features for all rows; its `SPLIT_K` warps share the reduction axis. A step
-covers `SPLIT_K * CHUNKS * K_LANES * VECTOR` columns of the weights, an equal share of them per warp.
+covers `SPLIT_K * CHUNKS * K_LANES * VECTOR` columns of the weights, an equal share of them per warp. `gemv_layout`
+draws the tile that is loaded in a step, and defines the constants `Tile`, which kernels take as `T`.
 
-*Loads.* A tile has six axes: chunks, groups of rows, warps, two of lanes, and the vector of one 128-bit load, in the
-very lanes in which the matrix instruction wants its operand: which columns meet in one instruction does not matter as
-long as both operands agree, so `_operand` only renames axes and nothing moves between lanes or through shared memory.
-`DEPTH` steps of weights are in flight in registers. A barrier after their loads (`FENCE`) keeps the compiler from
-moving them down to their use, which it otherwise does to save registers.
+    w_tiles = prefetch(...)      weights of the first DEPTH steps requested; then the launch before this one has ended
+    project(w_tiles, ...)        per step: take a tile of x and one of w, multiply, request the tiles further ahead
+
+*Loads.* `DEPTH` steps of weights are in flight in registers, in the very lanes in which the matrix instruction wants
+its operand. A barrier after their loads (`FENCE`) keeps the compiler from moving them down to their use, which it
+otherwise does to save registers.
 
 *One result for any number of rows.* Rows are padded to `BLOCK_R` by repeating the last one; what is more than `BLOCK_R`
 goes to other programs (`ROW_BLOCKS`), which find the weights in the cache. The instruction, the order
@@ -29,92 +31,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dia_kernels import launcher as launch
+from dia_kernels.triton import gemv_layout as layout
+from dia_kernels.triton.gemv_layout import Tile
 
 MAX_ROWS = 64
-
-# Triton gives lanes, then warps, then registers to the axes of a tile: from the last one, up to 3.6 from the first.
-_FROM_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7))
-
-
-@triton.jit
-def place(ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The tile of weights of this program, and its first row: programs of the same weights follow one another."""
-    if ROW_BLOCKS > 1:
-        return tl.program_id(0) // ROW_BLOCKS, tl.program_id(0) % ROW_BLOCKS * BLOCK_R
-    return tl.program_id(0), 0
-
-
-@triton.jit
-def _axis(SIZE: tl.constexpr, RANK: tl.constexpr):
-    """`arange(SIZE)` along the axis of a tile that is `RANK`-th to get lanes (the last axis, the vector, aside)."""
-    position: tl.constexpr = RANK if _FROM_FIRST else 4 - RANK
-    index = tl.arange(0, SIZE)
-    for _ in tl.static_range(position):
-        index = tl.expand_dims(index, 0)
-    for _ in tl.static_range(5 - position):
-        index = tl.expand_dims(index, -1)
-    return index
-
-
-@triton.jit
-def _columns(
-    CHUNKS: tl.constexpr, SPLIT_K: tl.constexpr, K_LANES: tl.constexpr, VECTOR: tl.constexpr, K_INNER: tl.constexpr
-):
-    """Column of every element of a tile within its step."""
-    lane = (_axis(SPLIT_K, 2) * CHUNKS + _axis(CHUNKS, 4)) * K_LANES + _axis(K_LANES, 0 if K_INNER else 1)
-    return lane * VECTOR + tl.arange(0, VECTOR)[None, None, None, None, None, :]
-
-
-@triton.jit
-def tile_rows(ROWS: tl.constexpr, ROW_LANES: tl.constexpr, K_INNER: tl.constexpr):
-    """Row of every element of a tile of `ROWS` rows."""
-    return _axis(ROWS // ROW_LANES, 3) * ROW_LANES + _axis(ROW_LANES, 1 if K_INNER else 0)
-
-
-@triton.jit
-def _operand(
-    tile,
-    ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    ROW_LANES: tl.constexpr,
-    K_LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INSTR_VECTOR: tl.constexpr,
-    K_INNER: tl.constexpr,
-):
-    """`[SPLIT_K, ROWS, columns]` of a loaded tile, the columns in the order in which the lanes feed the instruction.
-
-    An instruction takes `INSTR_VECTOR` neighbouring columns from each lane, the lanes' pieces one after another.
-    """
-    groups: tl.constexpr = ROWS // ROW_LANES
-    inner: tl.constexpr = K_LANES if K_INNER else ROW_LANES
-    outer: tl.constexpr = ROW_LANES if K_INNER else K_LANES
-    pieces: tl.constexpr = VECTOR // INSTR_VECTOR
-    if _FROM_FIRST:
-        tile = tl.reshape(tile, (inner, outer, SPLIT_K, groups, CHUNKS, pieces, INSTR_VECTOR))
-        tile = tl.permute(tile, (2, 3, 1, 4, 5, 0, 6) if K_INNER else (2, 3, 0, 4, 5, 1, 6))
-    else:
-        tile = tl.reshape(tile, (CHUNKS, groups, SPLIT_K, outer, inner, pieces, INSTR_VECTOR))
-        tile = tl.permute(tile, (2, 1, 3, 0, 5, 4, 6) if K_INNER else (2, 1, 4, 0, 5, 3, 6))
-    return tl.reshape(tile, (SPLIT_K, ROWS, CHUNKS * K_LANES * VECTOR))
-
-
-@triton.jit
-def _sum_columns(tile, K_INNER: tl.constexpr):
-    """Sum over the columns of a tile whose vectors are summed up already."""
-    rank: tl.constexpr = 0 if K_INNER else 1
-    tile = tl.sum(tile, 4 if _FROM_FIRST else 0, keep_dims=True)
-    tile = tl.sum(tile, rank if _FROM_FIRST else 4 - rank, keep_dims=True)
-    return tl.sum(tile, 2, keep_dims=True)
-
-
-@triton.jit
-def _row_vector(tile, ROWS: tl.constexpr, K_INNER: tl.constexpr):
-    """`[ROWS]` of a tile that has one column."""
-    if _FROM_FIRST:
-        tile = tl.permute(tile, (0, 2, 4, 5, 3, 1))
-    return tl.reshape(tile, (ROWS,))
 
 
 @triton.jit
@@ -155,82 +75,63 @@ def _zero_behind_loads(x_ptr, USE_PDL: tl.constexpr):
 
 
 @triton.jit
-def begin(
+def prefetch(
     weight_ptr,  # [features, K]
-    weight_rows,  # rows of the weights this program multiplies by, as `tile_rows(BLOCK_N, ...)` lays them out
+    weight_rows,  # rows of the weights this program multiplies by, as `tile_rows(BLOCK_N, T)` lays them out
     K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    K_LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    K_INNER: tl.constexpr,
-    FENCE: tl.constexpr,
-    AMD: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Requests the weights of the first `DEPTH` steps, then waits for the launch before this one: `project` goes on."""
-    STEP: tl.constexpr = SPLIT_K * CHUNKS * K_LANES * VECTOR
+    DEPTH: tl.constexpr = T.DEPTH
+    STEP: tl.constexpr = T.SPLIT_K * T.CHUNKS * T.K_LANES * T.VECTOR
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     EVEN_K: tl.constexpr = K % STEP == 0
-    STREAM: tl.constexpr = ".cg" if AMD else ""
-    columns = _columns(CHUNKS, SPLIT_K, K_LANES, VECTOR, K_INNER)
+    STREAM: tl.constexpr = ".cg" if T.AMD else ""
+    columns = layout.tile_columns(T)
     weights = weight_ptr + (weight_rows.to(tl.int64) * K + columns)
-    flying = (_load(weights, columns, K, EVEN_K, "evict_first", STREAM),)
+    w_tiles = (_load(weights, columns, K, EVEN_K, "evict_first", STREAM),)
     for step in tl.static_range(1, DEPTH):
         if step < STEPS:
             first = step * STEP
-            flying = flying + (_load(weights + first, columns + first, K, EVEN_K, "evict_first", STREAM),)  # type: ignore
-    if FENCE:
+            w_tiles = w_tiles + (_load(weights + first, columns + first, K, EVEN_K, "evict_first", STREAM),)  # type: ignore
+    if T.FENCE:
         tl.debug_barrier()
-    if USE_PDL:
+    if T.USE_PDL:
         # Weights never change, so they may be read while the previous kernel still runs; nothing else may.
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    return flying
+    return w_tiles
 
 
 @triton.jit
 def project(
-    flying,  # of `begin`
+    w_tiles,  # of `prefetch`
     x_ptr,  # [rows, K]
     norm_ptr,  # [K], unless not HAS_NORM
     weight_ptr,  # [features, K]
-    weight_rows,  # as for `begin`
+    weight_rows,  # as for `prefetch`
     rows,
     EPS: tl.constexpr,
     K: tl.constexpr,
     HAS_NORM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROW_LANES: tl.constexpr,
-    K_LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INSTR_VECTOR: tl.constexpr,
-    K_INNER: tl.constexpr,
-    FENCE: tl.constexpr,
-    X_AHEAD: tl.constexpr,
-    AMD: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    T: tl.constexpr,
 ):
     """`(rms_norm(x) if HAS_NORM else x) @ weight[weight_rows].T`, `[BLOCK_R, BLOCK_N]` float32; the last row pads."""
-    STEP: tl.constexpr = SPLIT_K * CHUNKS * K_LANES * VECTOR
+    X_AHEAD: tl.constexpr = T.X_AHEAD
+    STEP: tl.constexpr = T.SPLIT_K * T.CHUNKS * T.K_LANES * T.VECTOR
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     EVEN_K: tl.constexpr = K % STEP == 0
-    SCALE_FIRST: tl.constexpr = AMD or x_ptr.dtype.element_ty == tl.float16
+    SCALE_FIRST: tl.constexpr = T.AMD or x_ptr.dtype.element_ty == tl.float16
     # AMD's compiler drops eviction policies; there, this modifier is what marks a load as streaming.
-    STREAM: tl.constexpr = ".cg" if AMD else ""
-    columns = _columns(CHUNKS, SPLIT_K, K_LANES, VECTOR, K_INNER)
+    STREAM: tl.constexpr = ".cg" if T.AMD else ""
+    columns = layout.tile_columns(T)
     weights = weight_ptr + (weight_rows.to(tl.int64) * K + columns)
-    x_rows = tl.minimum(tile_rows(BLOCK_R, ROW_LANES, K_INNER), rows - 1)
+    x_rows = tl.minimum(layout.tile_rows(T.BLOCK_R, T), rows - 1)
     inputs = x_ptr + (x_rows * K + columns)
 
     if HAS_NORM:
         # Every row lane reads the weights of the norm: the same lanes as x, so that nothing has to move.
-        norms = norm_ptr + (tile_rows(ROW_LANES, ROW_LANES, K_INNER) * 0 + columns)
+        norms = norm_ptr + (layout.tile_rows(T.ROW_LANES, T) * 0 + columns)
         squares = tl.zeros(inputs.shape, tl.float32)
         squares = tl.sum(squares, 5, keep_dims=True)
         if SCALE_FIRST:
@@ -238,62 +139,62 @@ def project(
                 first = step * STEP
                 x = _load(inputs + first, columns + first, K, EVEN_K, "evict_last", "").to(tl.float32)
                 squares += tl.sum(x * x, 5, keep_dims=True)
-            scale = tl.rsqrt(_sum_columns(squares, K_INNER) / K + EPS)
+            scale = tl.rsqrt(layout.sum_columns(squares, T) / K + EPS)
             # x is read again below rather than kept: it is in the nearest cache, and registers are what limits DEPTH.
             tl.debug_barrier()
 
-    coming = (_load(inputs, columns, K, EVEN_K, "evict_last", ""),)
+    x_tiles = (_load(inputs, columns, K, EVEN_K, "evict_last", ""),)
     if HAS_NORM and X_AHEAD > 1:
-        scales = (_load(norms, columns, K, EVEN_K, "evict_last", ""),)
+        norm_tiles = (_load(norms, columns, K, EVEN_K, "evict_last", ""),)
     for step in tl.static_range(1, X_AHEAD):
         if step < STEPS:
             first = step * STEP
-            coming = coming + (_load(inputs + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
+            x_tiles = x_tiles + (_load(inputs + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
             if HAS_NORM:
-                scales = scales + (_load(norms + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
+                norm_tiles = norm_tiles + (_load(norms + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
     zero = 0.0
     if X_AHEAD > 1:
-        zero = _zero_behind_loads(x_ptr, USE_PDL)
-    acc = tl.full((SPLIT_K, BLOCK_R, BLOCK_N), zero, tl.float32)
+        zero = _zero_behind_loads(x_ptr, T.USE_PDL)
+    acc = tl.full((T.SPLIT_K, T.BLOCK_R, T.BLOCK_N), zero, tl.float32)
     for step in tl.static_range(STEPS):
-        x = coming[0]
-        coming = coming[1:]  # type: ignore[assignment]
+        x = x_tiles[0]
+        x_tiles = x_tiles[1:]  # type: ignore[assignment]
         if X_AHEAD == 1 and step + 1 < STEPS:
-            behind = (step + 1) * STEP
-            coming = (_load(inputs + behind, columns + behind, K, EVEN_K, "evict_last", ""),)
+            ahead = (step + 1) * STEP
+            x_tiles = (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)
         if HAS_NORM:
             if X_AHEAD > 1:
-                norm = scales[0].to(tl.float32)
-                scales = scales[1:]  # type: ignore[assignment]
+                norm = norm_tiles[0].to(tl.float32)
+                norm_tiles = norm_tiles[1:]  # type: ignore[assignment]
             else:
                 norm = _load(norms + step * STEP, columns + step * STEP, K, EVEN_K, "evict_last", "").to(tl.float32)
             wide = x.to(tl.float32)
             if SCALE_FIRST:
-                x = _round(wide * scale * norm, x.dtype, AMD)
+                x = _round(wide * scale * norm, x.dtype, T.AMD)
             else:
                 squares += tl.sum(wide * wide, 5, keep_dims=True)
-                x = _round(wide * norm, x.dtype, AMD)
-        x = _operand(x, BLOCK_R, CHUNKS, SPLIT_K, ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER)
-        w = _operand(flying[0], BLOCK_N, CHUNKS, SPLIT_K, ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER)
+                x = _round(wide * norm, x.dtype, T.AMD)
+        x = layout.operand(x, T.BLOCK_R, T)
+        w = layout.operand(w_tiles[0], T.BLOCK_N, T)
         acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
-        flying = flying[1:]
+        w_tiles = w_tiles[1:]
         if X_AHEAD > 1 and step + X_AHEAD < STEPS:
-            behind = (step + X_AHEAD) * STEP
-            coming = coming + (_load(inputs + behind, columns + behind, K, EVEN_K, "evict_last", ""),)  # type: ignore
+            ahead = (step + X_AHEAD) * STEP
+            x_tiles = x_tiles + (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)  # type: ignore
             if HAS_NORM:
-                scales = scales + (_load(norms + behind, columns + behind, K, EVEN_K, "evict_last", ""),)  # type: ignore
-        if step + DEPTH < STEPS:
-            behind = (step + DEPTH) * STEP
-            flying = flying + (_load(weights + behind, columns + behind, K, EVEN_K, "evict_first", STREAM),)
-        if FENCE and (step + DEPTH < STEPS or (X_AHEAD > 1 and step + X_AHEAD < STEPS)):
+                norm_tiles = norm_tiles + (_load(norms + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)  # type: ignore
+        if step + T.DEPTH < STEPS:
+            ahead = (step + T.DEPTH) * STEP
+            w_tiles = w_tiles + (_load(weights + ahead, columns + ahead, K, EVEN_K, "evict_first", STREAM),)
+        if T.FENCE and (step + T.DEPTH < STEPS or (X_AHEAD > 1 and step + X_AHEAD < STEPS)):
             tl.debug_barrier()
         if X_AHEAD == 0 and step + 1 < STEPS:
-            behind = (step + 1) * STEP
-            coming = (_load(inputs + behind, columns + behind, K, EVEN_K, "evict_last", ""),)
+            ahead = (step + 1) * STEP
+            x_tiles = (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)
     total = tl.sum(acc, 0)
     if HAS_NORM and not SCALE_FIRST:
-        scale = tl.rsqrt(_sum_columns(squares, K_INNER) / K + EPS)
-        total *= _row_vector(scale, BLOCK_R, K_INNER)[:, None]
+        scale = tl.rsqrt(layout.sum_columns(squares, T) / K + EPS)
+        total *= layout.row_vector(scale, T.BLOCK_R)[:, None]
     return total
 
 
@@ -359,13 +260,14 @@ def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int
     return config | {"BLOCK_R": block_r, "BLOCK_N": block_n, "DEPTH": depth}
 
 
-def configuration(op: str, x: Tensor, features: int, normed: bool) -> dict[str, int]:
-    """Configuration of one launch of `op`: see `launch.configuration` and `rule`."""
+def configuration(op: str, x: Tensor, features: int, normed: bool) -> tuple[Tile, dict[str, int]]:
+    """The tile of one launch of `op`, and its compile options: see `launch.configuration` and `rule`."""
     rows, hidden = x.shape
-    config = launch.configuration(
+    options = launch.configuration(
         op, rule, x.dtype, x.device, rows=rows, features=features, hidden=hidden, normed=int(normed)
     )
-    return config | {"ROW_BLOCKS": triton.cdiv(rows, config["BLOCK_R"])}
+    options["ROW_BLOCKS"] = triton.cdiv(rows, options["BLOCK_R"])
+    return Tile(*(options.pop(name) for name in Tile._fields)), options
 
 
 def check(rows: int, named: Mapping[str, tuple[Tensor, tuple[int, ...]]], out_dtype: torch.dtype | None = None) -> None:

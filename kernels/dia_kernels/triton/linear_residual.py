@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dia_kernels import launcher as launch
 from dia_kernels.triton import gemv
+from dia_kernels.triton import gemv_layout as layout
 
 
 @triton.jit
@@ -38,47 +39,28 @@ def _linear_residual(
     N: tl.constexpr,
     K: tl.constexpr,
     BLOCK_C: tl.constexpr,  # at least all_rows - rows
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROW_LANES: tl.constexpr,
-    K_LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INSTR_VECTOR: tl.constexpr,
-    K_INNER: tl.constexpr,
-    FENCE: tl.constexpr,
-    X_AHEAD: tl.constexpr,
-    AMD: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    T: tl.constexpr,  # Tile
 ):
-    tile, skip = gemv.place(ROW_BLOCKS, BLOCK_R)
-    if ROW_BLOCKS > 1:
+    tile, skip = layout.program_tile(T)
+    if T.ROW_BLOCKS > 1:
         x_ptr, residual_ptr, rows, all_rows = x_ptr + skip * K, residual_ptr + skip * N, rows - skip, all_rows - skip
-    first = tile * BLOCK_N
-    weight_rows = tl.minimum(first + gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER), N - 1)
-    flying = gemv.begin(
-        weight_ptr, weight_rows, K, SPLIT_K, CHUNKS, DEPTH, K_LANES, VECTOR, K_INNER, FENCE, AMD, USE_PDL
-    )
-    r, n = tl.arange(0, BLOCK_R)[:, None], first + tl.arange(0, BLOCK_N)[None, :]
+    first = tile * T.BLOCK_N
+    weight_rows = tl.minimum(first + layout.tile_rows(T.BLOCK_N, T), N - 1)
+    w_tiles = gemv.prefetch(weight_ptr, weight_rows, K, T)
+    r, n = tl.arange(0, T.BLOCK_R)[:, None], first + tl.arange(0, T.BLOCK_N)[None, :]
     inside = (r < rows) & (n < N)
     # Early, where there are registers to keep it in: all that is left behind the product is to store.
-    EARLY: tl.constexpr = not AMD and BLOCK_R <= 8
+    EARLY: tl.constexpr = not T.AMD and T.BLOCK_R <= 8
     if EARLY:
         old = tl.load(residual_ptr + r * N + n, mask=inside, other=0.0)
-    if BLOCK_C > 0 and not AMD:
-        _add_constant(residual_ptr, constant_ptr, n, rows, all_rows, N, BLOCK_C, ROW_BLOCKS, BLOCK_R)
-    total = gemv.project(
-        flying, x_ptr, x_ptr, weight_ptr, weight_rows, rows, 0.0, K, False, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
-        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, X_AHEAD, AMD, USE_PDL,
-    )  # fmt: skip
+    if BLOCK_C > 0 and not T.AMD:
+        _add_constant(residual_ptr, constant_ptr, n, rows, all_rows, N, BLOCK_C, T.ROW_BLOCKS, T.BLOCK_R)
+    total = gemv.project(w_tiles, x_ptr, x_ptr, weight_ptr, weight_rows, rows, 0.0, K, False, T)
     if not EARLY:
         old = tl.load(residual_ptr + r * N + n, mask=inside, other=0.0)
     tl.store(residual_ptr + r * N + n, (old.to(tl.float32) + total).to(old.dtype), mask=inside)
-    if BLOCK_C > 0 and AMD:
-        _add_constant(residual_ptr, constant_ptr, n, rows, all_rows, N, BLOCK_C, ROW_BLOCKS, BLOCK_R)
+    if BLOCK_C > 0 and T.AMD:
+        _add_constant(residual_ptr, constant_ptr, n, rows, all_rows, N, BLOCK_C, T.ROW_BLOCKS, T.BLOCK_R)
 
 
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> Tensor:
@@ -96,9 +78,9 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tenso
     if constant is not None and all_rows > rows:
         named["constant"] = (constant, (features,))
     gemv.check(rows, named)
-    config = gemv.configuration("linear_residual", x, features, normed=False)
+    tile, options = gemv.configuration("linear_residual", x, features, normed=False)
     block_c = triton.next_power_of_2(all_rows - rows) if all_rows > rows else 0
-    grid = (triton.cdiv(features, config["BLOCK_N"]) * config["ROW_BLOCKS"],)
+    grid = (triton.cdiv(features, tile.BLOCK_N) * tile.ROW_BLOCKS,)
     vector = constant if all_rows > rows else None
     launch.run(
         _linear_residual,
@@ -112,6 +94,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tenso
         N=features,
         K=width,
         BLOCK_C=block_c,
-        **config,
+        T=tile,
+        **options,
     )
     return residual

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dia_kernels import launcher as launch
 from dia_kernels.triton import gemv
+from dia_kernels.triton import gemv_layout as layout
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -22,39 +23,20 @@ def _rms_norm_glu(
     EPS: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # rows of the weights: half of them gate, half up
-    BLOCK_R: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROW_LANES: tl.constexpr,
-    K_LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INSTR_VECTOR: tl.constexpr,
-    K_INNER: tl.constexpr,
-    FENCE: tl.constexpr,
-    X_AHEAD: tl.constexpr,
-    AMD: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    T: tl.constexpr,  # Tile: BLOCK_N rows of the weights, half of them gate, half up
 ):
-    HALF: tl.constexpr = BLOCK_N // 2
-    tile, skip = gemv.place(ROW_BLOCKS, BLOCK_R)
-    if ROW_BLOCKS > 1:
+    HALF: tl.constexpr = T.BLOCK_N // 2
+    tile, skip = layout.program_tile(T)
+    if T.ROW_BLOCKS > 1:
         x_ptr, out_ptr, rows = x_ptr + skip * K, out_ptr + skip * N, rows - skip
     first = tile * HALF
-    local = gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER)
+    local = layout.tile_rows(T.BLOCK_N, T)
     weight_rows = tl.minimum(first + local % HALF, N - 1) + local // HALF * N
-    flying = gemv.begin(
-        weight_ptr, weight_rows, K, SPLIT_K, CHUNKS, DEPTH, K_LANES, VECTOR, K_INNER, FENCE, AMD, USE_PDL
-    )
-    total = gemv.project(
-        flying, x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
-        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, X_AHEAD, AMD, USE_PDL,
-    )  # fmt: skip
-    gate, up = tl.split(tl.permute(tl.reshape(total, (BLOCK_R, 2, HALF)), (0, 2, 1)))
+    w_tiles = gemv.prefetch(weight_ptr, weight_rows, K, T)
+    total = gemv.project(w_tiles, x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, T)
+    gate, up = tl.split(tl.permute(tl.reshape(total, (T.BLOCK_R, 2, HALF)), (0, 2, 1)))
     value = gate / (1.0 + tl.exp(-gate)) * up
-    r, n = tl.arange(0, BLOCK_R)[:, None], first + tl.arange(0, HALF)[None, :]
+    r, n = tl.arange(0, T.BLOCK_R)[:, None], first + tl.arange(0, HALF)[None, :]
     tl.store(out_ptr + r * N + n, value.to(out_ptr.dtype.element_ty), mask=(r < rows) & (n < N))
 
 
@@ -72,7 +54,9 @@ def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out
             "out": (out, (rows, features // 2)),
         },
     )
-    config = gemv.configuration("rms_norm_glu", x, features, normed=True)
-    grid = (triton.cdiv(features, config["BLOCK_N"]) * config["ROW_BLOCKS"],)
-    launch.run(_rms_norm_glu, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features // 2, K=hidden, **config)
+    tile, options = gemv.configuration("rms_norm_glu", x, features, normed=True)
+    grid = (triton.cdiv(features, tile.BLOCK_N) * tile.ROW_BLOCKS,)
+    launch.run(
+        _rms_norm_glu, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features // 2, K=hidden, T=tile, **options
+    )
     return out

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dia_kernels import launcher as launch
 from dia_kernels.triton import gemv
+from dia_kernels.triton import gemv_layout as layout
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -22,35 +23,16 @@ def _rms_norm_linear(
     EPS: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ROW_BLOCKS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROW_LANES: tl.constexpr,
-    K_LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INSTR_VECTOR: tl.constexpr,
-    K_INNER: tl.constexpr,
-    FENCE: tl.constexpr,
-    X_AHEAD: tl.constexpr,
-    AMD: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    T: tl.constexpr,  # Tile
 ):
-    tile, skip = gemv.place(ROW_BLOCKS, BLOCK_R)
-    if ROW_BLOCKS > 1:
+    tile, skip = layout.program_tile(T)
+    if T.ROW_BLOCKS > 1:
         x_ptr, out_ptr, rows = x_ptr + skip * K, out_ptr + skip * N, rows - skip
-    first = tile * BLOCK_N
-    weight_rows = tl.minimum(first + gemv.tile_rows(BLOCK_N, ROW_LANES, K_INNER), N - 1)
-    flying = gemv.begin(
-        weight_ptr, weight_rows, K, SPLIT_K, CHUNKS, DEPTH, K_LANES, VECTOR, K_INNER, FENCE, AMD, USE_PDL
-    )
-    total = gemv.project(
-        flying, x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, BLOCK_N, BLOCK_R, SPLIT_K, CHUNKS, DEPTH,
-        ROW_LANES, K_LANES, VECTOR, INSTR_VECTOR, K_INNER, FENCE, X_AHEAD, AMD, USE_PDL,
-    )  # fmt: skip
-    r, n = tl.arange(0, BLOCK_R)[:, None], first + tl.arange(0, BLOCK_N)[None, :]
+    first = tile * T.BLOCK_N
+    weight_rows = tl.minimum(first + layout.tile_rows(T.BLOCK_N, T), N - 1)
+    w_tiles = gemv.prefetch(weight_ptr, weight_rows, K, T)
+    total = gemv.project(w_tiles, x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, T)
+    r, n = tl.arange(0, T.BLOCK_R)[:, None], first + tl.arange(0, T.BLOCK_N)[None, :]
     tl.store(out_ptr + r * N + n, total.to(out_ptr.dtype.element_ty), mask=(r < rows) & (n < N))
 
 
@@ -66,7 +48,9 @@ def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, 
             "out": (out, (rows, features)),
         },
     )
-    config = gemv.configuration("rms_norm_linear", x, features, normed=True)
-    grid = (triton.cdiv(features, config["BLOCK_N"]) * config["ROW_BLOCKS"],)
-    launch.run(_rms_norm_linear, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features, K=hidden, **config)
+    tile, options = gemv.configuration("rms_norm_linear", x, features, normed=True)
+    grid = (triton.cdiv(features, tile.BLOCK_N) * tile.ROW_BLOCKS,)
+    launch.run(
+        _rms_norm_linear, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features, K=hidden, T=tile, **options
+    )
     return out
