@@ -50,7 +50,12 @@ def build(folder: Path) -> Path:
         names = set(archive.namelist())
         [metadata] = [name for name in names if name.endswith(".dist-info/METADATA")]
         assert "Project-URL: Documentation" in archive.read(metadata).decode()
-    for needed in ("dia_fast/py.typed", "dia_fast/demo_voice/model.safetensors", "dia_kernels/py.typed"):
+    for needed in (
+        "dia_fast/py.typed",
+        "dia_fast/demo_voice/model.safetensors",
+        "dia_kernels/py.typed",
+        "dia_kernels/configs/sm_90.json",
+    ):
         assert needed in names, f"the wheel lacks {needed}"
     extra = {name.split("/")[0] for name in names} - {"dia_fast", "dia_kernels", metadata.split("/")[0]}
     assert not extra, f"the wheel holds {sorted(extra)}"

@@ -175,7 +175,8 @@ def report(
                 yield found
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table in Markdown."""
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     out += ["| " + " | ".join(map(str, cells)) + " |" for cells in rows]
     return "\n".join(out) + "\n"
@@ -198,7 +199,7 @@ def markdown(lines: Iterable[Line]) -> str:
     )  # fmt: skip
     return "\n".join(
         f"## {target}, {dtype}\n\n"
-        + _table(head, ((", ".join(str(n or "-") for n in rows), *cells) for cells, rows in group.items()))
+        + table(head, ((", ".join(str(n or "-") for n in rows), *cells) for cells, rows in group.items()))
         for (target, dtype), group in groups.items()
     )
 
@@ -223,7 +224,7 @@ def summary(lines: Iterable[Line]) -> str:
         "target", "kernel", "variants", "registers", "spills", "shared B", "occupancy", "weight load",
         "16 bit: KB in flight", "issue slots", "fp32: KB in flight", "issue slots",
     )  # fmt: skip
-    return _table(head, ([*cells(*key, group)] for key, group in groups.items()))
+    return table(head, ([*cells(*key, group)] for key, group in groups.items()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

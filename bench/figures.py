@@ -107,9 +107,9 @@ def _figure(name: str, line: Line, rows: int) -> list[float]:
         tokens = work.split(128, size, line["target"], wanted) if wanted else 0
         return [tokens, line["warps"], resident, 0, line["instructions"]]
     features, width = shapes()[name]
-    dtype, normed = getattr(torch, line["dtype"]), int(name in work.NORMED)
-    rule = gemv.rule(dtype, line["target"], rows=rows, features=features, hidden=width, normed=normed)
-    sharing = -(-rows // rule["BLOCK_R"])  # programs of the same weights, each with some of the rows
+    dtype = getattr(torch, line["dtype"])
+    config = gemv.default_config(work.KERNELS[name], dtype, line["target"], rows=rows, features=features, hidden=width)
+    sharing = -(-rows // config["BLOCK_R"])  # programs of the same weights, each with some of the rows
     tiles = line["programs"] // sharing
     block = min((1 << power for power in range(3, 9)), key=lambda n: abs(-(-features // n) - tiles))
     if -(-features // block) != tiles:

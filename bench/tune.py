@@ -176,12 +176,10 @@ class Tuner:
 
     def decide(self, launch: Launch, found: Config | None) -> None:
         """Keeps the order of a projection's sums: that of the configuration found, or of the default."""
-        if launch.kind == "" and launch.op in {op for op, _ in PROJECTIONS.values()}:
+        if launch.kind == "" and launch.op in gemv.OPS:
             where = dict(launch.where)
-            use = found or gemv.rule(
-                DTYPES[where["dtype"]], self.arch, rows=where["rows"], features=where["features"],
-                hidden=where["hidden"], normed=int(launch.op != "linear_residual"),
-            )  # fmt: skip
+            shape = {name: where[name] for name in ("rows", "features", "hidden")}
+            use = found or gemv.default_config(launch.op, DTYPES[where["dtype"]], self.arch, **shape)
             self.decided.setdefault(launch.family, (use["SPLIT_K"], use["CHUNKS"]))
 
     def compile(self, pool: ProcessPoolExecutor) -> None:

@@ -1,4 +1,4 @@
-"""Where every kernel is launched and configured: the one place where tests, codegen report and traffic meter listen."""
+"""Launch and configure every kernel: the one place where tests, codegen report and traffic meter listen."""
 
 import errno
 import functools
@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,12 @@ LARGEST_TABLE = 1 << 24  # characters
 
 Launcher = Callable[..., Any]
 Listener = Callable[[Launcher, Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Any]
-Rule = Callable[..., dict[str, int]]
+DefaultConfig = Callable[..., dict[str, int]]
+Table = dict[str, list[dict[str, Any]]]
+
+CONFIGS = Path(__file__).parent / "configs"
+# Compute capabilities that have a table; another one takes the next below it, one below them all the first.
+_CAPABILITIES = (80, 90, 100, 120)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
@@ -63,42 +69,86 @@ def architecture(device: torch.device) -> str:
     return f"sm_{arch}" if isinstance(arch, int) else str(arch)
 
 
-def configuration(op: str, rule: Rule, dtype: torch.dtype, device: torch.device, **shape: int) -> dict[str, int]:
-    """Block sizes and compile options for one launch of `op`.
+def configuration(
+    op: str, default: DefaultConfig, dtype: torch.dtype, device: torch.device, **shape: int
+) -> dict[str, int]:
+    """Return block sizes and compile options for one launch of `op`.
 
-    rule: a pure function `rule(dtype, architecture, **shape)`, the default. The first entry of the table named by
-    `DIA_KERNELS_TABLE` (JSON, see `read_table`) that fits the op, the dtype, the architecture and the shape is laid
-    over it. Pure and cached: nothing here measures or touches the device.
+    The first entry of the table named by `DIA_KERNELS_TABLE` (JSON, see `read_table`) that fits the launch is laid over
+    the default. Cached; nothing here measures or touches the device.
+
+    Args:
+        op: Name of the op, one of `OPS`.
+        default: Pure function `default(dtype, architecture, **shape)` that returns the default config.
+        dtype: Of the activations.
+        device: Of the tensors.
+        **shape: Sizes that the config may depend on, and that an entry may name.
+
+    Raises:
+        ValueError: The table cannot be read, or an entry names a fact or a constant that the op does not have.
     """
-    return dict(_configuration(op, rule, dtype, architecture(device), os.environ.get("DIA_KERNELS_TABLE"), **shape))
+    return dict(_configuration(op, default, dtype, architecture(device), os.environ.get("DIA_KERNELS_TABLE"), **shape))
 
 
 @functools.lru_cache(maxsize=4096)
 def _configuration(
-    op: str, rule: Rule, dtype: torch.dtype, arch: str, table: str | None, **shape: int
+    op: str, default: DefaultConfig, dtype: torch.dtype, arch: str, table: str | None, **shape: int
 ) -> dict[str, int]:
-    chosen = rule(dtype, arch, **shape)
-    facts = {"dtype": str(dtype).removeprefix("torch."), "arch": arch, **shape}
-    for entry in read_table(table).get(op, ()) if table else ():
+    chosen = default(dtype, arch, **shape)
+    use = find_entry(Path(table), op, facts(dtype, arch, **shape)) if table else None
+    if use is None:
+        return chosen
+    unknown = set(use) - set(chosen)
+    if unknown:
+        raise ValueError(f"{table}: {op}: 'use' may set {', '.join(chosen)}, not {', '.join(sorted(unknown))}")
+    return {**chosen, **use}
+
+
+def facts(dtype: torch.dtype, arch: str, **shape: int) -> dict[str, Any]:
+    """Return what an entry's `where` may name of a launch."""
+    return {"dtype": str(dtype).removeprefix("torch."), "arch": arch, **shape}
+
+
+def default_table(arch: str) -> Path:
+    """Return the table of default configs for an architecture: its own, or that of the nearest relative."""
+    if arch.startswith("gfx"):
+        return CONFIGS / ("gfx942.json" if arch.startswith("gfx9") else "gfx1100.json")
+    capability = int(arch[3:]) if arch.startswith("sm_") else 0
+    return CONFIGS / f"sm_{max((known for known in _CAPABILITIES if known <= capability), default=80)}.json"
+
+
+def find_entry(path: Path, op: str, launch: Mapping[str, Any]) -> dict[str, int] | None:
+    """Return `use` of the first entry of a table that fits a launch, given by its `facts`; None if none fits.
+
+    Raises:
+        ValueError: The table cannot be read, or an entry before that one names a fact that the launch does not have.
+    """
+    for entry in read_table(str(path)).get(op, ()):
         where = entry.get("where", {})
-        if any(key not in facts for key in where):
-            raise ValueError(
-                f"{table}: {op}: 'where' may name {', '.join(facts)}, not {', '.join(set(where) - set(facts))}"
-            )
-        if all(facts[key] == value for key, value in where.items()):
-            unknown = set(entry["use"]) - set(chosen)
-            if unknown:
-                raise ValueError(f"{table}: {op}: 'use' may set {', '.join(chosen)}, not {', '.join(sorted(unknown))}")
-            return {**chosen, **entry["use"]}
-    return chosen
+        unknown = sorted(set(where) - set(launch))
+        if unknown:
+            raise ValueError(f"{path}: {op}: 'where' may name {', '.join(launch)}, not {', '.join(unknown)}")
+        if all(_fits(launch[name], wanted) for name, wanted in where.items()):
+            return entry["use"]
+    return None
 
 
-@functools.lru_cache(maxsize=8)
-def read_table(path: str) -> dict[str, list[dict[str, Any]]]:
-    """A user's table of configurations: `{op: [{"where": {"arch": "sm_90", "rows": 1}, "use": {"BLOCK_N": 8}}]}`.
+def _fits(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        return wanted.get("min", value) <= value <= wanted.get("max", value)
+    return value in wanted if isinstance(wanted, list) else value == wanted
 
-    `where` names facts of the launch (`dtype`, `arch` and the op's shape); a fact left out fits anything. Raises
-    ValueError naming the file if it is not such a table.
+
+@functools.lru_cache(maxsize=16)
+def read_table(path: str) -> Table:
+    """Read a table of configs: `{op: [{"where": {"arch": "sm_90", "rows": {"max": 8}}, "use": {"BLOCK_N": 8}}]}`.
+
+    `where` names facts of the launch: `dtype`, `arch` and the op's shape. A fact is given as a value, as a list of
+    values, or as `{"min": ..., "max": ...}`, ends included, either of which may be left out. A fact that is left out
+    fits anything.
+
+    Raises:
+        ValueError: The file is not such a table; the message names it.
     """
     try:
         # Without waiting for a pipe of that name, nor reading a device to no end.
@@ -117,12 +167,26 @@ def read_table(path: str) -> dict[str, list[dict[str, Any]]]:
     unknown = sorted(set(table) - OPS)
     if unknown:
         raise ValueError(f"{path}: knows no op {', '.join(unknown)}; there are {', '.join(sorted(OPS))}")
+    for op, entries in table.items():
+        for name, wanted in (item for entry in entries for item in entry.get("where", {}).items()):
+            if not _is_wanted(name, wanted):
+                raise ValueError(
+                    f"{path}: {op}: {name} is {json.dumps(wanted)}; needs a value, a list of values or, for a size, "
+                    '{"min": number, "max": number}'
+                )
     return table
 
 
 def _is_entry(entry: Any) -> bool:
     parts: dict[str, Any] = {"where": {}} | entry if isinstance(entry, dict) else {}
     return set(parts) == {"where", "use"} and all(isinstance(part, dict) for part in parts.values())
+
+
+def _is_wanted(name: str, wanted: Any) -> bool:
+    kind = str if name in ("dtype", "arch") else int
+    if isinstance(wanted, dict):
+        return kind is int and set(wanted) <= {"min", "max"} and all(type(end) is int for end in wanted.values())
+    return all(type(value) is kind for value in (wanted if isinstance(wanted, list) else [wanted]))
 
 
 def require(named: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]]) -> None:

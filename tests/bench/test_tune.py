@@ -82,9 +82,7 @@ def test_what_orders_a_sum_is_decided_once_for_all_numbers_of_rows(tuner: tune.T
             (config["SPLIT_K"], config["CHUNKS"], config["num_warps"])
             for rows in range(1, 65)
             for config in [
-                launch._configuration(
-                    op, gemv.rule, torch.bfloat16, "sm_90", table, rows=rows, normed=int(name != "down"), **shape
-                )
+                launch._configuration(op, gemv._DEFAULTS[op], torch.bfloat16, "sm_90", table, rows=rows, **shape)
             ]
         }
         assert len(found) == 1, name

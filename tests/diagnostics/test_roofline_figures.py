@@ -11,7 +11,7 @@ from bench.codegen import Line
 from bench.machine_code import MACHINES
 from dia_fast.diagnostics.roofline import figures, work
 
-TRITON = pytest.importorskip("triton", reason="the rules that figures are compared with are those of the kernels")
+TRITON = pytest.importorskip("triton", reason="the configs that figures are compared with are those of the kernels")
 
 
 def table() -> dict[str, Any]:
@@ -46,8 +46,8 @@ def test_every_target_is_there_and_the_file_is_small() -> None:
             assert set(names) == set(work.LAUNCHES)
 
 
-def test_rows_per_program_follow_the_rule_of_the_kernels() -> None:
-    """A change of the rule asks for a new report."""
+def test_rows_per_program_follow_the_default_config() -> None:
+    """A change of the configs asks for a new report."""
     import torch
 
     from bench.figures import shapes
@@ -57,13 +57,13 @@ def test_rows_per_program_follow_the_rule_of_the_kernels() -> None:
         for dtype, names in dtypes.items():
             for name in work.PROJECTIONS:
                 for count, values in names[name].items():
-                    normed, (features, hidden) = int(name in work.NORMED), shapes()[name]
-                    rule = gemv.rule(
-                        getattr(torch, dtype), target, rows=int(count), features=features, hidden=hidden, normed=normed
+                    op, (features, hidden) = work.KERNELS[name], shapes()[name]
+                    config = gemv.default_config(
+                        op, getattr(torch, dtype), target, rows=int(count), features=features, hidden=hidden
                     )
-                    assert values[0] == rule["BLOCK_N"], (target, dtype, name, count)
-                    blocks = -(-int(count) // rule["BLOCK_R"])
-                    assert int(count) == rule["BLOCK_R"] * blocks == figures.bucket(target, int(count))
+                    assert values[0] == config["BLOCK_N"], (target, dtype, name, count)
+                    blocks = -(-int(count) // config["BLOCK_R"])
+                    assert int(count) == config["BLOCK_R"] * blocks == figures.bucket(target, int(count))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942", "gfx1100"])
@@ -74,9 +74,9 @@ def test_rows_that_share_code_share_figures(target: str) -> None:
 
     found = figures.load(target, "bfloat16")
     for rows in range(1, 65):
-        rule = gemv.rule(torch.bfloat16, target, rows=rows, features=0, hidden=0, normed=1)
-        assert found.bucket(rows) == rule["BLOCK_R"] * -(-rows // rule["BLOCK_R"])
-        assert found.find("qkv", rows).block == rule["BLOCK_N"], rows
+        config = gemv.default_config("rms_norm_linear", torch.bfloat16, target, rows=rows, features=0, hidden=0)
+        assert found.bucket(rows) == config["BLOCK_R"] * -(-rows // config["BLOCK_R"])
+        assert found.find("qkv", rows).block == config["BLOCK_N"], rows
 
 
 def test_what_was_not_compiled_has_a_stand_in_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

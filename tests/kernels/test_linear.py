@@ -344,18 +344,21 @@ def test_how_much_of_x_is_read_at_once_changes_no_bit(
 
 @pytest.mark.parametrize("arch", ["interpreter", "sm_80", "sm_90", "sm_120", "gfx942", "gfx950", "gfx1100"])
 @pytest.mark.parametrize(
-    ("features", "hidden", "normed"),
-    [(2048, 2048, 0), (2048, 2048, 1), (3072, 2048, 1), (2048, 8192, 0), (16384, 2048, 1)],
-)
+    ("op", "features", "hidden"),
+    [
+        ("linear_residual", 2048, 2048), ("rms_norm_linear", 2048, 2048), ("rms_norm_linear", 3072, 2048),
+        ("linear_residual", 2048, 8192), ("rms_norm_glu", 16384, 2048), ("codebook_logits", 9252, 2048),
+    ],
+)  # fmt: skip
 @each_dtype
 def test_order_of_accumulation_does_not_depend_on_the_rows(
-    arch: str, features: int, hidden: int, normed: int, dtype: torch.dtype
+    arch: str, op: str, features: int, hidden: int, dtype: torch.dtype
 ) -> None:
-    """What fixes a row's bits is the same for every number of rows; the rest of the configuration may follow it."""
+    """The constants that fix a row's bits are the same for every number of rows; the others may follow it."""
     free = {"BLOCK_R", "BLOCK_N", "DEPTH", "X_AHEAD"}
     fixed = set()
     for rows in range(1, 65):
-        config = gemv.rule(dtype, arch, rows=rows, features=features, hidden=hidden, normed=normed)
+        config = gemv.default_config(op, dtype, arch, rows=rows, features=features, hidden=hidden)
         assert config["BLOCK_R"] >= min(rows, 32)
         assert config["num_warps"] == config["SPLIT_K"]
         fixed.add(tuple(sorted((key, value) for key, value in config.items() if key not in free)))

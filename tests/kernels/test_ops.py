@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dia_kernels import get_ops, reference
 from dia_kernels import launcher as launch
@@ -36,6 +39,7 @@ def test_unknown_backends_are_named(backend: str) -> None:
 
 ATTEMPTS = """
 import sys
+import tempfile
 from dia_kernels import get_ops
 get_ops("torch").rms_norm
 print("triton" in sys.modules)
@@ -65,8 +69,7 @@ def test_without_triton_torch_still_works(monkeypatch: pytest.MonkeyPatch) -> No
         get_ops("triton", "cpu")
 
 
-def rule(dtype: torch.dtype, arch: str, rows: int, hidden: int) -> dict[str, int]:
-    """An example."""
+def default(dtype: torch.dtype, arch: str, rows: int, hidden: int) -> dict[str, int]:
     return {"BLOCK_N": 16 if dtype == torch.float32 else 32, "num_warps": min(rows, 4)}
 
 
@@ -85,10 +88,10 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def configured(dtype: torch.dtype = torch.bfloat16, rows: int = 2) -> dict[str, int]:
-    return launch.configuration("glu", rule, dtype, torch.device("cpu"), rows=rows, hidden=64)
+    return launch.configuration("glu", default, dtype, torch.device("cpu"), rows=rows, hidden=64)
 
 
-def test_a_configuration_is_the_rule_under_the_first_entry_that_fits(table: Any) -> None:
+def test_a_configuration_is_the_default_under_the_first_entry_that_fits(table: Any) -> None:
     assert configured() == {"BLOCK_N": 32, "num_warps": 2} and configured(torch.float32)["BLOCK_N"] == 16
     configured()["BLOCK_N"] = 0
     assert configured()["BLOCK_N"] == 32, "what a caller does to its configuration stays there"
@@ -112,6 +115,10 @@ def test_a_configuration_is_the_rule_under_the_first_entry_that_fits(table: Any)
         ({"gluu": []}, "knows no op gluu; there are codebook_logits, "),
         ({"glu": [{"where": {}}]}, "expected"),
         ({"glu": [{"use": {"BLOCK_Q": 1}}]}, "'use' may set BLOCK_N, num_warps, not BLOCK_Q"),
+        ({"glu": [{"where": {"rows": {"max": 1.5}}, "use": {}}]}, 'glu: rows is {"max": 1.5}; needs a value, a list'),
+        ({"glu": [{"where": {"rows": {"most": 1}}, "use": {}}]}, "needs a value, a list"),
+        ({"glu": [{"where": {"rows": [True]}, "use": {}}]}, "needs a value, a list"),
+        ({"glu": [{"where": {"arch": {"min": 90}}, "use": {}}]}, "needs a value, a list"),
         ({"glu": [{"where": {"row": 1}, "use": {}}]}, "'where' may name dtype, arch, rows, hidden, not row"),
     ],
 )
@@ -120,6 +127,24 @@ def test_mistakes_in_a_table_are_named(content: object, message: str, table: Any
     with pytest.raises(ValueError, match=message) as caught:
         configured()
     assert str(path) in str(caught.value)
+
+
+SIZES = st.integers(1, 9)
+RANGES = st.fixed_dictionaries({}, optional={"min": SIZES, "max": SIZES})
+
+
+@given(rows=SIZES, wanted=st.one_of(SIZES, st.lists(SIZES), RANGES))
+def test_a_size_is_a_value_a_list_or_a_range(rows: int, wanted: Any) -> None:
+    if isinstance(wanted, dict):
+        expected = rows in range(wanted.get("min", 1), wanted.get("max", 9) + 1)
+    else:
+        expected = rows in (wanted if isinstance(wanted, list) else [wanted])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "table.json"
+        path.write_text(json.dumps({"glu": [{"where": {"rows": wanted}, "use": {"num_warps": 1}}]}))
+        launch.read_table.cache_clear()
+        found = launch.find_entry(path, "glu", {"rows": rows})
+    assert (found == {"num_warps": 1}) == expected
 
 
 def test_a_table_that_is_not_there_is_named(table: Any) -> None:

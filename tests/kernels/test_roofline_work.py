@@ -25,8 +25,8 @@ def formulas(config: DiaConfig, rows: int, context: int, dtype: torch.dtype) -> 
     )  # fmt: skip
 
     def block(name: str, count: int) -> int:
-        normed = int(name in work.NORMED)
-        return gemv.rule(dtype, "interpreter", rows=count, features=0, hidden=0, normed=normed)["BLOCK_N"]
+        op = work.KERNELS[name]
+        return gemv.default_config(op, dtype, "interpreter", rows=count, features=0, hidden=0)["BLOCK_N"]
 
     splits = (
         work.split(decoder.head_dim, dtype.itemsize, "interpreter", work.SELF_SPLIT),
@@ -56,9 +56,9 @@ def test_formulas_equal_what_is_counted(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942", "gfx1100"])
-def test_tokens_per_program_follow_the_rule_of_the_kernels(target: str) -> None:
+def test_tokens_per_program_follow_the_default_config_of_the_kernels(target: str) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for dim in (16, 48, 64, 96, 128, 256):
             for wanted in (work.SELF_SPLIT, work.CROSS_SPLIT):
-                chosen = paged._rule(dtype, target, split=wanted, group=4, head_dim=dim)["SPLIT"]
+                chosen = paged._default_config(dtype, target, split=wanted, group=4, head_dim=dim)["SPLIT"]
                 assert work.split(dim, dtype.itemsize, target, wanted) == chosen

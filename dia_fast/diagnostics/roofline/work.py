@@ -104,7 +104,7 @@ class Work:
 
 
 def split(head_dim: int, itemsize: int, target: str, wanted: int) -> int:
-    """Tokens per program of a decode attention: the rule of `triton.paged_attention`, for machines without Triton."""
+    """Tokens per program of a decode attention: `triton.paged_attention`'s default config, without Triton."""
     width = _power_of_two(head_dim)
     most = 131072 if target == "sm_90" and itemsize == 2 else 65536  # bytes of keys and values
     tokens = max(min(wanted, most // (2 * width * itemsize)), min(64, 8192 // width))

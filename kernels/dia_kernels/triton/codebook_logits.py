@@ -53,7 +53,7 @@ def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, 
         },
         out_dtype=float32,
     )
-    tile, options = gemv.configuration("codebook_logits", x, features, normed=True)
+    tile, options = gemv.configuration("codebook_logits", x, features)
     grid = (triton.cdiv(features, tile.BLOCK_N) * tile.ROW_BLOCKS,)
     launch.run(
         _codebook_logits, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features, K=hidden, T=tile, **options

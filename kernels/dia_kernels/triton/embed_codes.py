@@ -87,7 +87,7 @@ def _embed_codes(
             tl.store(x_ptr + (branch * batch + batch_idx) * HIDDEN + h, total.to(x_ptr.dtype.element_ty), mask=inner)
 
 
-def _rule(dtype: torch.dtype, arch: str, *, hidden: int) -> dict[str, int]:
+def _default_config(dtype: torch.dtype, arch: str, *, hidden: int) -> dict[str, int]:
     warps = 4 if hidden < 1024 else 16 if arch == "sm_90" else 8
     return {"BLOCK_H": min(triton.next_power_of_2(hidden), 2048), "num_warps": warps}
 
@@ -133,7 +133,7 @@ def embed_codes(
             "x": (x, (rows, hidden)),
         }
     )
-    config = launch.configuration("embed_codes", _rule, x.dtype, x.device, hidden=hidden)
+    config = launch.configuration("embed_codes", _default_config, x.dtype, x.device, hidden=hidden)
     launch.run(
         _embed_codes,
         (batch,),

@@ -23,6 +23,7 @@ or lose bits below 2^-14: there the operand is `x / rms(x) * norm`, as in the re
 is on AMD, too, whose compiler otherwise holds all of x in registers, and spills at 64 rows.
 """
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -198,74 +199,46 @@ def project(
     return total
 
 
-def rule(dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int, normed: int) -> dict[str, int]:
-    """Default configuration. `BLOCK_R`, `BLOCK_N`, `DEPTH`, `X_AHEAD` alone may follow `rows`: the rest fixes a row's
-    bits.
+def lanes(dtype: torch.dtype, arch: str) -> dict[str, int]:
+    """Return the constants that the hardware dictates: where its matrix instruction wants an operand, and options."""
+    if not arch.startswith("gfx"):
+        pdl = int(arch.startswith("sm_") and int(arch[3:]) >= 90)
+        nvidia = {"ROW_LANES": 8, "K_LANES": 4, "INSTR_VECTOR": 2, "K_INNER": 1, "FENCE": 1, "AMD": 0, "USE_PDL": pdl}
+        return nvidia | ({"launch_pdl": 1} if pdl else {})
+    wave = 64 if arch.startswith("gfx9") else 32
+    instr_vector = 1
+    if dtype.itemsize == 2:
+        instr_vector = 4 if arch in ("gfx908", "gfx90a", "gfx942") else 8
+    # The fence of RDNA's compiler waits for the loads themselves, which is the opposite of what it is for.
+    amd = {"FENCE": int(wave == 64), "AMD": 1, "USE_PDL": 0, "matrix_instr_nonkdim": 16}
+    return {"ROW_LANES": 16, "K_LANES": wave // 16, "INSTR_VECTOR": instr_vector, "K_INNER": 0} | amd
 
-    Chosen from the machine code: no spills, and two programs an SM up to 16 rows, so that the next kernel's weights
-    are already on their way while this one ends. What is called measured was, on an H200, for one guided request.
+
+def default_config(op: str, dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int) -> dict[str, int]:
+    """Return the default config of a projection: `lanes`, and the entry of `configs/*.json` that fits.
+
+    Entries were chosen from the machine code: no spills, and two programs an SM up to 16 rows, so that the next
+    launch's weights are on their way while this one ends. Those that name a shape were measured on an H200, for one
+    guided request; o and cross_o took what was measured for cross_q. `BLOCK_R`, `BLOCK_N`, `DEPTH` and `X_AHEAD` alone
+    may follow the rows: the rest fixes a row's bits.
     """
-    config = {"SPLIT_K": 8, "CHUNKS": 2, "VECTOR": 16 // dtype.itemsize, "num_warps": 8, "num_stages": 1}
-    if arch.startswith("gfx"):
-        wave = 64 if arch.startswith("gfx9") else 32
-        instr_vector = {"gfx942": 4, "gfx90a": 4, "gfx908": 4}.get(arch, 8) if dtype.itemsize == 2 else 1
-        config |= {"ROW_LANES": 16, "K_LANES": wave // 16, "INSTR_VECTOR": instr_vector, "K_INNER": 0}
-        # The fence of RDNA's compiler waits for the loads themselves, which is the opposite of what it is for.
-        config |= {"FENCE": int(wave == 64), "X_AHEAD": 0, "AMD": 1, "USE_PDL": 0, "matrix_instr_nonkdim": 16}
-        block_r = max(16, triton.next_power_of_2(rows))
-    else:
-        config |= {"ROW_LANES": 8, "K_LANES": 4, "INSTR_VECTOR": 2, "K_INNER": 1, "FENCE": 1, "AMD": 0}
-        config |= {"USE_PDL": int(arch.startswith("sm_") and int(arch[3:]) >= 90)}
-        block_r = max(8, triton.next_power_of_2(rows))
-        # x of the next step is on its way while this one is multiplied, where there are registers for it.
-        config |= {"X_AHEAD": int(block_r == 8)}
-    if config["USE_PDL"]:
-        config |= {"launch_pdl": 1}
-    block_n, depth = 16, 4
-    measured = arch == "sm_90" and dtype == torch.bfloat16
-    if measured:
-        config["X_AHEAD"] *= 2  # all that registers hold: see `project`
-    if measured and normed and features >= 8 * hidden > 0:
-        # Where there are programs in plenty, small ones leave no gaps.
-        config |= {"SPLIT_K": 4, "num_warps": 4, "CHUNKS": 4}
-        depth = 1 if block_r == 8 else 2
-    elif measured and features == hidden == 2048:
-        # The cross-attention's and both O projections: few weights, which are all on their way before the wait, and
-        # then nothing but latency, which small programs cut. Measured was cross_q; o and cross_o take the same.
-        config |= {"SPLIT_K": 4, "num_warps": 4, "X_AHEAD": 2 * config["X_AHEAD"]}
-        block_n, depth = (16, 128 // block_r) if normed and block_r >= 32 else (8, 8)
-    elif measured and not normed and hidden >= 8192 and block_r == 8:
-        block_n, depth = 8, 8  # long rows, and two programs an SM in place of one
-    elif dtype == torch.float32 and config["AMD"]:
-        depth = 1 if block_r >= 32 else 2
-        if normed and config["K_LANES"] == 2:
-            block_r = min(block_r, 32)  # without matrix instructions for it, 64 rows would spill
-    elif dtype == torch.float32:  # a thread multiplies by all columns of a step at once: half as many spill nothing
-        config["CHUNKS"] = 1
-        if normed and arch.startswith("sm_12"):
-            block_r = min(block_r, 32)  # its compiler finds too few registers for 64
-        # Compilers for sm_100 and up hold more of what is in flight in registers.
-        half = (8, 2) if arch.startswith("sm_1") else (16, 2)
-        block_n, depth = {32: half, 64: (8, 1 if arch.startswith("sm_12") else 2)}.get(block_r, (16, 8))
-    elif normed and config["AMD"]:
-        if config["K_LANES"] == 2:
-            block_r = min(block_r, 32)  # some of its compilers find too few registers for 64
-        block_n = 16 if config["K_LANES"] == 2 else 64 if block_r == 32 else 32
-        depth = 4 if block_r == 16 and config["K_LANES"] == 4 else 2
-    elif normed and (block_r == 32 or (block_r == 64 and dtype == torch.float16)):
-        # Every program forms x * norm, in fp16 with the scale, for all rows: the fewer programs the fewer instructions.
-        block_n, depth = 32, 64 // block_r
-    elif normed and block_r == 64:
-        block_n, depth = (8, 4) if arch.startswith("sm_12") else (16, 2)  # its compiler finds fewer registers
-    return config | {"BLOCK_R": block_r, "BLOCK_N": block_n, "DEPTH": depth}
+    path = launch.default_table(arch)
+    use = launch.find_entry(path, op, launch.facts(dtype, arch, rows=rows, features=features, hidden=hidden))
+    if use is None:
+        raise ValueError(f"{path}: {op}: no entry for {rows} rows of {dtype}, {features} features, hidden {hidden}")
+    common = {"VECTOR": 16 // dtype.itemsize, "num_warps": use["SPLIT_K"], "num_stages": 1}
+    return {**use, **common, **lanes(dtype, arch)}
 
 
-def configuration(op: str, x: Tensor, features: int, normed: bool) -> tuple[Tile, dict[str, int]]:
-    """The tile of one launch of `op`, and its compile options: see `launch.configuration` and `rule`."""
+OPS = ("rms_norm_linear", "linear_residual", "rms_norm_glu", "codebook_logits")
+# The cache of configurations takes the function as a part of its key: one object for each op.
+_DEFAULTS = {op: functools.partial(default_config, op) for op in OPS}
+
+
+def configuration(op: str, x: Tensor, features: int) -> tuple[Tile, dict[str, int]]:
+    """Return the tile of one launch of `op`, and its compile options: see `launcher.configuration`."""
     rows, hidden = x.shape
-    options = launch.configuration(
-        op, rule, x.dtype, x.device, rows=rows, features=features, hidden=hidden, normed=int(normed)
-    )
+    options = launch.configuration(op, _DEFAULTS[op], x.dtype, x.device, rows=rows, features=features, hidden=hidden)
     options["ROW_BLOCKS"] = triton.cdiv(rows, options["BLOCK_R"])
     return Tile(*(options.pop(name) for name in Tile._fields)), options
 

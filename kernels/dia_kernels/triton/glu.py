@@ -34,7 +34,7 @@ def _glu(
     tl.store(out_ptr + row * stride_om + f, (silu(gate) * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _rule(dtype: torch.dtype, arch: str, *, width: int) -> dict[str, int]:
+def _default_config(dtype: torch.dtype, arch: str, *, width: int) -> dict[str, int]:
     block = min(triton.next_power_of_2(width), 1024)
     return {"BLOCK": block, "num_warps": max(1, min(4, block // 256))}
 
@@ -47,7 +47,7 @@ def glu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     if x.stride(-1) != 1 or out.stride(-1) != 1:
         raise ValueError(f"x, out: the last axis must be contiguous, strides are {x.stride()} and {out.stride()}")
     if rows:
-        config = launch.configuration("glu", _rule, x.dtype, x.device, width=width)
+        config = launch.configuration("glu", _default_config, x.dtype, x.device, width=width)
         launch.run(
             _glu,
             (rows, triton.cdiv(width, config["BLOCK"])),

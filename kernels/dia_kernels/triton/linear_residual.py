@@ -78,7 +78,7 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tenso
     if constant is not None and all_rows > rows:
         named["constant"] = (constant, (features,))
     gemv.check(rows, named)
-    tile, options = gemv.configuration("linear_residual", x, features, normed=False)
+    tile, options = gemv.configuration("linear_residual", x, features)
     block_c = triton.next_power_of_2(all_rows - rows) if all_rows > rows else 0
     grid = (triton.cdiv(features, tile.BLOCK_N) * tile.ROW_BLOCKS,)
     vector = constant if all_rows > rows else None

@@ -47,7 +47,7 @@ def smallest_split(head_dim: int) -> int:
     return min(64, 8192 // triton.next_power_of_2(head_dim))
 
 
-def _rule(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: int) -> dict[str, int]:
+def _default_config(dtype: torch.dtype, arch: str, *, split: int, group: int, head_dim: int) -> dict[str, int]:
     """Tokens per split, splits merged at once, and warps.
 
     K and V of a split are loaded at once, straight into registers, 32 to 128 of each thread's: that is the traffic in
@@ -113,7 +113,9 @@ def run(
     _, kv_heads, page_size, head_dim = k_pages.shape
     rows, heads, max_pages = out.shape[0], out.shape[1] // head_dim, block_table.shape[1]
     group = heads // kv_heads
-    chosen = launch.configuration(op, _rule, out.dtype, out.device, split=split, group=group, head_dim=head_dim)
+    chosen = launch.configuration(
+        op, _default_config, out.dtype, out.device, split=split, group=group, head_dim=head_dim
+    )
     if chosen["SPLIT"] % page_size:
         raise ValueError(
             f"k_pages: pages of {page_size} tokens do not fill splits of {chosen['SPLIT']}, the size for head_dim "

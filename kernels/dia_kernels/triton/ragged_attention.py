@@ -108,7 +108,7 @@ def _ragged_attention(
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=asked)
 
 
-def _rule(dtype: torch.dtype, arch: str, *, head_dim: int, paged: int) -> dict[str, int]:
+def _default_config(dtype: torch.dtype, arch: str, *, head_dim: int, paged: int) -> dict[str, int]:
     """Queries and keys per tile, stages of loads, and warps; chosen so that nothing spills at head_dim 128.
 
     Must not depend on how many sequences there are, or a sequence's result would.
@@ -200,7 +200,7 @@ def ragged_attention(
     if tokens == 0 or sequences == 0:
         return out
     shape = {"head_dim": head_dim, "paged": int(block_table is not None)}
-    chosen = launch.configuration("ragged_attention", _rule, q.dtype, q.device, **shape)
+    chosen = launch.configuration("ragged_attention", _default_config, q.dtype, q.device, **shape)
     # Every sequence but a multiple of the tile's length has one tile that is not full.
     tiles = tokens // chosen["BLOCK_M"] + min(sequences, tokens)
     launch.run(

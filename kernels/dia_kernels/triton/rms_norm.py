@@ -30,7 +30,7 @@ def _rms_norm(
     tl.store(out_ptr + row * stride_om + h, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _rule(dtype: torch.dtype, arch: str, *, hidden: int) -> dict[str, int]:
+def _default_config(dtype: torch.dtype, arch: str, *, hidden: int) -> dict[str, int]:
     return {"num_warps": max(1, min(8, triton.next_power_of_2(hidden) // 512))}
 
 
@@ -44,7 +44,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     if hidden > 32768:
         raise ValueError(f"x: hidden size {hidden} is above 32768, the largest row one program keeps in registers")
     if rows:
-        config = launch.configuration("rms_norm", _rule, x.dtype, x.device, hidden=hidden)
+        config = launch.configuration("rms_norm", _default_config, x.dtype, x.device, hidden=hidden)
         launch.run(
             _rms_norm,
             (rows,),

@@ -54,7 +54,7 @@ def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out
             "out": (out, (rows, features // 2)),
         },
     )
-    tile, options = gemv.configuration("rms_norm_glu", x, features, normed=True)
+    tile, options = gemv.configuration("rms_norm_glu", x, features)
     grid = (triton.cdiv(features, tile.BLOCK_N) * tile.ROW_BLOCKS,)
     launch.run(
         _rms_norm_glu, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features // 2, K=hidden, T=tile, **options

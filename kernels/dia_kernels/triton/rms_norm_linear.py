@@ -48,7 +48,7 @@ def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, 
             "out": (out, (rows, features)),
         },
     )
-    tile, options = gemv.configuration("rms_norm_linear", x, features, normed=True)
+    tile, options = gemv.configuration("rms_norm_linear", x, features)
     grid = (triton.cdiv(features, tile.BLOCK_N) * tile.ROW_BLOCKS,)
     launch.run(
         _rms_norm_linear, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features, K=hidden, T=tile, **options

@@ -61,7 +61,7 @@ def _rope(
         tl.store(v_ptr + place + HALF, second, mask=is_v)
 
 
-def _rule(dtype: torch.dtype, arch: str, *, heads: int, head_dim: int) -> dict[str, int]:
+def _default_config(dtype: torch.dtype, arch: str, *, heads: int, head_dim: int) -> dict[str, int]:
     """Heads per program, counting those of q, k and v, and warps."""
     return {"BLOCK_H": min(32, triton.next_power_of_2(heads)), "num_warps": 4}
 
@@ -116,7 +116,7 @@ def rope(
     if tokens == 0:
         return qkv
     every = heads + 2 * kv_heads
-    chosen = launch.configuration("rope", _rule, qkv.dtype, qkv.device, heads=every, head_dim=head_dim)
+    chosen = launch.configuration("rope", _default_config, qkv.dtype, qkv.device, heads=every, head_dim=head_dim)
     launch.run(
         _rope,
         (tokens, triton.cdiv(every, chosen["BLOCK_H"])),

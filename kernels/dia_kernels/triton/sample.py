@@ -170,7 +170,7 @@ def _sample(
     tl.store(out_ptr + batch_idx * CHANNELS + channel, drawn)
 
 
-def _rule(dtype: torch.dtype, arch: str, *, vocab: int) -> dict[str, int]:
+def _default_config(dtype: torch.dtype, arch: str, *, vocab: int) -> dict[str, int]:
     return {"DIGIT": 2, "num_warps": 4}
 
 
@@ -204,7 +204,7 @@ def sample(
     per_code = {"out": (out, (batch, channels)), "status": (status, (batch, channels))}
     per_request = {name: (tensor, (batch,)) for name, tensor in settings.items()}
     launch.require({"logits": (logits, logits.shape), **per_code, **per_request})
-    config = launch.configuration("sample", _rule, logits.dtype, logits.device, vocab=vocab)
+    config = launch.configuration("sample", _default_config, logits.dtype, logits.device, vocab=vocab)
     if config["DIGIT"] not in (1, 2, 4, 8):
         raise ValueError(f"DIGIT: {config['DIGIT']} bits a round, needs 1, 2, 4 or 8, which divide 32")
     launch.run(

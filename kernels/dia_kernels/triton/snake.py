@@ -65,7 +65,7 @@ def _run(
     if batch * channels > 65535:
         raise ValueError(f"x: batch x channels is {batch * channels}; one launch takes 65535, split the batch")
     if x.numel():
-        config = launch.configuration("snake", _rule, x.dtype, x.device, samples=samples)
+        config = launch.configuration("snake", _default_config, x.dtype, x.device, samples=samples)
         launch.run(
             _snake,
             (triton.cdiv(samples, config["BLOCK"]), batch * channels),
@@ -81,7 +81,7 @@ def _run(
         )
 
 
-def _rule(dtype: torch.dtype, arch: str, *, samples: int) -> dict[str, int]:
+def _default_config(dtype: torch.dtype, arch: str, *, samples: int) -> dict[str, int]:
     return {"BLOCK": min(triton.next_power_of_2(samples), 1024), "num_warps": 4}
 
 
