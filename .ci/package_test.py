@@ -53,6 +53,7 @@ def build(folder: Path) -> Path:
     for needed in (
         "dia_fast/py.typed",
         "dia_fast/demo_voice/model.safetensors",
+        "dia_fast/server/page/index.html",
         "dia_kernels/py.typed",
         "dia_kernels/configs/sm_90.json",
     ):

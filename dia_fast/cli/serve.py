@@ -73,6 +73,7 @@ def _add_network(group: Any) -> None:
     group.add_argument(
         "--api-key", metavar="KEY", help=f"better as {PREFIX}API_KEY: others see the command line of a process"
     )
+    group.add_argument("--no-page", action="store_true", help="serve the API without the page for the browser")
     group.add_argument("--api-key-file", type=path, metavar="FILE", help="several keys, one a line")
     group.add_argument("--no-auth", action="store_true", help="serve everybody, though others can reach the host")
     group.add_argument(
@@ -132,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f'the server needs packages that are not installed ({error.name}): pip install "dia-fast[server]"'
         ) from error
+    from dia_fast.checkpoint.demo import DEMO
     from dia_fast.engine import MAX_BATCH
     from dia_fast.generation.inputs import _bytes, engine_limits
     from dia_fast.server.options import Options, read_keys
@@ -139,13 +141,14 @@ def run(args: argparse.Namespace) -> int:
     keys: tuple[str, ...] = (args.api_key,) if args.api_key is not None else ()
     if args.api_key_file is not None:
         keys += read_keys(args.api_key_file)
-    model = args.model or "demo"
+    model = args.model or DEMO
     max_batch = MAX_BATCH if args.max_batch is None else args.max_batch
     engine_limits(max_batch, args.memory)
     options = Options(
         host=args.host,
         port=args.port,
         served_name=args.served_name or (Path(model).name if os.path.isdir(model) else model),
+        demo=model == DEMO,
         voices=None if args.voices is None else Path(args.voices),
         uploads=args.uploads,
         preload=tuple(args.preload),
@@ -154,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
         request_timeout=args.request_timeout,
         keys=keys,
         no_auth=args.no_auth,
+        page=not args.no_page,
         cors_origins=tuple(args.cors_origin),
         allowed_hosts=tuple(args.allowed_host),
         max_body=_bytes(args.max_body) or 0,

@@ -14,6 +14,7 @@ from dia_fast.server import errors
 from dia_fast.server.catalogue import add_batch, add_voices
 from dia_fast.server.conversation import add_conversation
 from dia_fast.server.guard import Guard
+from dia_fast.server.page import add_page
 from dia_fast.server.schemas import ErrorBody, Model, ModelList, SpeechRequest, Status, TextReport, TextRequest
 from dia_fast.server.sending import respond
 from dia_fast.server.service import ALIASES, Service
@@ -48,6 +49,8 @@ def create_app(service: Service) -> FastAPI:
     add_voices(app, service)
     add_batch(app, service)
     add_conversation(app, service)
+    if service.options.page:
+        add_page(app, service)
     _describe(app)
     return app
 

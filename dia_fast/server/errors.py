@@ -128,7 +128,7 @@ def install(app: FastAPI) -> None:
 
     async def known(request: Request, error: Exception) -> JSONResponse:
         told = as_api_error(error)
-        if told.status == 500:
+        if told.status == 500 and not isinstance(error.__cause__ or error, SilentSpeech):  # the program is not at fault
             logger.error("request %s failed", request.scope.get("request_id"), exc_info=error)
         return told.response()
 

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dia_fast.checkpoint.demo import DEMO
 from dia_fast.engine import MAX_BATCH
 from dia_fast.errors import InputError
 from dia_fast.utils.files import LARGEST_TEXT, read_regular
@@ -18,6 +19,7 @@ class Options:
 
     Args:
         served_name: Id of the model in `/v1/models`.
+        demo: Whether the model is the demo voice, which knows few words.
         keys: Accepted API keys; none of them means that every request is served.
         max_body: Largest request body in bytes.
         request_timeout: Seconds until the first byte of sound.
@@ -29,7 +31,8 @@ class Options:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    served_name: str = "demo"
+    served_name: str = DEMO
+    demo: bool = False
     voices: Path | None = None
     max_batch: int = MAX_BATCH
     max_queue: int = 64

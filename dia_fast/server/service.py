@@ -19,7 +19,7 @@ from dia_fast.errors import InputError
 from dia_fast.generation.inputs import params_for
 from dia_fast.generation.long_form import readings_of
 from dia_fast.generation.prompts import encode_prompts
-from dia_fast.generation.sampling_params import CHECKPOINT, random_seed
+from dia_fast.generation.sampling_params import CHECKPOINT, SamplingParams, random_seed
 from dia_fast.server import encoders
 from dia_fast.server.driver import Driver
 from dia_fast.server.encoders import FORMATS
@@ -64,7 +64,6 @@ class Service:
         self.gate = Gate(options.max_batch, options.max_queue)
         self._dia: Dia | None = None
         self._shop: Workshop | None = None
-        self._demo = False
 
     # Life
 
@@ -91,7 +90,6 @@ class Service:
     def _loaded(self) -> "Dia":
         dia = self._load()
         dia.codec, dia.engine  # noqa: B018 - made now, not for the first request
-        self._demo = self.options.served_name == "demo"
         encoders.warm_up()
         self.voices.open(dia.config, dia.codec)
         for name in self.options.preload:
@@ -152,6 +150,16 @@ class Service:
             raise overloaded("the server is shutting down", "draining", 10)
         return self._dia
 
+    @property
+    def defaults(self) -> SamplingParams:
+        """How a request is sampled that says nothing; those of Dia's authors while the model is being loaded."""
+        return SamplingParams() if self._dia is None else self._dia.defaults
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the demo voice of the package is served, which knows few words."""
+        return self.options.demo
+
     # Requests
 
     async def prepared(self, body: SpeechOptions, text: str, voice: ServedVoice | None = None) -> Plan:
@@ -203,7 +211,7 @@ class Service:
         fps = dia.codec.frames_per_second
         [reading] = readings_of(dia.config, [text], [codes], prompt_text, split, settings, [seed], fps)
         told += reading.remarks
-        if self._demo and (unknown := unknown_words(text)):
+        if self.is_demo and (unknown := unknown_words(text)):
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             told.append(f"the demo voice never learnt: {', '.join(unknown[:5])}{more}")
         if body.instructions:
@@ -243,7 +251,7 @@ class Service:
             found = checked_text(text)
             told = text_warnings(found, max_length=1 << 17) if TAG.search(found) else text_warnings(f"[S1] {found}")
             told = [line for line in told if not line.startswith("the text is about") or "below" in line]
-            if self._demo:
+            if self.is_demo:
                 unknown = unknown_words(found)
                 told = [line for line in told if "sounds unnatural" not in line]
                 told += [f"the demo voice never learnt: {', '.join(unknown[:8])}"] if unknown else []
