@@ -247,7 +247,8 @@ def test_requests_have_an_id_and_metrics_count_them(server: Server) -> None:
     done = server.metric('sequences_total{reason="done"}')
     server.speak()
     assert server.metric('sequences_total{reason="done"}') == done + 1
-    assert server.metric("start_seconds_count") == server.metric("first_frame_seconds_count") >= done + 1
+    # Who left before the first frame has started all the same.
+    assert server.metric("start_seconds_count") >= server.metric("first_frame_seconds_count") >= done + 1
     assert server.metric("audio_seconds_total") - before == pytest.approx(seconds, abs=0.001)
     assert server.metric("running") == server.metric("waiting") == server.metric("pages") == 0
     assert server.metric("first_byte_seconds_count") > 0 and server.metric("step_seconds_count") > 0
