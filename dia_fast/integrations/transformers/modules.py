@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from types import MethodType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.dia.modeling_dia import DiaMLP, DiaRMSNorm, DiaSelfAttention, eager_attention_forward
 
 from dia_fast.integrations.transformers import attention
+from dia_fast.integrations.transformers.binding import WeakMethod
 from dia_kernels.autograd import differentiable
 
 BACKEND = "_dia_fast_backend"
@@ -29,7 +30,7 @@ def patch(model: DiaForConditionalGeneration, backend: str, *, rms_norm: bool, g
     module: Any
     for module in model.modules():
         if type(module) in wanted:
-            module.forward = MethodType(wanted[type(module)], module)
+            module.forward = WeakMethod(wanted[type(module)], module)
             setattr(module, BACKEND, backend)
 
 

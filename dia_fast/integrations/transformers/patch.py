@@ -12,18 +12,18 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DiaForConditionalGeneration
 
 from dia_fast.engine import Engine, Request
 from dia_fast.errors import InputError
 from dia_fast.generation.sampling_params import RANDOM_SEED, SamplingParams
 from dia_fast.integrations.transformers import calls, fallback, loop, modules, weights
+from dia_fast.integrations.transformers.binding import WeakMethod
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.device import choose_ops
 from dia_fast.model.model import DiaModel
@@ -31,6 +31,7 @@ from dia_fast.utils.ambient import isolated
 from dia_fast.utils.forks import check_device, renew_in_child
 
 STATE = "_dia_fast"
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 # What prepares the encoder's output: version 5, version 4.57.
 _ENCODER_HOOKS = ("_maybe_prepare_encoder_kwargs_for_generation", "_prepare_encoder_decoder_kwargs_for_generation")
 _CACHE_HOOK, _LOOP = "_prepare_cache_for_generation", "_sample"
@@ -138,7 +139,7 @@ _CALL: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("dia_fast_c
 
 
 def accelerate(
-    model: DiaForConditionalGeneration,
+    model: AnyModel,
     *,
     generate: bool = True,
     rms_norm: bool = False,
@@ -146,8 +147,11 @@ def accelerate(
     rope_attention: bool = False,
     backend: str = "auto",
     share_memory: bool = True,
-) -> DiaForConditionalGeneration:
+) -> AnyModel:
     """Makes a model generate on the engine of dia-fast, in place, and returns it.
+
+    model: a `DiaForConditionalGeneration`, or what `torch.compile` or PEFT have made of one: the model inside is
+    accelerated. While adapters are neither merged (`merge_adapter`) nor disabled, calls go the model's own way.
 
     generate: replace the decoding loop. rms_norm, glu, rope_attention: take a single op of `dia_kernels` in the model's
     own modules, for `model(**inputs)`: training, scoring, and calls that the engine cannot serve. backend: as in
@@ -167,41 +171,62 @@ def accelerate(
     Raises InputError for another model or a backend that cannot run, CheckpointError for a configuration that dia-fast
     does not compute.
     """
-    if not isinstance(model, DiaForConditionalGeneration):
-        raise InputError(f"model must be a DiaForConditionalGeneration of transformers, not {type(model).__name__}")
-    unaccelerate(model)
-    weights.read_config(model)
-    choose_ops(backend, model.device)
+    own = _unwrapped(model)
+    unaccelerate(own)
+    weights.read_config(own)
+    choose_ops(backend, own.device)
     state = State(backend, share_memory, [])
     if generate:
         hooks: dict[str, Any] = {"generate": _generate, _LOOP: _sample, _CACHE_HOOK: _prepare_cache, "_apply": _apply}
-        hooks |= {name: _prepare_encoder for name in _ENCODER_HOOKS if hasattr(model, name)}
-        if len(hooks) != 5 or not all(hasattr(model, name) for name in hooks):
+        hooks |= {name: _prepare_encoder for name in _ENCODER_HOOKS if hasattr(own, name)}
+        if len(hooks) != 5 or not all(hasattr(own, name) for name in hooks):
             raise InputError(f"transformers {transformers.__version__} is not supported; 4.57 and 5 are")
         for name, hook in hooks.items():
             hook.__name__ = name  # by which a bound method is pickled
-            setattr(model, name, MethodType(hook, model))
+            setattr(own, name, WeakMethod(hook, own))
         state.replaced = list(hooks)
-    modules.patch(model, backend, rms_norm=rms_norm, glu=glu, rope_attention=rope_attention)
-    setattr(model, STATE, state)
+    modules.patch(own, backend, rms_norm=rms_norm, glu=glu, rope_attention=rope_attention)
+    setattr(own, STATE, state)
     return model
 
 
-def unaccelerate(model: DiaForConditionalGeneration) -> DiaForConditionalGeneration:
+def unaccelerate(model: AnyModel) -> AnyModel:
     """Gives a model its own methods back and returns it; the weights stay where they are. Harmless on any model."""
-    state = model.__dict__.pop(STATE, None)
-    modules.unpatch(model)
+    own = _unwrapped(model)
+    state = own.__dict__.pop(STATE, None)
+    modules.unpatch(own)
     for name in state.replaced if state is not None else ():
-        model.__dict__.pop(name, None)
+        own.__dict__.pop(name, None)
     return model
 
 
-def refresh(model: DiaForConditionalGeneration) -> None:
+def _unwrapped(model: Any) -> DiaForConditionalGeneration:
+    """The model inside what `torch.compile` and PEFT make of one. Raises InputError, with what to pass."""
+    found = model
+    while not isinstance(found, DiaForConditionalGeneration):
+        if isinstance(found, nn.Module) and "_orig_mod" in found._modules:
+            found = found._modules["_orig_mod"]
+        elif isinstance(found, nn.Module) and callable(getattr(type(found), "get_base_model", None)):
+            found = found.get_base_model()  # type: ignore[operator]
+        else:
+            inside = [
+                name
+                for name, part in getattr(model, "_modules", {}).items()
+                if isinstance(part, DiaForConditionalGeneration)
+            ]
+            hint = f": pass its .{inside[0]}" if inside else ""
+            raise InputError(
+                f"model must be a DiaForConditionalGeneration of transformers, not {type(model).__name__}{hint}"
+            )
+    return found
+
+
+def refresh(model: Any) -> None:
     """Makes the engine read an accelerated model's weights again.
 
     It is hardly ever needed: every call of `generate` notices what has been written since the last one.
     """
-    state = model.__dict__.get(STATE)
+    state = _unwrapped(model).__dict__.get(STATE)
     if state is None:
         raise InputError("model is not accelerated; there is nothing to refresh")
     state.forget()

@@ -5,9 +5,10 @@ both libraries alike and is shared as it is. So packing moves a sixth of the wei
 needs beside them is the one tensor in work.
 """
 
+import weakref
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -77,7 +78,12 @@ def pack(model: DiaForConditionalGeneration, config: DiaConfig, share: bool = Tr
 
 def _members(model: DiaForConditionalGeneration, config: DiaConfig) -> dict[str, list[nn.Parameter]]:
     """The parameters that make up each packed weight, from its first row on."""
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named = {
+        f"{name}.{key}": parameter
+        for name, module in computing(model)
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
     parts: dict[str, list[tuple[int, nn.Parameter]]] = defaultdict(list)
     for name, (target, first, _) in pieces(config).items():
         parts[target].append((first, named[name]))
@@ -180,16 +186,21 @@ class Watch:
     """
 
     def __init__(self, model: DiaForConditionalGeneration) -> None:
-        self._modules = [(name, module, tuple(module._modules.values())) for name, module in model.named_modules()]
+        named = list(model.named_modules())
+        self._modules = [(name, module, tuple(module._modules.values())) for name, module in named[1:]]
+        self._top = weakref.ref(model), tuple(model._modules.values())  # which owns this
+        self._computing = _identities(model)
         self._state = _state(model)
 
     def changed(self, model: DiaForConditionalGeneration) -> bool:
         """Whether parameters have been moved or replaced."""
-        return self._rebuilt() or _state(model) != self._state
+        return self._rebuilt(model) or _state(model) != self._state
 
     def obstacle(self, patched: Collection[Any]) -> str | None:
         """Why the engine would not compute what the model does, or None. patched: forward methods that are ours."""
-        for name, module, _ in self._modules:
+        top = self._top[0]()
+        assert top is not None
+        for name, module in (("", top), *((name, module) for name, module, _ in self._modules)):
             if any(
                 not _captures(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             ):
@@ -202,7 +213,9 @@ class Watch:
                 return f"{name or 'the model'} has had its forward method replaced"
         return None
 
-    def _rebuilt(self) -> bool:
+    def _rebuilt(self, model: DiaForConditionalGeneration) -> bool:
+        if tuple(model._modules.values()) != self._top[1] or _identities(model) != self._computing:
+            return True
         return any(tuple(module._modules.values()) != children for _, module, children in self._modules)
 
 
@@ -211,18 +224,39 @@ def _captures(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")) == "transformers.utils.output_capturing"
 
 
+def computing(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a call of the model runs, by name, as `named_modules`: a PEFT layer that leaves all work to the
+    layer that it wraps, since its adapters are merged or disabled, is passed over for that layer."""
+    base = model._modules.get("base_layer")
+    flags = getattr(model, "merged", None), getattr(model, "disable_adapters", None)
+    # Neither (adapters are at work) and both (the next call unmerges them) are states that the layer itself serves.
+    if base is not None and flags in ((True, False), (False, True)):
+        yield from computing(base, name)
+        return
+    yield name, model
+    for key, child in model._modules.items():
+        if child is not None:
+            yield from computing(child, f"{name}.{key}" if name else key)
+
+
+def _identities(model: nn.Module) -> list[int]:
+    return [id(module) for _, module in computing(model)]
+
+
 def foreign_module(model: DiaForConditionalGeneration) -> str | None:
     """The first module whose arithmetic the engine does not know, in words, or None."""
     activation = {nn.SiLU, type(ACT2FN["silu"])}
-    for name, module in model.named_modules():
+    parameters: list[nn.Parameter] = []
+    for name, module in computing(model):
         if module is not model and type(module) not in _KNOWN | activation:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             return f"{name} is a {kind}, which the engine does not compute (merge adapters, leave weights unquantised)"
         others = [key for key, value in module._parameters.items() if key != "weight" and value is not None]
         for other in others:
             return f"{name} has a parameter {other!r}, which the engine does not read"
-    kinds = {parameter.dtype for parameter in model.parameters()}
-    places = {parameter.device for parameter in model.parameters()}
+        parameters += [parameter for parameter in module._parameters.values() if parameter is not None]
+    kinds = {parameter.dtype for parameter in parameters}
+    places = {parameter.device for parameter in parameters}
     if len(kinds) > 1 or not kinds <= {torch.float32, torch.float16, torch.bfloat16}:
         return f"weights are of {', '.join(sorted(map(str, kinds)))}; all must be float32, float16 or bfloat16"
     if len(places) > 1 or {place.type for place in places} == {"meta"}:
