@@ -241,6 +241,25 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(named) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES[1:])
 
 
+# Questions that a reader asks in these very words.
+TITLES = {"What Dia computes", "How kernels are checked", "What has and has not been verified"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_headings_name_their_subject(page: Path) -> None:
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    assert headings
+    opening = re.compile(r"(?:What|Whatever|Whether|Who|How)\b")
+    assert not [heading for heading in headings if opening.match(heading) and heading not in TITLES]
+
+
+def test_the_quickstart_names_every_extra_of_users() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`\w+`.*?) \|", text, re.MULTILINE)))
+    assert set(extras) - {"bench", "dev", "docs", "voice"} <= set(named)
+
+
 def test_the_page_on_versions_names_those_that_are_asked_for() -> None:
     text = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
     rows = {row[1].strip().split(" ")[0]: row for line in text.splitlines() if len(row := line.split("|")) > 5}
