@@ -23,7 +23,8 @@ import pytest
 import tomllib
 
 from dia_fast import Audio, Dia, TextWarning, cli, demo_voice
-from dia_fast.cli import app
+from dia_fast.cli import app, info
+from dia_fast.model.config import DiaConfig
 from tests.server.serving import Server, serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,13 +109,24 @@ SHELL = [page for page in PAGES if any(block.kind == "sh" for block in blocks(pa
 def test_shell_blocks_run(
     page: Path, folder: Path, ask_server: Callable[[], Server], capfd: pytest.CaptureFixture[str]
 ) -> None:
+    printed, after = "", 0
     for block in blocks(page):
+        if block.kind == "text" and printed and block.line == after:
+            assert unmeasured(printed) == unmeasured(block.code), f"line {block.line}: not what the commands print"
         if block.kind == "sh":
+            capfd.readouterr()
             for line in commands(block.code):
                 if line.startswith("curl "):
                     ask(line.split(" | ")[0], ask_server(), folder)
                 else:
                     run(line, folder, real=block.needs is None)
+            # A text block one sentence below is what they print.
+            printed, after = capfd.readouterr().out, block.line + block.code.count("\n") + 5
+
+
+def unmeasured(printed: str) -> str:
+    """Without seconds and what follows from them, which differ from run to run."""
+    return re.sub(r"\d+\.\d+", "0.0", printed)
 
 
 def ask(line: str, server: Server, folder: Path) -> None:
@@ -258,6 +270,16 @@ def test_the_quickstart_names_every_extra_of_users() -> None:
     text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`\w+`.*?) \|", text, re.MULTILINE)))
     assert set(extras) - {"bench", "dev", "docs", "voice"} <= set(named)
+
+
+def test_the_table_of_memory_is_what_info_computes() -> None:
+    text = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) GB \| ([\d.]+) GB \|$", text, re.MULTILINE)
+    assert len(rows) >= 4
+    for count, short, long in rows:
+        for shown, steps, size in ((short, 860, 200), (long, 3072, 1024)):
+            needed = info.memory_needed(DiaConfig(), 2, batch=int(count), length=steps, text_length=size)
+            assert f"{needed['total'] / 1e9:.1f}" == shown, (count, steps)
 
 
 def test_the_page_on_versions_names_those_that_are_asked_for() -> None:
