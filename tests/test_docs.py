@@ -282,6 +282,12 @@ def test_the_table_of_memory_is_what_info_computes() -> None:
             assert f"{needed['total'] / 1e9:.1f}" == shown, (count, steps)
 
 
+def test_the_page_on_commands_names_every_command() -> None:
+    named = re.findall(r"^\| `dia-fast (\w+)`", (ROOT / "docs" / "command-line.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^    (\w+) {2,}", app.build_parser().format_help(), re.MULTILINE)
+    assert named and named == listed
+
+
 def test_the_page_on_versions_names_those_that_are_asked_for() -> None:
     text = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
     rows = {row[1].strip().split(" ")[0]: row for line in text.splitlines() if len(row := line.split("|")) > 5}
