@@ -275,6 +275,25 @@ def test_links_between_documents_resolve() -> None:
     assert not broken, "\n".join(broken)
 
 
+def anchors(path: Path) -> set[str]:
+    """Anchors of the headings of a document, as the site and GitHub make them."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    plain = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in re.findall(r"^#+ (.+)$", text, re.M))
+    return {re.sub(r"\s+", "-", heading) for heading in plain}
+
+
+def test_links_to_headings_resolve() -> None:
+    broken = []
+    for path in text_files():
+        if path.suffix != ".md":
+            continue
+        for target, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", path.read_text(encoding="utf-8")):
+            page = path.parent / target if target else path
+            if page.suffix == ".md" and page.exists() and anchor not in anchors(page):
+                broken.append(f"{path.relative_to(ROOT)}: {target}#{anchor}")
+    assert not broken, "\n".join(broken)
+
+
 def cited_documents(source: str) -> set[str]:
     """Documents that comments and docstrings send a reader to."""
     return set(re.findall(r"(?<![\w/.*{}-])((?:docs|bench|kernels|examples)/[\w/-]+\.md|[A-Z][A-Z_]+\.md)", source))
