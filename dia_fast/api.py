@@ -16,7 +16,7 @@ from dia_fast.audio.audio import Audio
 from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.engine import MAX_BATCH, Engine
-from dia_fast.errors import CheckpointError, InputError, shown
+from dia_fast.errors import CheckpointError, InputError, not_finite, shown
 from dia_fast.generation import streaming
 from dia_fast.generation.inputs import (
     FRAMES_PER_SECOND,
@@ -358,13 +358,19 @@ class Dia(OneProcess):
 
         text: one, or a list of `batch`. rows: integers `[batch, steps, channels]` of the delayed grid from row 0 on
         (all BOS), special codes included. Returns `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32 on
-        the model's device; without guidance uncond is None. Raises InputError.
+        the model's device; without guidance uncond is None. Raises InputError, and NumericError if a logit is NaN or
+        infinite.
         """
         texts = texts_of(text)
         grid = checked_rows(self.config, rows, len(texts))
         if not isinstance(guidance, bool):
             raise InputError(f"guidance must be True or False, not {shown(guidance)}")
-        return self.model.forward_logits([ids_of(self.config, item) for item in texts], grid, guidance)
+        found = self.model.forward_logits([ids_of(self.config, item) for item in texts], grid, guidance)
+        for logits in found:
+            if logits is not None and not bool(logits.isfinite().all()):
+                index, step, channel = (~logits.isfinite()).nonzero()[0, :3].tolist()
+                raise not_finite(f"text {index}, step {step}, channel {channel}")
+        return found
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the model, without the codec, in the transformers layout and in its present dtype; returns the folder.

@@ -22,6 +22,14 @@ class NumericError(DiaFastError, RuntimeError):
     """A computation whose result is no speech: values that are NaN or infinity, or no code left to choose from."""
 
 
+def not_finite(where: str) -> NumericError:
+    """The error about logits that are NaN or infinite. where: of which step and channel."""
+    return NumericError(
+        f"the logits of {where} are NaN or infinity. The weights may be damaged: get the checkpoint again. In "
+        "float16 values may have grown too large: use bfloat16 or float32"
+    )
+
+
 class SilentSpeech(DiaFastError, RuntimeError):
     """A text of which nothing was spoken, where the result would be a file of sound."""
 

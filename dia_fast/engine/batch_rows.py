@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dia_fast.engine.request import Generation, Plan
 from dia_fast.engine.sequence import Swapped
-from dia_fast.errors import NumericError
+from dia_fast.errors import NumericError, not_finite
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState
 from dia_fast.model.delay import undo_delay
@@ -101,10 +101,7 @@ def failure(config: DiaConfig, eos_step: int, status: NDArray[np.int32], item: P
     step, channel, kind = min(used)
     where = f"step {step - item.first} (position {step}, channel {channel})"
     if kind == NOT_FINITE:
-        return NumericError(
-            f"the logits of {where} are NaN or infinity. The weights may be damaged: get the checkpoint again. In "
-            "float16 values may have grown too large: use bfloat16 or float32"
-        )
+        return not_finite(where)
     return NumericError(
         f"no code is left to draw at {where}: the {item.request.top_k} best guided codes are all ones that cannot be "
         "spoken. Give a larger top_k, or none"

@@ -1,15 +1,19 @@
 """Values that stop being numbers: refused where weights are read or written, told where they appear in a generation."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
 from bench.tools.tiny_models import tiny_config
+from dia_fast import Dia
 from dia_fast.audio.codec import random_codec
 from dia_fast.checkpoint.demo import located
 from dia_fast.checkpoint.loading import open_checkpoint
@@ -20,6 +24,7 @@ from dia_fast.errors import CheckpointError, NumericError
 from dia_fast.model.model import DiaModel
 from tests.engine.test_engine import EOS, random_model, random_request
 from tests.helpers.codecs import SMALL
+from tests.helpers.front import TEXT, make_codec, make_model
 
 NAN, INF = float("nan"), float("inf")
 
@@ -148,3 +153,65 @@ def test_a_codec_that_gives_no_numbers(dtype: torch.dtype) -> None:
         codec.decode(torch.zeros(3, codec.num_codebooks, dtype=torch.int64))
     with pytest.raises(NumericError, match="the codec's encoder gives NaN"):
         codec.encode(torch.zeros(2000))
+
+
+def overflowing_codec(folder: Path, weight: str) -> Path:
+    """A codec of finite weights, whose values grow beyond float32."""
+    make_codec(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[weight].mul_(1e38).clamp_(-3e38, 3e38)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["whole", "stream"])
+def test_speak_ends_where_the_codec_gives_no_numbers(
+    stream: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, out = make_model(tmp_path / "model"), tmp_path / "out.wav"
+    codec = overflowing_codec(tmp_path / "codec", "decoder.conv1.weight")
+    words = ["speak", TEXT, "--model", str(model), "--codec", str(codec), "--device", "cpu", "-o", str(out), *stream]
+    assert main([*words, "--max-new-tokens", "40", "--seed", "1", "-q"]) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("dia-fast: error: the codec's sound is NaN or infinity")
+    assert not out.exists() and {path.name for path in tmp_path.iterdir()} == {"model", "codec"}
+
+
+def test_batch_tells_of_each_item_where_the_codec_gives_no_numbers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, out = make_model(tmp_path / "model"), tmp_path / "out"
+    codec = overflowing_codec(tmp_path / "codec", "decoder.conv1.weight")
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": TEXT}) + "\n" + json.dumps({"text": "[S1] Yes."}) + "\n")
+    words = ["batch", str(tmp_path / "in.jsonl"), str(out), "--model", str(model), "--codec", str(codec), "-q"]
+    assert main([*words, "--device", "cpu", "--max-new-tokens", "40"]) == 1
+    entries = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [entry["status"] for entry in entries] == ["failed", "failed"]
+    assert all("the codec's sound is NaN or infinity" in entry["error"] for entry in entries)
+    assert not list(out.glob("*.wav"))
+
+
+@pytest.mark.parametrize("place", ["samples", "encoder"])
+def test_a_prompt_that_is_no_number(place: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    samples = np.sin(np.arange(44_100, dtype=np.float32) / 30)
+    if place == "samples":
+        samples[123] = NAN
+        codec = make_codec(tmp_path / "codec")
+        said, status = "voice.wav: sample 123 is nan", 2
+    else:
+        codec = overflowing_codec(tmp_path / "codec", "encoder.conv1.weight")
+        said, status = "the codec's encoder gives NaN or infinity", 1
+    soundfile.write(tmp_path / "voice.wav", samples, 44_100, subtype="FLOAT")
+    model, out = make_model(tmp_path / "model"), tmp_path / "out.wav"
+    words = ["speak", TEXT, "--model", str(model), "--codec", str(codec), "--device", "cpu", "-o", str(out), "-q"]
+    assert main([*words, "--prompt", str(tmp_path / "voice.wav"), "--prompt-text", TEXT]) == status
+    assert said in capfd.readouterr().err.splitlines()[-1] and not out.exists()
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_forward_logits_says_where_they_are_no_numbers(guidance: bool) -> None:
+    dia = Dia(poisoned_texts(NAN), codec=None)
+    rows = torch.full((2, 3, 9), dia.config.decoder.bos_token_id)
+    with pytest.raises(NumericError, match="text 1, step 0, channel 0 are NaN or infinity.*damaged"):
+        dia.forward_logits(["[S1] Yes.", "a\x07b"], rows, guidance=guidance)
+    dia.forward_logits(["[S1] Yes.", "[S1] No."], rows, guidance=guidance)

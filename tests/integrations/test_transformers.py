@@ -15,7 +15,7 @@ from transformers.generation import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from bench.tools.tiny_models import tiny_config
-from dia_fast.errors import InputError
+from dia_fast.errors import InputError, NumericError
 from dia_fast.integrations.transformers import FallbackWarning, accelerate, patch, unaccelerate
 from tests.integrations.models import CONFIG, TINY_VOCABULARY, greedy, inputs, make_model, same_as_own, unaccelerated
 
@@ -280,3 +280,17 @@ def test_the_engine_is_what_runs(model: DiaForConditionalGeneration, monkeypatch
 
 def without(batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key: value for key, value in batch.items() if key != name}
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_an_accelerated_model_says_it_as_well(do_sample: bool) -> None:
+    """The model's own sampling raises an error of torch there, and its greedy search goes on with code 0."""
+    model = accelerate(make_model())
+    with torch.no_grad():
+        model.model.decoder.norm.weight[3] = float("nan")
+    batch = inputs()
+    with pytest.raises(NumericError, match="NaN or infinity.*damaged"):
+        model.generate(**batch, do_sample=do_sample, max_new_tokens=20, guidance_scale=3.0)
+    with torch.no_grad():
+        model.model.decoder.norm.weight[3] = 1.0
+    same_as_own(model, batch, **greedy(max_new_tokens=20))
