@@ -1,4 +1,4 @@
-"""A decode step of the whole model in the middle of its work, captured as a graph: what tuning and anatomy time."""
+"""A decode step of the whole model in the middle of its work, captured as a graph: what tuning and ablation time."""
 
 import statistics
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from dia_fast.diagnostics.launches import CONTEXT
 from dia_fast.engine.decode_graphs import Capture
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 
 MAX_TEXT = 1024
@@ -48,7 +48,7 @@ def random_model(dtype: torch.dtype, device: torch.device, ops: ModuleType, laye
     )
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
-    for name, shape in packed_shapes(config).items():
+    for name, shape in fused_shapes(config).items():
         values = torch.randn(shape, generator=generator, device=device)
         values = 1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5
         if name.endswith(("qkv", "cross_q", "cross_kv")):

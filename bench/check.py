@@ -3,10 +3,10 @@
     python -m bench.check [--only launches,traffic,codegen,memory,ratio] [--all] [--json FILE]
     python -m bench.check --update [--only ...]
 
-Measures five groups of figures (`bench/gauges.py`) and prints those that differ from the recorded ones. The exit status
-is 1 if one is worse by more than its noise, is missing, or is not recorded; 2 if something could not be compared.
-Figures that vary from run to run are measured twice more before they are called worse. `--update` records what is
-measured now.
+Measures five groups of figures (`bench/metrics.py`) and prints those that differ from the recorded ones. The exit
+status is 1 if one is worse by more than its noise, is missing, or is not recorded; 2 if something could not be
+compared. Figures that vary from run to run are measured twice more before they are called worse. `--update` records
+what is measured now.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from bench import baseline, gauges
+from bench import baseline, metrics
 from bench.baseline import Finding, Group
 from dia_fast.errors import DiaFastError, InputError
 from dia_fast.utils.files import replacing
@@ -32,16 +32,16 @@ Measure = Callable[[str, Path], Group]  # group, folder for a checkpoint; raises
 def chosen(text: str) -> list[str]:
     """The groups of `--only`, in the order of the gate. Raises argparse.ArgumentTypeError for others."""
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in gauges.GROUPS]
+    unknown = [name for name in names if name not in metrics.GROUPS]
     if unknown or not names:
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {','.join(gauges.GROUPS)}")
-    return [name for name in gauges.GROUPS if name in names]
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {','.join(metrics.GROUPS)}")
+    return [name for name in metrics.GROUPS if name in names]
 
 
-def main(arguments: Sequence[str] | None = None, measure: Measure = gauges.in_a_process) -> int:
+def main(arguments: Sequence[str] | None = None, measure: Measure = metrics.in_a_process) -> int:
     """Entry point; returns the exit status. measure: what takes the figures of a group."""
     parser = argparse.ArgumentParser(prog="check", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", type=chosen, default=list(gauges.GROUPS), metavar="GROUP,...", help="these groups")
+    parser.add_argument("--only", type=chosen, default=list(metrics.GROUPS), metavar="GROUP,...", help="these groups")
     parser.add_argument("--update", action="store_true", help="record what is measured now, and say what changed")
     parser.add_argument("--all", action="store_true", help="print figures that did not change, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and its verdict here")
@@ -88,14 +88,14 @@ def update(options: argparse.Namespace, measured: Callable[[str], Group]) -> int
     try:
         recorded = baseline.read(options.baseline)
     except InputError:
-        if options.baseline.exists() and options.only != list(gauges.GROUPS):
+        if options.baseline.exists() and options.only != list(metrics.GROUPS):
             raise  # what is not measured now would be lost
         recorded = {}
     groups = dict(recorded)
     for name in options.only:
-        runs = UPDATE_RUNS if name in gauges.REPEATED else 1
+        runs = UPDATE_RUNS if name in metrics.REPEATED else 1
         groups[name] = baseline.settle([measured(name) for _ in range(runs)])
-    baseline.write(options.baseline, {name: groups[name] for name in gauges.GROUPS if name in groups})
+    baseline.write(options.baseline, {name: groups[name] for name in metrics.GROUPS if name in groups})
     for name in options.only:
         print(f"{name}: {changes(recorded.get(name), groups[name])}")
     return 0
@@ -126,7 +126,7 @@ def _compared(name: str, recorded: Group, measured: Callable[[str], Group]) -> l
     """The group's findings; if it varies and looks worse, those of the median of three measurements."""
     runs = [measured(name)]
     found = baseline.compare(name, recorded, runs[0])
-    if name in gauges.REPEATED and any(item.verdict == "WORSE" for item in found):
+    if name in metrics.REPEATED and any(item.verdict == "WORSE" for item in found):
         runs += [measured(name), measured(name)]
         found = baseline.compare(name, recorded, baseline.settle(runs))
     if recorded.machine != runs[0].machine:

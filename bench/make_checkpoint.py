@@ -20,14 +20,14 @@ from torch import Tensor
 from dia_fast.checkpoint.saving import write_checkpoint
 from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes, parameter_count
+from dia_fast.model.fused_weights import fused_shapes, parameter_count
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def random_weight(config: DiaConfig, name: str, seed: int, dtype: torch.dtype) -> Tensor:
     """One packed weight, determined by its name and the seed: norms near 1, projections that keep the variance."""
-    shape = packed_shapes(config)[name]
+    shape = fused_shapes(config)[name]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     weight = torch.randn(shape, generator=generator)
     if len(shape) == 1:
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = write_checkpoint(
             options.folder,
             config,
-            dict.fromkeys(packed_shapes(config), dtype),
+            dict.fromkeys(fused_shapes(config), dtype),
             lambda name: random_weight(config, name, options.seed, dtype),
             layout=options.layout,
             max_shard_bytes=2_000_000_000 if options.layout == "transformers" else None,

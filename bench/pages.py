@@ -15,11 +15,11 @@ from dataclasses import replace
 
 import torch
 
-from bench.gauges import resident
 from bench.make_checkpoint import DTYPES, random_weight
+from bench.metrics import resident
 from dia_fast.engine import Engine, Request
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     options = parser.parse_args(arguments)
     config, dtype = narrow_config(), DTYPES[options.dtype]
-    weights = {name: random_weight(config, name, 0, dtype) for name in packed_shapes(config)}
+    weights = {name: random_weight(config, name, 0, dtype) for name in fused_shapes(config)}
     weights["decoder.head"][config.decoder.eos_token_id] = 0  # it must not end early
     engine = Engine(DiaModel(config, get_ops("torch")).load(weights), max_batch=1)
     prompt = torch.zeros(options.prompt, config.decoder.num_channels, dtype=torch.int64) if options.prompt else None

@@ -32,7 +32,7 @@ from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
 from dia_fast.model.delay import FREE
 from dia_fast.model.device import choose_device, choose_dtype
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_fast.utils.files import replacing
 from dia_kernels import get_ops
@@ -53,7 +53,7 @@ class Finding:
 
 def weights_for(config: DiaConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Random weights that keep activations of order one; the code that ends a sentence never wins."""
-    weights = {name: random_weight(config, name, 0, dtype).to(device) for name in packed_shapes(config)}
+    weights = {name: random_weight(config, name, 0, dtype).to(device) for name in fused_shapes(config)}
     weights["decoder.head"][config.decoder.eos_token_id] = 0
     return weights
 

@@ -21,7 +21,7 @@ from bench.make_checkpoint import DTYPES, random_weight
 from bench.measure import WARM_UP, describe_machine, median, now
 from dia_fast.engine import Engine, Request
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes, parameter_count
+from dia_fast.model.fused_weights import fused_shapes, parameter_count
 from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for width in options.widths:
         config, dtype = config_of(width, options.layers), DTYPES[options.dtype]
-        weights = {name: random_weight(config, name, 0, dtype) for name in packed_shapes(config)}
+        weights = {name: random_weight(config, name, 0, dtype) for name in fused_shapes(config)}
         weights["decoder.head"][config.decoder.eos_token_id] = 0  # it must not end early
         model = DiaModel(config, get_ops("torch")).load(weights).pack()
         cells = []

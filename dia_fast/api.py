@@ -27,7 +27,7 @@ from dia_fast.generation.inputs import (
     Seeds,
     Texts,
     check_codec,
-    checked_rows,
+    checked_delayed_codes,
     engine_limits,
     ids_of,
     is_list,
@@ -37,12 +37,12 @@ from dia_fast.generation.inputs import (
     seeds_of,
     texts_of,
 )
-from dia_fast.generation.long_form import Reading, readings_of, speak_scripts
+from dia_fast.generation.long_form import Script, make_scripts, speak_scripts
 from dia_fast.generation.prompts import AudioPrompt, encode_prompts, prompt_for_each
 from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.device import choose_device, choose_dtype, choose_ops
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
 
@@ -242,9 +242,9 @@ class Dia(OneProcess):
         """
         params = params_for(self.config, self.defaults, sampling_params, **options)
         codec = self.codec
-        readings = self._readings(text, audio_prompt, prompt_text, split, params, seed)
-        speak_scripts(self.engine, readings, progress)
-        audios = [reading.audio(codec) for reading in readings]
+        scripts = self._scripts(text, audio_prompt, prompt_text, split, params, seed)
+        speak_scripts(self.engine, scripts, progress)
+        audios = [script.audio(codec) for script in scripts]
         return audios if is_list(text) else audios[0]
 
     def generate_codes(
@@ -264,9 +264,9 @@ class Dia(OneProcess):
         Needs no codec, unless a prompt is sound.
         """
         params = params_for(self.config, self.defaults, sampling_params, **options)
-        readings = self._readings(text, audio_prompt, prompt_text, split, params, seed)
-        speak_scripts(self.engine, readings, progress)
-        return [reading.codes() for reading in readings]
+        scripts = self._scripts(text, audio_prompt, prompt_text, split, params, seed)
+        speak_scripts(self.engine, scripts, progress)
+        return [script.codes() for script in scripts]
 
     def stream(
         self,
@@ -293,7 +293,7 @@ class Dia(OneProcess):
                 voice the next one is begun while this one is heard.
             chunk_seconds: length of every chunk but the first and a segment's last, rounded to frames of 11.6 ms.
             first_chunk_seconds: length of the first one, if that is less. It comes when its own frames, 10 more that
-                its samples depend on and the 15 rows of the delay pattern are done.
+                its samples depend on and the 15 steps of the delay pattern are done.
             audio_prompt, prompt_text, split, seed, progress, sampling_params, options: as in `generate`.
 
         Raises:
@@ -308,8 +308,8 @@ class Dia(OneProcess):
         one_text(text)
         progress_of(progress, 1)
         codec = self.codec
-        [reading] = self._readings(text, audio_prompt, prompt_text, split, params, seed)
-        return streaming.Stream(reading, streaming.stream(self.engine, codec, reading, *sizes, progress))
+        [script] = self._scripts(text, audio_prompt, prompt_text, split, params, seed)
+        return streaming.Stream(script, streaming.stream(self.engine, codec, script, *sizes, progress))
 
     def astream(
         self,
@@ -338,34 +338,34 @@ class Dia(OneProcess):
         [drawn] = seeds_of(seed, 1, params)
         ids_of(self.config, one_text(text))
         prompt_for_each(audio_prompt, 1, False)
-        made: list[Reading] = []
+        made: list[Script] = []
 
-        def prepare() -> tuple[Engine, "Codec", Reading]:
+        def prepare() -> tuple[Engine, "Codec", Script]:
             running, codec = self.engine, self.codec
-            made.extend(self._readings(text, audio_prompt, prompt_text, split, params, drawn))
+            made.extend(self._scripts(text, audio_prompt, prompt_text, split, params, drawn))
             return running, codec, made[0]
 
         async def chunks() -> AsyncGenerator[Audio, None]:
             prepared = await streaming.in_thread(prepare)
-            async with aclosing(streaming.astream(*prepared, *sizes)) as pieces:
-                async for piece in pieces:
-                    yield piece
+            async with aclosing(streaming.astream(*prepared, *sizes)) as given:
+                async for chunk in given:
+                    yield chunk
 
         return streaming.AsyncStream(made, chunks())
 
-    def forward_logits(self, text: Texts, rows: Any, *, guidance: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Teacher forcing: the logits that follow each of the given rows, for research and comparisons.
+    def forward_logits(self, text: Texts, delayed_codes: Any, *, guidance: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Teacher forcing: the logits that follow each of the given steps, for research and comparisons.
 
-        text: one, or a list of `batch`. rows: integers `[batch, steps, channels]` of the delayed grid from row 0 on
+        text: one, or a list of `batch`. delayed_codes: integers `[batch, steps, channels]` from step 0 on
         (all BOS), special codes included. Returns `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32 on
         the model's device; without guidance uncond is None. Raises InputError, and NumericError if a logit is NaN or
         infinite.
         """
         texts = texts_of(text)
-        grid = checked_rows(self.config, rows, len(texts))
+        codes = checked_delayed_codes(self.config, delayed_codes, len(texts))
         if not isinstance(guidance, bool):
             raise InputError(f"guidance must be True or False, not {shown(guidance)}")
-        found = self.model.forward_logits([ids_of(self.config, item) for item in texts], grid, guidance)
+        found = self.model.forward_logits([ids_of(self.config, item) for item in texts], codes, guidance)
         for logits in found:
             if logits is not None and not bool(logits.isfinite().all()):
                 index, step, channel = (~logits.isfinite()).nonzero()[0, :3].tolist()
@@ -380,11 +380,11 @@ class Dia(OneProcess):
         return save_pretrained(os.fspath(folder), self.config, self.model.state_dict(), defaults=self.defaults)
 
     def __repr__(self) -> str:
-        size = sum(math.prod(shape) for shape in packed_shapes(self.config).values())
+        size = sum(math.prod(shape) for shape in fused_shapes(self.config).values())
         kind = str(self.dtype).removeprefix("torch.")
         return f"Dia({size:,} parameters, {kind} on {self.device}, {self.model.ops.name} ops)"
 
-    def _readings(
+    def _scripts(
         self,
         text: Texts,
         prompts: Prompts,
@@ -392,14 +392,14 @@ class Dia(OneProcess):
         split: str | None,
         params: SamplingParams,
         seed: Seeds,
-    ) -> list[Reading]:
+    ) -> list[Script]:
         """Turn the arguments of a call into scripts to be spoken, one for each text; every door goes through here."""
         texts = texts_of(text)
         seeds = seeds_of(seed, len(texts), params)
         for item in texts:
             ids_of(self.config, item)
         codes = self._codes(prompt_for_each(prompts, len(texts), is_list(text)))
-        return readings_of(self.config, texts, codes, prompt_text, split, params, seeds, self._rate())
+        return make_scripts(self.config, texts, codes, prompt_text, split, params, seeds, self._rate())
 
     def _rate(self) -> float:
         """Frames per second: of the codec, or of Dia's own where none is loaded."""

@@ -14,7 +14,7 @@ from dia_fast import DiaConfig
 from dia_fast.audio.codec import CodecConfig, random_codec
 from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.model.config import DecoderConfig, EncoderConfig
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 
 SEED = 7
 
@@ -49,7 +49,7 @@ def make_model(folder: Path) -> None:
     """Writes random weights as a checkpoint that transformers would load too."""
     generator = torch.Generator().manual_seed(SEED)
     weights = {}
-    for name, shape in packed_shapes(MODEL).items():
+    for name, shape in fused_shapes(MODEL).items():
         weight = torch.randn(shape, generator=generator)
         is_norm, is_table = len(shape) == 1, name.endswith("embedding")
         # Outputs of unit variance, so that logits differ by a few units.

@@ -14,7 +14,7 @@ from dia_fast.audio.codec import Codec, CodecConfig, random_codec
 from dia_fast.diagnostics.doctor import random_model
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 
 SPARE = 8  # rows of a grid beyond the context that is timed: warm-up and capture make a few steps
@@ -198,6 +198,6 @@ def _weights(config: DiaConfig, prefix: str, *names: str) -> int:
     """Elements of the matrices under a prefix: of all, or of those that are called so."""
     return sum(
         shape[0] * shape[1]
-        for name, shape in packed_shapes(config).items()
+        for name, shape in fused_shapes(config).items()
         if name.startswith(prefix) and len(shape) == 2 and (not names or name.rsplit(".", 1)[-1] in names)
     )

@@ -9,7 +9,7 @@ from transformers import DiaForConditionalGeneration
 
 from bench.tools.tiny_models import random_state
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes, pieces
+from dia_fast.model.fused_weights import fused_shapes, fused_slices
 from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 
@@ -18,12 +18,12 @@ Prompts = Sequence[Tensor]  # `[frames, channels]` each, no rows for none
 
 
 def pack(config: DiaConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of transformers, copied to where `pieces` says."""
+    """The tensors of transformers, copied to where `fused_slices` says."""
     dtype = next(iter(state.values())).dtype
-    packed = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in packed_shapes(config).items()}
-    for name, (target, first, last) in pieces(config).items():
-        packed[target][first:last] = state[name]
-    return packed
+    fused = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in fused_shapes(config).items()}
+    for name, (target, first, last) in fused_slices(config).items():
+        fused[target][first:last] = state[name]
+    return fused
 
 
 def pair(
@@ -37,15 +37,15 @@ def pair(
 
 
 def theirs_sharing(model: DiaModel) -> DiaForConditionalGeneration:
-    """transformers' model on views of our packed weights: no memory, no copy."""
+    """transformers' model on views of our fused weights: no memory, no copy."""
     from transformers import DiaConfig as TransformersConfig
     from transformers.models.dia.modeling_dia import DiaRotaryEmbedding
 
-    config, packed = model.config, model.state_dict()
+    config, fused = model.config, model.state_dict()
     settings = TransformersConfig(**config.to_transformers())
     with torch.device("meta"):
         theirs = DiaForConditionalGeneration(settings)
-    views = {name: packed[target][first:last] for name, (target, first, last) in pieces(config).items()}
+    views = {name: fused[target][first:last] for name, (target, first, last) in fused_slices(config).items()}
     theirs.load_state_dict(views, assign=True)
     # What is computed rather than loaded is still without memory.
     for name in ("encoder", "decoder"):

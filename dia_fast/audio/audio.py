@@ -174,7 +174,7 @@ def load_audio(
 
     Raises InputError for a path that is missing, a folder, unreadable, empty, not audio or damaged, for NaN or infinite
     samples, for less than `min_seconds` or more than `max_seconds` of sound. Warns of a file that is cut off.
-    Reading stops at `max_seconds`, whatever the file's header claims.
+    Script stops at `max_seconds`, whatever the file's header claims.
     """
     path = checked_path(path)
     try:

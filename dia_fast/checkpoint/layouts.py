@@ -1,4 +1,4 @@
-"""The two official layouts of a checkpoint, as places within the packed weights.
+"""The two official layouts of a checkpoint, as parts within the fused weights.
 
 | original (`DenseGeneral`: input axes first) | transformers (`nn.Linear`: output first) |
 |---|---|
@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from dia_fast.errors import CheckpointError
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes, pieces
+from dia_fast.model.fused_weights import fused_shapes, fused_slices
 
 # Buffers that follow from the configuration; some versions store them, none needs them.
 _DERIVED = (".offsets", ".inv_freq", ".original_inv_freq", ".timescale")
@@ -30,26 +30,26 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where one tensor of a layout lies: rows `first` to `last` (exclusive) of the packed weight `packed`.
+class TensorSlice:
+    """Where one tensor of a layout lies: rows `first` to `last` (exclusive) of the fused weight `fused`.
 
     shape: as stored. transposed: the stored tensor, its axes merged to `[in, out]`, is the transpose of those rows.
     """
 
-    packed: str
+    fused: str
     first: int
     last: int
     shape: tuple[int, ...]
     transposed: bool = False
 
 
-def placements(config: DiaConfig, layout: str) -> dict[str, Placement]:
-    """Every tensor of a layout ("transformers" or "original") by name; together they cover each packed row once."""
-    shapes = packed_shapes(config)
-    found: dict[str, Placement] = {}
-    for name, (packed, first, last) in pieces(config).items():
-        place = Placement(packed, first, last, (last - first, *shapes[packed][1:]))
-        found |= {name: place} if layout == "transformers" else _original(config, name, place)
+def tensor_slices(config: DiaConfig, layout: str) -> dict[str, TensorSlice]:
+    """Every tensor of a layout ("transformers" or "original") by name; together they cover each fused row once."""
+    shapes = fused_shapes(config)
+    found: dict[str, TensorSlice] = {}
+    for name, (fused, first, last) in fused_slices(config).items():
+        part = TensorSlice(fused, first, last, (last - first, *shapes[fused][1:]))
+        found |= {name: part} if layout == "transformers" else _original(config, name, part)
     return found
 
 
@@ -83,17 +83,17 @@ def is_derived(name: str) -> bool:
     return name.endswith(_DERIVED)
 
 
-def _original(config: DiaConfig, full_name: str, place: Placement) -> dict[str, Placement]:
+def _original(config: DiaConfig, full_name: str, part: TensorSlice) -> dict[str, TensorSlice]:
     decoder = config.decoder
     name = full_name.removeprefix("model.")
     stack = config.encoder if name.startswith("encoder.") else decoder
-    rows, columns = place.last - place.first, place.shape[-1]
+    rows, columns = part.last - part.first, part.shape[-1]
     shape: tuple[int, ...]
     if name == "decoder.embeddings.embed.weight":
         size = decoder.vocab_size
         return {
-            f"decoder.embeddings.{channel}.weight": Placement(
-                place.packed, channel * size, (channel + 1) * size, (size, columns)
+            f"decoder.embeddings.{channel}.weight": TensorSlice(
+                part.fused, channel * size, (channel + 1) * size, (size, columns)
             )
             for channel in range(decoder.num_channels)
         }
@@ -107,5 +107,5 @@ def _original(config: DiaConfig, full_name: str, place: Placement) -> dict[str, 
     elif "down_proj" in name:
         name, shape = name.replace("down_proj", "wo"), (columns, rows)
     else:
-        return {name: place}
-    return {name: Placement(place.packed, place.first, place.last, shape, transposed=True)}
+        return {name: part}
+    return {name: TensorSlice(part.fused, part.first, part.last, shape, transposed=True)}

@@ -1,7 +1,7 @@
-"""Checkpoints: find one, check it against its configuration, and stream it into packed weights.
+"""Checkpoints: find one, check it against its configuration, and stream it into fused weights.
 
 Everything that can be wrong with names, shapes, dtypes and lengths is found when a checkpoint is opened, before any
-memory is taken. Loading fills the packed weights in place: the peak is those weights and one chunk.
+memory is taken. Loading fills the fused weights in place: the peak is those weights and one chunk.
 """
 
 import os
@@ -18,12 +18,12 @@ from dia_fast.checkpoint import hub
 from dia_fast.checkpoint import tensor_io as tensor_files
 from dia_fast.checkpoint.adapters import Adapter, base_of, is_adapter, open_adapter
 from dia_fast.checkpoint.demo import located
-from dia_fast.checkpoint.layouts import Placement, detect_layout, is_derived, placements, plain_names
+from dia_fast.checkpoint.layouts import TensorSlice, detect_layout, is_derived, plain_names, tensor_slices
 from dia_fast.checkpoint.tensor_io import MappedTensor, StoredTensor, open_tensors
 from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.generation.sampling_params import SamplingParams, from_generation_config
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes, parameter_count
+from dia_fast.model.fused_weights import fused_shapes, parameter_count
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.files import checked_path, read_json
 
@@ -37,7 +37,7 @@ class Checkpoint:
     """An opened and checked checkpoint; its weights are still in the files.
 
     source: as the caller named it. layout: "transformers" or "original". tensors: by their name in the files.
-    defaults: the settings of a generation that its generation_config.json names. adapter: what is added when it is
+    defaults: the sampling parameters that its generation_config.json names. adapter: what is added when it is
     loaded, or None.
     """
 
@@ -69,7 +69,7 @@ class Checkpoint:
 
     @isolated()
     def load(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The packed weights by name (see `packing.packed_shapes`), in `dtype` (default: the stored one) on `device`.
+        """The fused weights by name (`fused_weights.fused_shapes`), in `dtype` (default: the stored one) on `device`.
 
         Raises CheckpointError if a file breaks off, for values that are NaN, infinity, or too large for `dtype`, and if
         the device has no memory left.
@@ -77,40 +77,40 @@ class Checkpoint:
         dtype = self.dtype if dtype is None else dtype
         if dtype not in DTYPES:
             raise InputError(f"weights can be loaded as {_names(DTYPES)}, not as {_name(dtype)}")
-        places = placements(self.config, self.layout)
+        parts = tensor_slices(self.config, self.layout)
         try:
-            packed = {
+            fused = {
                 name: torch.empty(shape, dtype=dtype, device=device)
-                for name, shape in packed_shapes(self.config).items()
+                for name, shape in fused_shapes(self.config).items()
             }
         except (RuntimeError, MemoryError) as error:  # on a CPU torch has no class of its own for it
             need = self.parameters * dtype.itemsize / 2**30
             raise CheckpointError(f"{device} has no room for the weights: {need:.2f} GiB in {_name(dtype)}") from error
-        for name in sorted(places, key=lambda name: (self.tensors[name].path, self.tensors[name].offset)):
-            place = places[name]
-            _copy(self.tensors[name], place, packed[place.packed][place.first : place.last])
+        for name in sorted(parts, key=lambda name: (self.tensors[name].path, self.tensors[name].offset)):
+            part = parts[name]
+            _copy(self.tensors[name], part, fused[part.fused][part.first : part.last])
         for name in self.adapter.parts if self.adapter else ():
-            packed[name].copy_(self.load_packed(name))
-            if wrong := not_finite(packed[name]):
+            fused[name].copy_(self.load_fused(name))
+            if wrong := not_finite(fused[name]):
                 raise CheckpointError(
                     f"{self.source}: with the adapter {wrong} values of {name} are NaN or infinity in {_name(dtype)}"
                 )
-        return packed
+        return fused
 
     @isolated()
-    def load_packed(self, packed: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One packed weight, on the CPU, in `dtype` (default: one that holds its stored parts exactly)."""
-        places = {n: p for n, p in placements(self.config, self.layout).items() if p.packed == packed}
-        dtype = dtype or self.stored_dtype(packed)
-        weight = torch.empty(packed_shapes(self.config)[packed], dtype=dtype, device="cpu")
-        for name, place in places.items():
-            _copy(self.tensors[name], place, weight[place.first : place.last])
-        return weight if self.adapter is None else self.adapter.merged(packed, weight)
+    def load_fused(self, fused: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One fused weight, on the CPU, in `dtype` (default: one that holds its stored parts exactly)."""
+        parts = {n: p for n, p in tensor_slices(self.config, self.layout).items() if p.fused == fused}
+        dtype = dtype or self.stored_dtype(fused)
+        weight = torch.empty(fused_shapes(self.config)[fused], dtype=dtype, device="cpu")
+        for name, part in parts.items():
+            _copy(self.tensors[name], part, weight[part.first : part.last])
+        return weight if self.adapter is None else self.adapter.merged(fused, weight)
 
-    def stored_dtype(self, packed: str) -> torch.dtype:
-        """The dtype that holds the stored parts of a packed weight exactly."""
-        places = placements(self.config, self.layout)
-        dtypes = [self.tensors[name].dtype for name, place in places.items() if place.packed == packed]
+    def stored_dtype(self, fused: str) -> torch.dtype:
+        """The dtype that holds the stored parts of a fused weight exactly."""
+        parts = tensor_slices(self.config, self.layout)
+        dtypes = [self.tensors[name].dtype for name, part in parts.items() if part.fused == fused]
         dtype = dtypes[0]
         for other in dtypes[1:]:
             dtype = torch.promote_types(dtype, other)
@@ -183,7 +183,7 @@ def _checked(tensors: dict[str, StoredTensor], config: DiaConfig, where: Path) -
         layout = detect_layout(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    _check(tensors, placements(config, layout), where)
+    _check(tensors, tensor_slices(config, layout), where)
     return layout, {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
 
 
@@ -243,19 +243,19 @@ def _open_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _check(tensors: dict[str, StoredTensor], places: dict[str, Placement], where: Path) -> None:
-    missing = [name for name in places if name not in tensors]
+def _check(tensors: dict[str, StoredTensor], parts: dict[str, TensorSlice], where: Path) -> None:
+    missing = [name for name in parts if name not in tensors]
     if missing:
         raise CheckpointError(f"{where}: {_list(missing)} missing, though config.json asks for it")
-    extra = [name for name in tensors if name not in places and not is_derived(name)]
+    extra = [name for name in tensors if name not in parts and not is_derived(name)]
     if extra:
         raise CheckpointError(f"{where}: {_list(extra)} not part of the model that config.json describes")
-    for name, place in places.items():
+    for name, part in parts.items():
         tensor = tensors[name]
-        if tensor.shape != place.shape:
+        if tensor.shape != part.shape:
             raise CheckpointError(
                 f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, "
-                f"but config.json asks for {list(place.shape)}"
+                f"but config.json asks for {list(part.shape)}"
             )
         if tensor.dtype not in (*DTYPES, torch.float64):
             raise CheckpointError(
@@ -270,12 +270,12 @@ def not_finite(weight: Tensor) -> int:
     return sum(int((~part.isfinite()).sum()) for part in weight.view(-1).split(tensor_files.CHUNK))
 
 
-def _copy(tensor: StoredTensor, place: Placement, out: Tensor) -> None:
-    """Fill `out`, rows of a packed weight, with a stored tensor, whatever its layout, dtype and device.
+def _copy(tensor: StoredTensor, part: TensorSlice, out: Tensor) -> None:
+    """Fill `out`, rows of a fused weight, with a stored tensor, whatever its layout, dtype and device.
 
     Raises CheckpointError where values are NaN or infinity, or become infinity in the dtype of `out`.
     """
-    _fill(tensor, place, out)
+    _fill(tensor, part, out)
     if wrong := not_finite(out):
         raise CheckpointError(f"{tensor.path}: {_not_finite(tensor, wrong, out.dtype)}")
 
@@ -299,17 +299,17 @@ def _not_finite(tensor: StoredTensor, wrong: int, dtype: torch.dtype) -> str:
     )
 
 
-def _fill(tensor: StoredTensor, place: Placement, out: Tensor) -> None:
-    if not place.transposed and tensor.dtype is out.dtype and out.device.type == "cpu":
+def _fill(tensor: StoredTensor, part: TensorSlice, out: Tensor) -> None:
+    if not part.transposed and tensor.dtype is out.dtype and out.device.type == "cpu":
         tensor.read_into(out)
         return
-    columns = out.shape[0] if place.transposed else out.numel() // out.shape[0]
+    columns = out.shape[0] if part.transposed else out.numel() // out.shape[0]
     lines = out.numel() // columns
     step = max(1, tensor_files.CHUNK // columns)
     for first in range(0, lines, step):
         last = min(first + step, lines)
         chunk = tensor.read(first * columns, last * columns).view(last - first, columns)
-        if place.transposed:
+        if part.transposed:
             # Transposing a contiguous block and then placing it is twice as fast as writing across the rows.
             out[:, first:last] = chunk.to(out.device, out.dtype).T.contiguous()
         else:

@@ -1,6 +1,6 @@
 """Write checkpoints: `save_pretrained` in the transformers layout, and conversion between the two official layouts.
 
-Weights are written one packed tensor at a time into a folder beside the destination, which takes its name only when it
+Weights are written one fused tensor at a time into a folder beside the destination, which takes its name only when it
 is complete: whatever goes wrong, the destination is either whole or not there.
 """
 
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from dia_fast.audio.codec import codec_beside
-from dia_fast.checkpoint.layouts import Placement, placements
+from dia_fast.checkpoint.layouts import TensorSlice, tensor_slices
 from dia_fast.checkpoint.loading import DTYPES, not_finite, open_checkpoint
 from dia_fast.checkpoint.tensor_io import SAFETENSORS_DTYPES, save_torch
 from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes, parameter_count
+from dia_fast.model.fused_weights import fused_shapes, parameter_count
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.files import checked_path, replacing_folder
 
@@ -34,12 +34,12 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 @dataclass(frozen=True)
 class _Entry:
     name: str
-    place: Placement
+    part: TensorSlice
     dtype: torch.dtype
 
     @property
     def size(self) -> int:
-        return torch.Size(self.place.shape).numel() * self.dtype.itemsize
+        return torch.Size(self.part.shape).numel() * self.dtype.itemsize
 
 
 def save_pretrained(
@@ -50,16 +50,16 @@ def save_pretrained(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     defaults: SamplingParams | None = None,
 ) -> Path:
-    """Write packed weights as a checkpoint that transformers loads (of the first generation: that the original package
+    """Write fused weights as a checkpoint that transformers loads (of the first generation: that the original package
     of its time loads); returns the folder.
 
-    weights: by packed name, on any device, floating point; they are written in their own dtype, in shards of at most
+    weights: by fused name, on any device, floating point; they are written in their own dtype, in shards of at most
     `max_shard_bytes` (a larger tensor gets its own), beside config.json and generation_config.json,
     which holds `defaults`.
     Raises CheckpointError if a weight is missing or misshapen, if the folder exists and is not empty, or if writing
     fails; then nothing is left behind.
     """
-    for name, shape in packed_shapes(config).items():
+    for name, shape in fused_shapes(config).items():
         if name not in weights:
             raise CheckpointError(f"weight {name} is missing, so the model cannot be saved")
         if tuple(weights[name].shape) != shape:
@@ -101,10 +101,10 @@ def convert(
     if pickled and layout != "original":
         raise InputError("only the original layout can be written as a pickle")
     checkpoint = open_checkpoint(source, revision=revision, local_files_only=local_files_only)
-    dtypes = {name: dtype or checkpoint.stored_dtype(name) for name in packed_shapes(checkpoint.config)}
+    dtypes = {name: dtype or checkpoint.stored_dtype(name) for name in fused_shapes(checkpoint.config)}
 
     def fetch(name: str) -> Tensor:
-        return checkpoint.load_packed(name, dtypes[name])
+        return checkpoint.load_fused(name, dtypes[name])
 
     limit = max_shard_bytes if layout == "transformers" else None
     return write_checkpoint(
@@ -135,19 +135,19 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint whose weights are made or read one by one; returns the folder.
 
-    dtypes: of every packed weight by name. fetch: called with such a name, maybe twice; returns the packed weight, on
+    dtypes: of every fused weight by name. fetch: called with such a name, maybe twice; returns the fused weight, on
     the CPU, in that dtype. codec: a folder that is copied along. Otherwise as `save_pretrained` and `convert`.
     """
     folder = checked_path(folder, "folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists and is not an empty folder; name a new one, nothing is overwritten")
     # Where dtypes differ, wide ones first: every tensor then starts at a multiple of its item size.
-    order = {name: i for i, name in enumerate(packed_shapes(config))}
-    entries = [_Entry(name, place, dtypes[place.packed]) for name, place in placements(config, layout).items()]
-    entries.sort(key=lambda entry: (-entry.dtype.itemsize, order[entry.place.packed], entry.place.first))
+    order = {name: i for i, name in enumerate(fused_shapes(config))}
+    entries = [_Entry(name, part, dtypes[part.fused]) for name, part in tensor_slices(config, layout).items()]
+    entries.sort(key=lambda entry: (-entry.dtype.itemsize, order[entry.part.fused], entry.part.first))
     with replacing_folder(folder, CheckpointError, called="the checkpoint ") as partial:
         if pickled:
-            _save_pickle({entry.name: piece for entry, piece in _cut(entries, fetch)}, partial / "pytorch_model.bin")
+            _save_pickle({entry.name: tensor for entry, tensor in _cut(entries, fetch)}, partial / "pytorch_model.bin")
         else:
             _write_shards(partial, config, entries, fetch, max_shard_bytes)
         for name, content in _metadata(config, layout, entries, defaults or SamplingParams()).items():
@@ -196,15 +196,15 @@ def _write_safetensors(path: Path, entries: list[_Entry], fetch: Callable[[str],
         start, end = end, end + entry.size
         header[entry.name] = {
             "dtype": _DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.place.shape),
+            "shape": list(entry.part.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, piece in _cut(entries, fetch):
-            file.write(piece.view(-1).view(torch.uint8).numpy().data)
+        for _, tensor in _cut(entries, fetch):
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -215,16 +215,16 @@ def _save_pickle(state: dict[str, Tensor], path: Path) -> None:
 
 
 def _cut(entries: list[_Entry], fetch: Callable[[str], Tensor]) -> Iterator[tuple[_Entry, Tensor]]:
-    """Each entry's tensor, contiguous, cut from the packed weight that holds it (entries come grouped by it)."""
-    for packed, group in itertools.groupby(entries, key=lambda entry: entry.place.packed):
-        weight = fetch(packed)
+    """Each entry's tensor, contiguous, cut from the fused weight that holds it (entries come grouped by it)."""
+    for fused, group in itertools.groupby(entries, key=lambda entry: entry.part.fused):
+        weight = fetch(fused)
         if wrong := not_finite(weight):
             raise CheckpointError(
-                f"weight {packed} cannot be written: {wrong} of its {weight.numel()} values are NaN or infinity"
+                f"weight {fused} cannot be written: {wrong} of its {weight.numel()} values are NaN or infinity"
             )
         for entry in group:
-            rows = weight[entry.place.first : entry.place.last]
-            yield entry, (rows.T if entry.place.transposed else rows).contiguous().view(entry.place.shape)
+            rows = weight[entry.part.first : entry.part.last]
+            yield entry, (rows.T if entry.part.transposed else rows).contiguous().view(entry.part.shape)
 
 
 def _metadata(

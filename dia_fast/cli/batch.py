@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dia_fast.checkpoint.demo import located
 from dia_fast.cli.paths import path
-from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, add_sampling, set_threads, settings_from
+from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, add_sampling, params_from, set_threads
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.generation.sampling_params import SamplingParams, random_seed
 
@@ -25,17 +25,18 @@ INPUT is a JSON Lines file: one object a line, with
   prompt       a recording of the voice to speak in, relative to the folder of INPUT
   prompt_text  what is said in it, with speaker tags
   seed         default: made from --seed and the id, so that each item has its own and keeps it
-  split        "auto" to cut a script that is too long for the model into pieces, null not to; default: --split
+  split        "auto" to cut a script that is too long for the model into segments, null not to; default: --split
   max_new_tokens, guidance_scale, temperature, top_p, top_k, do_sample
                as the options below, which hold for the lines that do not say otherwise
 """
 
 EPILOG = f"""\
 A line that cannot be used, or an item that fails, is reported and written to the manifest; the others go on, and the
-exit status is 1. FOLDER/manifest.jsonl has a line for each item with its status, file, duration, seed and settings.
+exit status is 1. FOLDER/manifest.jsonl has a line for each item with its status, file, duration, seed and sampling
+parameters.
 
 However a run ends, the same command goes on where it was: items that are done are not done again, those that failed
-are tried again, and an item whose text, voice, seed, settings, model or codec has changed is done again, over its old
+are tried again, and an item whose text, voice, seed, sampling, model or codec has changed is done again, over its old
 file. No file is ever half-written. The result is that of a run without interruption, byte for byte (wav and flac, on
 the same machine), except for the order of the manifest's lines until a run gets to its end.
 
@@ -68,7 +69,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--split", default="auto", choices=("auto", "none"), help="cut scripts of more than 20 s (%(default)s)"
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", default=16, help="scripts, or pieces, at a time, 1 to 32 (%(default)s)"
+        "--batch-size", type=int, metavar="N", default=16, help="scripts, or segments, at a time, 1 to 32 (%(default)s)"
     )
     parser.add_argument(
         "--memory", metavar="BYTES", help="for keys and values, as in 4GB (default: up to half of what is free)"
@@ -86,25 +87,25 @@ def run(args: argparse.Namespace) -> int:
     from dia_fast.jobs.runner import Batch
 
     args.seed = random_seed() if args.seed == -1 else args.seed or 0
-    settings_from(args, SamplingParams())
+    params_from(args, SamplingParams())
     engine_limits(args.batch_size, args.memory)
     if args.model is None and not args.dry_run:
         raise InputError(f"no model: name one with --model, as in --model {OFFICIAL_MODEL}, or --model demo")
     made_with = {"model": args.model, "codec": args.codec, "revision": args.revision, "dtype": args.dtype}
-    usual, identity = settings_from(args, SamplingParams()), ""
+    usual, identity = params_from(args, SamplingParams()), ""
     if args.model:
         identity = identity_of(located(args.model)) + identity_of(args.codec)
     defaults = Defaults(usual, args.split == "auto", args.format, made_with, identity)
     batch = Batch(read_items(Path(args.input), defaults), Path(args.folder))
-    if args.model is not None and (settings := settings_from(args, _defaults(args))) != usual:
-        batch = Batch(read_items(Path(args.input), replace(defaults, settings=settings)), Path(args.folder))
+    if args.model is not None and (params := params_from(args, _defaults(args))) != usual:
+        batch = Batch(read_items(Path(args.input), replace(defaults, params=params)), Path(args.folder))
     if args.dry_run:
         return _dry_run(batch, told_model=args.model is not None)
     return _run(batch, args)
 
 
 def _defaults(args: argparse.Namespace) -> SamplingParams:
-    """The settings that the checkpoint names; a dry run downloads nothing, and takes the usual ones for a new model."""
+    """The checkpoint's sampling parameters; a dry run downloads nothing, and takes the usual ones for a new model."""
     from dia_fast.checkpoint.loading import open_checkpoint
 
     try:

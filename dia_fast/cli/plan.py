@@ -90,26 +90,26 @@ def run(args: argparse.Namespace) -> int:
 
     named = devices.find(args.gpu) if args.gpu is not None else None
     timer = _timer(args)
-    settings, checkpoint = _settings(args)
+    workload, checkpoint = _workload(args)
     here = devices.named_like(timer.name) if timer is not None else None
-    measured = _measure(settings, timer, checkpoint) if timer is not None else None
+    measured = _measure(workload, timer, checkpoint) if timer is not None else None
     if measured is not None and named is None and here is None:
-        return _show_measured(args, settings, measured)
+        return _show_measured(args, workload, measured)
     notes = []
     if timer is not None and named is not None and named != here:
         notes.append(f"predicted for {named.name}, measured on {timer.name}")
-    return _show_predicted(args, settings, named or here, measured, notes)
+    return _show_predicted(args, workload, named or here, measured, notes)
 
 
-def _show_predicted(args: argparse.Namespace, settings: Any, device: Any, measured: Any, notes: list[str]) -> int:
+def _show_predicted(args: argparse.Namespace, workload: Any, device: Any, measured: Any, notes: list[str]) -> int:
     from dia_fast.diagnostics.roofline import report
     from dia_fast.diagnostics.roofline.predict import predict
     from dia_fast.diagnostics.roofline.published import compare
 
-    made = predict(device, settings)
+    made = predict(device, workload)
     made.notes.extend([*_fit(made), *notes])
-    other = predict(device, _flipped(settings))
-    compared = compare(min(settings.context, 3072), min(settings.text, 1024))
+    other = predict(device, _flipped(workload))
+    compared = compare(min(workload.context, 3072), min(workload.text, 1024))
     paths = []
     if args.plots is not None:
         from dia_fast.diagnostics.roofline import plots
@@ -125,7 +125,7 @@ def _show_predicted(args: argparse.Namespace, settings: Any, device: Any, measur
     return 0
 
 
-def _show_measured(args: argparse.Namespace, settings: Any, measured: dict[str, Any]) -> int:
+def _show_measured(args: argparse.Namespace, workload: Any, measured: dict[str, Any]) -> int:
     """What there is to say of a GPU that has no published figures here."""
     from dia_fast.diagnostics.roofline import devices, report
 
@@ -137,15 +137,15 @@ def _show_measured(args: argparse.Namespace, settings: Any, measured: dict[str, 
     if args.plots is not None:
         notes.append("no pictures were drawn: they are of predictions")
     if args.json:
-        print(json.dumps(report.measured_data(settings, measured, notes), indent=1))
+        print(json.dumps(report.measured_data(workload, measured, notes), indent=1))
     else:
-        print(report.measured_text(settings, measured, notes))
+        print(report.measured_text(workload, measured, notes))
     return 0
 
 
-def _settings(args: argparse.Namespace) -> tuple[Any, Any]:
-    """`predict.Settings`, every number checked, and the checkpoint if its weights are wanted. Raises DiaFastError."""
-    from dia_fast.diagnostics.roofline.predict import Settings
+def _workload(args: argparse.Namespace) -> tuple[Any, Any]:
+    """`predict.Workload`, every number checked, and the checkpoint if its weights are wanted. Raises DiaFastError."""
+    from dia_fast.diagnostics.roofline.predict import Workload
     from dia_fast.engine import MAX_BATCH
 
     guided = not args.no_guidance
@@ -169,7 +169,7 @@ def _settings(args: argparse.Namespace) -> tuple[Any, Any]:
         if not 1 <= value <= most:
             raise InputError(f"{option} must be from 1 to {most} for this model, not {value}")
     dtype = DTYPES.get(args.dtype, args.dtype)
-    return Settings(config, dtype, requests, args.context, args.text, guided, not args.no_graph), checkpoint
+    return Workload(config, dtype, requests, args.context, args.text, guided, not args.no_graph), checkpoint
 
 
 def _model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -185,10 +185,10 @@ def _model(args: argparse.Namespace) -> tuple[Any, Any]:
     return checkpoint.config, checkpoint
 
 
-def _flipped(settings: Any) -> Any:
+def _flipped(workload: Any) -> Any:
     from dataclasses import replace
 
-    return replace(settings, graph=not settings.graph)
+    return replace(workload, graph=not workload.graph)
 
 
 def _fit(made: Any) -> list[str]:
@@ -196,10 +196,10 @@ def _fit(made: Any) -> list[str]:
     from dia_fast.cli.info import memory_needed, readable
     from dia_fast.diagnostics.roofline.predict import SIZES
 
-    settings = made.settings
+    workload = made.workload
     needed = memory_needed(
-        settings.config, SIZES[settings.dtype], batch=settings.requests, length=settings.context,
-        text_length=settings.text, guided=settings.guided,
+        workload.config, SIZES[workload.dtype], batch=workload.requests, length=workload.context,
+        text_length=workload.text, guided=workload.guided,
     )["total"]  # fmt: skip
     if needed <= made.device.memory:
         return []
@@ -215,8 +215,8 @@ def _timer(args: argparse.Namespace) -> Any:
     return measure.gpu_timer(args.device)
 
 
-def _measure(settings: Any, timer: Any, checkpoint: Any) -> dict[str, Any]:
+def _measure(workload: Any, timer: Any, checkpoint: Any) -> dict[str, Any]:
     from dia_fast.diagnostics.roofline import measure
 
     print(f"measuring on {timer.name}, a minute or so ...", file=sys.stderr, flush=True)
-    return measure.measure(settings, timer, checkpoint)
+    return measure.measure(workload, timer, checkpoint)

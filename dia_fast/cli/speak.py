@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 OFFICIAL_MODEL = "nari-labs/Dia-1.6B-0626"
 
 STANDARD_OUTPUT = Path("-")
-PIECE_CHARACTERS, MOST_AT_ONCE = 100, 32  # a piece of a long text has no fewer characters, mostly
+SEGMENT_CHARACTERS, MOST_AT_ONCE = 100, 32  # a segment of a long text has no fewer characters, mostly
 SMALL_MODEL = 50_000_000  # weights; chosen between the demo voice and Dia-1.6B, not measured in between
 SAMPLING = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k", "retries")
 
@@ -38,7 +38,7 @@ Speaks a transcript and writes it to an audio file.
 
 Mark the speakers with [S1] and [S2]: begin with [S1] and alternate. Sounds such as (laughs) or (coughs) are written in
 round brackets. The model speaks 5 to 20 seconds well (some 75 to 300 characters); a longer transcript is cut at turns
-and sentences into pieces of about 9 seconds, each in the voices of the last or of --prompt, and joined.
+and sentences into segments of about 9 seconds, each in the voices of the last or of --prompt, and joined.
 """
 
 EXAMPLES = f"""\
@@ -61,7 +61,7 @@ examples:
 
 @dataclass(frozen=True)
 class Made:
-    """What was spoken. seconds: of sound; first: seconds until the first piece was written, where there were pieces."""
+    """A finished recording. seconds: of sound; first: seconds until the first chunk was written, of a stream."""
 
     seconds: float
     seed: int | None
@@ -111,7 +111,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--max-batch",
         type=int,
         metavar="N",
-        help="texts at a time, 1 to 32 (1, or the pieces in the voice of --prompt)",
+        help="texts at a time, 1 to 32 (1, or the segments in the voice of --prompt)",
     )
     memory.add_argument("--memory", metavar="BYTES", help="most for keys and values, as in 4GB (what is needed)")
     add_sampling(parser)
@@ -204,7 +204,7 @@ def _none_or(kind: type) -> Any:
     return convert
 
 
-def settings_from(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+def params_from(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
     """The defaults, with what was asked for in their place. Raises InputError."""
     return defaults.given(
         **{name: getattr(args, name) for name in SAMPLING},
@@ -265,7 +265,7 @@ def check_prompt(prompt: str) -> None:
 def run(args: argparse.Namespace) -> int:
     """Checks whatever can be checked without the model first, then loads, speaks and writes."""
     args.seed = random_seed() if args.seed in (None, -1) else args.seed
-    settings_from(args, SamplingParams())
+    params_from(args, SamplingParams())
     text = transcript(args)
     if args.prompt_text is not None and args.prompt is None:
         raise InputError("--prompt-text needs --prompt: the recording in which it is said")
@@ -313,12 +313,12 @@ def _tell_demo_voice(text: str, *, quiet: bool) -> None:
 
 
 def at_once(args: argparse.Namespace, text: str) -> int:
-    """How many sequences run at a time: one, unless a text is cut into pieces that do not wait for each other."""
+    """How many sequences run at a time: one, unless a text is cut into segments that do not wait for each other."""
     if args.max_batch is not None:
         return int(args.max_batch)
     if args.split == "none" or args.prompt_text is None:
         return 1
-    return min(2 if args.stream else MOST_AT_ONCE, 1 + len(text) // PIECE_CHARACTERS)
+    return min(2 if args.stream else MOST_AT_ONCE, 1 + len(text) // SEGMENT_CHARACTERS)
 
 
 def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
@@ -338,12 +338,12 @@ def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
         max_batch=at_once(args, text),
         memory=args.memory,
     )
-    settings = settings_from(args, dia.defaults)
+    params = params_from(args, dia.defaults)
     set_threads(args.threads, parameter_count(dia.config))
     dia.codec, dia.engine  # noqa: B018 (made now, so that the clock below does not count it)
-    total = expected_steps(dia.config, spoken_seconds(text), settings.max_new_tokens, dia.codec.frames_per_second)
+    total = expected_steps(dia.config, spoken_seconds(text), params.max_new_tokens, dia.codec.frames_per_second)
     with StepBar(total, dia.codec.frames_per_second, hidden=args.quiet or not sys.stderr.isatty()) as bar:
-        made = (_speak_piecewise if args.stream else _speak_at_once)(dia, args, settings, text, output, bar)
+        made = (_speak_piecewise if args.stream else _speak_at_once)(dia, args, params, text, output, bar)
     if not args.quiet:
         print(
             summary(made, bar, output, dia.codec.sample_rate),
@@ -363,14 +363,14 @@ def script_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _speak_at_once(
-    dia: "Dia", args: argparse.Namespace, settings: SamplingParams, text: str, output: Path, bar: "StepBar"
+    dia: "Dia", args: argparse.Namespace, params: SamplingParams, text: str, output: Path, bar: "StepBar"
 ) -> Made:
     script = script_options(args)
-    [audio] = cast("list[Audio]", dia.generate([text], **script, progress=bar, sampling_params=settings))
+    [audio] = cast("list[Audio]", dia.generate([text], **script, progress=bar, sampling_params=params))
     if not audio.duration:
         raise SilentSpeech(_lost(audio.outcome))
     audio.save(output)
-    return Made(audio.duration, settings.seed, outcome=audio.outcome)
+    return Made(audio.duration, params.seed, outcome=audio.outcome)
 
 
 def _lost(outcome: "Outcome | None") -> str:
@@ -385,7 +385,7 @@ def _lost(outcome: "Outcome | None") -> str:
 
 
 def _speak_piecewise(
-    dia: "Dia", args: argparse.Namespace, settings: SamplingParams, text: str, output: Path, bar: "StepBar"
+    dia: "Dia", args: argparse.Namespace, params: SamplingParams, text: str, output: Path, bar: "StepBar"
 ) -> Made:
     from dia_fast.audio.audio import growing_file
 
@@ -394,7 +394,7 @@ def _speak_piecewise(
     if output == STANDARD_OUTPUT and not args.quiet:
         print(f"dia-fast: {rate} Hz, 16 bits, mono, {args.format or 'raw'}", file=sys.stderr)
     options = {} if args.chunk_seconds is None else {"chunk_seconds": args.chunk_seconds}
-    chunks = dia.stream(text, **script_options(args), progress=bar, **options, sampling_params=settings)
+    chunks = dia.stream(text, **script_options(args), progress=bar, **options, sampling_params=params)
     sink = (
         samples_to_stdout(wav_header(rate) if args.format == "wav" else b"")
         if output == STANDARD_OUTPUT
@@ -407,7 +407,7 @@ def _speak_piecewise(
             first = first or time.perf_counter() - start
         if not seconds:
             raise SilentSpeech(_lost(chunks.outcome))
-    return Made(seconds, settings.seed, first, chunks.outcome)
+    return Made(seconds, params.seed, first, chunks.outcome)
 
 
 @contextlib.contextmanager

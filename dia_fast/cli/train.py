@@ -38,13 +38,13 @@ examples:
     dia-fast train recordings --model {OFFICIAL_MODEL} -o voice --lora-rank 16 --dtype bf16 --steps 2000
   all weights, eight examples a step in four parts
     dia-fast train data.jsonl --model {OFFICIAL_MODEL} -o voice --batch-size 2 --accumulate 4 --dtype bf16 --recompute
-  go on after Ctrl-C, a kill or a power cut; every setting is remembered
+  go on after Ctrl-C, a kill or a power cut; every option is remembered
     dia-fast train -o voice --resume
   listen
     dia-fast speak "[S1] Is that me?" --model voice/model
 """
 
-# (option, type, metavar, help); the setting has the option's name. Only what was given reaches the settings.
+# (option, type, metavar, help); a field of `TrainOptions` has the option's name. Only what was given is passed on.
 _LEARNING: list[tuple[str, Any, str, str]] = [
     ("steps", int, "N", "optimizer steps"),
     ("batch-size", int, "N", "examples computed at a time"),
@@ -145,11 +145,11 @@ def _add_model(model: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Checks what can be checked, trains with a progress bar, and says how to listen to the result."""
-    settings = {name: value for name, value in vars(args).items() if name in _defaults()}
+    options = {name: value for name, value in vars(args).items() if name in _defaults()}
     if not args.resume:
-        if "data" not in settings:
+        if "data" not in options:
             raise InputError("no data: name a folder of audio and texts, or a JSONL file; or --resume a run")
-        if "model" not in settings:
+        if "model" not in options:
             raise InputError(f"no model to begin with: name one with --model, as in --model {OFFICIAL_MODEL}")
 
     set_threads(args.threads, SMALL_MODEL)
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
         with watch:
             folder = finetune(
                 args.output,
-                settings,
+                options,
                 resume=args.resume,
                 device=args.device,
                 backend=args.backend,
@@ -204,7 +204,7 @@ class Watch:
         if self._bar is None:
             from tqdm import tqdm
 
-            total = json.loads((output / "run.json").read_text(encoding="utf-8"))["settings"]["steps"]
+            total = json.loads((output / "run.json").read_text(encoding="utf-8"))["options"]["steps"]
             done = self.step - ("loss" in line)
             self._bar = tqdm(
                 total=total, initial=done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
@@ -223,9 +223,9 @@ class Watch:
 
 
 def _defaults() -> dict[str, Any]:
-    from dia_fast.training.settings import TrainSettings
+    from dia_fast.training.options import TrainOptions
 
-    return {item.name: item.default for item in fields(TrainSettings)}
+    return {item.name: item.default for item in fields(TrainOptions)}
 
 
 def _numbers(text: str) -> list[float]:

@@ -22,7 +22,7 @@ from dia_fast.engine import Generation, Request, generate
 from dia_fast.errors import NumericError
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.device import choose_ops
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_kernels import reference
 from dia_kernels.ops import triton_obstacle
@@ -136,7 +136,7 @@ def random_model(config: DiaConfig, ops: Any, dtype: torch.dtype, device: torch.
     """Random weights of the size that training gives them: unit norms, matrices that keep the scale."""
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
-    for name, shape in packed_shapes(config).items():
+    for name, shape in fused_shapes(config).items():
         values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
         weights[name] = (1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5).to(dtype)
     return DiaModel(config, cast(ModuleType, ops)).load(weights)

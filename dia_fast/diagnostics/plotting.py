@@ -63,7 +63,7 @@ def save_figure(
         raise InputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
     paths = []
     for theme in THEMES:
-        with rc_context(_settings(theme)):
+        with rc_context(_rc_params(theme)):
             figure = Figure(figsize=size, layout="constrained")
             axes = figure.subplots()
             draw(axes)
@@ -88,7 +88,7 @@ def picture(name: str, alt: str, folder: str = ".") -> str:
     )
 
 
-def _settings(theme: Theme) -> dict[str, Any]:
+def _rc_params(theme: Theme) -> dict[str, Any]:
     from cycler import cycler  # comes with matplotlib
 
     ink: Sequence[str] = (

@@ -58,17 +58,17 @@ def prefill(
 
 def place(state: DecodeState, batch_idx: int, item: Plan, codes: Tensor | None = None) -> None:
     """Put a prefilled request at its first step into the batch. codes: what `prefill` returned."""
-    settings = item.request.settings
+    params = item.request.params
     if codes is None:
         codes = item.delayed_codes.to(state.codes.device)
     state.codes[batch_idx, : item.first] = codes[: item.first]
     state.prompt_codes[batch_idx] = codes[item.first :]
     state.text_lengths[batch_idx] = len(item.request.text_ids)
     state.seed[batch_idx] = item.seed - 2**64 if item.seed >= 2**63 else item.seed  # the same 64 bits
-    state.guidance_scale[batch_idx] = settings.guidance_scale or 1.0
-    state.temperature[batch_idx] = 0.0 if settings.greedy else settings.temperature
-    state.top_k[batch_idx] = settings.top_k or 0
-    state.top_p[batch_idx] = settings.top_p
+    state.guidance_scale[batch_idx] = params.guidance_scale or 1.0
+    state.temperature[batch_idx] = 0.0 if params.greedy else params.temperature
+    state.top_k[batch_idx] = params.top_k or 0
+    state.top_p[batch_idx] = params.top_p
     state.first_step[batch_idx], state.end_step[batch_idx] = item.first, item.end
     state.eos_step[batch_idx], state.finished[batch_idx], state.status[batch_idx] = -1, 0, 0
     state.step[batch_idx] = item.first

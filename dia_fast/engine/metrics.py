@@ -9,14 +9,14 @@ from typing import Literal, TypeAlias
 class Stats:
     """An engine at one moment.
 
-    waiting, running, parked: requests not started, in the batch, and swapped out for lack of pages; steps: decode steps
-    since the engine was made; pages, text_pages: in use; page_bytes: bytes of all of them; peak_bytes: the most there
-    were after a step; total_bytes: bytes of the pools.
+    waiting, running, swapped: requests not started, in the batch, and swapped out for lack of pages; steps: decode
+    steps since the engine was made; pages, text_pages: in use; page_bytes: bytes of all of them; peak_bytes: the most
+    there were after a step; total_bytes: bytes of the pools.
     """
 
     waiting: int
     running: int
-    parked: int
+    swapped: int
     steps: int
     pages: int
     text_pages: int

@@ -65,7 +65,7 @@ class Request:
             raise InputError(f"text_ids must be a sequence of integers, not {shown(self.text_ids)}")
 
     @property
-    def settings(self) -> SamplingParams:
+    def params(self) -> SamplingParams:
         """The checked settings, made once: the scheduler asks for them in every step."""
         return self._settings  # type: ignore[attr-defined]
 
@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def guided(self) -> bool:
-        return self.request.settings.guided
+        return self.request.params.guided
 
 
 def plan(config: DiaConfig, request: Request) -> Plan:

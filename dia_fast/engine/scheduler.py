@@ -280,7 +280,7 @@ class Engine(OneProcess):
         return Stats(
             waiting=len(self._waiting) + submitted + (self._newcomer is not None),
             running=len(self._running),
-            parked=len(self._swapped),
+            swapped=len(self._swapped),
             steps=self._steps,
             pages=state.pool.pages - state.pool.free,
             text_pages=state.cross_pool.pages - state.cross_pool.free,

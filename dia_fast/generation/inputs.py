@@ -69,15 +69,15 @@ def one_text(text: str | bytes) -> str | bytes:
     return text
 
 
-def seeds_of(seed: Seeds, count: int, settings: SamplingParams) -> list[int]:
-    """A checked seed for each text. settings: with the one that holds if none is given."""
-    seed = settings.seed if seed is None else seed
+def seeds_of(seed: Seeds, count: int, params: SamplingParams) -> list[int]:
+    """A checked seed for each text. params: with the one that holds if none is given."""
+    seed = params.seed if seed is None else seed
     if seed is None:
         return [random_seed() for _ in range(count)]
     given: list[Any] = list(seed) if isinstance(seed, list | tuple) else [seed] * count
     if len(given) != count:
         raise InputError(f"seed has {len(given)} entries for {count} texts: give one for each, or one int for all")
-    checked = (replace(settings, seed=random_seed() if item is None else item).seed for item in given)
+    checked = (replace(params, seed=random_seed() if item is None else item).seed for item in given)
     return [item for item in checked if item is not None]
 
 
@@ -105,10 +105,10 @@ def expected_steps(config: DiaConfig, seconds: float, limit: int, frames_per_sec
 def params_for(
     config: DiaConfig, defaults: SamplingParams, given: SamplingParams | None = None, **options: Any
 ) -> SamplingParams:
-    """Checked settings that leave room for a frame of sound.
+    """Checked parameters that leave room for a frame of sound.
 
-    given: settings in the place of the defaults; options: single ones, in the place of either. Raises InputError for a
-    value, and TypeError for a name that is no setting.
+    given: parameters in the place of the defaults; options: single ones, in the place of either. Raises InputError for
+    a value, and TypeError for a name that is no setting.
     """
     if given is not None and not isinstance(given, SamplingParams):
         raise InputError(f"sampling_params must be a SamplingParams, not {shown(given)}")
@@ -136,36 +136,38 @@ def ids_of(config: DiaConfig, text: str | bytes) -> list[int]:
     return ids
 
 
-def make_request(ids: list[int], seed: int | None, prompt: Tensor | None, settings: SamplingParams) -> Request:
-    """A request with these settings, whatever their seed."""
+def make_request(ids: list[int], seed: int | None, prompt: Tensor | None, params: SamplingParams) -> Request:
+    """A request with these parameters, whatever their seed."""
     return Request(
         ids,
         prompt,
-        max_new_tokens=settings.max_new_tokens,
-        guidance_scale=settings.guidance_scale,
-        temperature=0.0 if settings.greedy else settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
+        max_new_tokens=params.max_new_tokens,
+        guidance_scale=params.guidance_scale,
+        temperature=0.0 if params.greedy else params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
         seed=seed,
     )
 
 
 @isolated()
-def checked_rows(config: DiaConfig, rows: Any, count: int) -> Tensor:
-    """Rows of the delayed grid for each of `count` texts, `[count, steps, channels]` integers."""
+def checked_delayed_codes(config: DiaConfig, delayed_codes: Any, count: int) -> Tensor:
+    """Delayed codes of each of `count` texts, `[count, steps, channels]` integers."""
     decoder = config.decoder
-    grid = tensor_of("rows", rows)
+    codes = tensor_of("delayed_codes", delayed_codes)
     wanted = f"[{count}, steps, {decoder.num_channels}]"
-    if grid.ndim != 3 or grid.shape[0] != count or grid.shape[2] != decoder.num_channels:
-        raise InputError(f"rows must have shape {wanted}, not {list(grid.shape)}")
-    if grid.is_floating_point() or grid.is_complex() or grid.dtype == torch.bool:
-        raise InputError(f"rows must be integers, not {grid.dtype}")
-    if not 1 <= grid.shape[1] <= decoder.max_position_embeddings:
-        raise InputError(f"rows must have 1 to {decoder.max_position_embeddings} steps, not {grid.shape[1]}")
-    low, high = int(grid.min()), int(grid.max())
+    if codes.ndim != 3 or codes.shape[0] != count or codes.shape[2] != decoder.num_channels:
+        raise InputError(f"delayed_codes must have shape {wanted}, not {list(codes.shape)}")
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise InputError(f"delayed_codes must be integers, not {codes.dtype}")
+    if not 1 <= codes.shape[1] <= decoder.max_position_embeddings:
+        raise InputError(f"delayed_codes must have 1 to {decoder.max_position_embeddings} steps, not {codes.shape[1]}")
+    low, high = int(codes.min()), int(codes.max())
     if low < 0 or high >= decoder.vocab_size:
-        raise InputError(f"rows hold code {low if low < 0 else high}; codes go from 0 to {decoder.vocab_size - 1}")
-    return grid
+        raise InputError(
+            f"delayed_codes hold code {low if low < 0 else high}; codes go from 0 to {decoder.vocab_size - 1}"
+        )
+    return codes
 
 
 def cut_remark(config: DiaConfig, limit: int, given: int) -> str:

@@ -1,4 +1,4 @@
-"""Scripts on their way through an engine: which piece can go next, in which voice, and what became of it."""
+"""Scripts on their way through an engine: which segment can go next, in which voice, and what became of it."""
 
 import hashlib
 import math
@@ -25,7 +25,7 @@ from dia_fast.generation.inputs import (
 from dia_fast.generation.outcome import Outcome, Segment, attempt_seed, finish_reason, silence
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.model.config import DiaConfig
-from dia_fast.text.segmentation import LEAST_SECONDS, PIECE_SECONDS, continued, join_pieces, speakers, split_script
+from dia_fast.text.segmentation import LEAST_SECONDS, SEGMENT_SECONDS, continued, join_segments, speakers, split_script
 from dia_fast.text.tokenizer import (
     ABSURD_BYTES,
     GOOD_SECONDS,
@@ -43,7 +43,7 @@ from dia_fast.utils.warn import warn
 if TYPE_CHECKING:
     from dia_fast.audio.codec import Codec
 
-_SLACK = 1.2  # how much longer than expected a piece may turn out
+_SLACK = 1.2  # how much longer than expected a segment may turn out
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def longest_prompt(config: DiaConfig) -> int:
 def cut(
     text: str | bytes, config: DiaConfig, voice: Voice | None = None, frames_per_second: float = FRAMES_PER_SECOND
 ) -> list[str]:
-    """The text itself, if the model takes it well in one piece (20 s, its bytes); else pieces of it.
+    """The text itself, if the model takes it well in one segment (20 s, its bytes); else segments of it.
 
-    voice: the one that each piece is to be spoken in; without it there is room for one more piece as the voice.
+    voice: the one that each segment is to be spoken in; without it there is room for one more segment as the voice.
     Raises InputError for a text that cannot be spoken, and for a voice that leaves no room.
     """
     text = checked_text(text)
@@ -84,28 +84,29 @@ def cut(
     if seconds < LEAST_SECONDS or size < 16:
         raise InputError(
             f"the audio prompt and its text leave room for {max(seconds, 0):.1f} s and {max(size, 0)} bytes: too "
-            "little for a piece; use a shorter recording"
+            "little for a segment; use a shorter recording"
         )
-    return split_script(text, max_seconds=min(PIECE_SECONDS, seconds), max_bytes=size)
+    return split_script(text, max_seconds=min(SEGMENT_SECONDS, seconds), max_bytes=size)
 
 
-def piece_seed(seed: int, index: int) -> int:
-    """The seed of a piece: the script's for the first; for piece i the first 63 bits of SHA-256 of "seed/i"."""
+def segment_seed(seed: int, index: int) -> int:
+    """The seed of a segment: the script's for the first; for segment i the first 63 bits of SHA-256 of "seed/i"."""
     if index == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:8], "big") & (2**63 - 1)
 
 
-class Reading:
-    """A script being spoken, piece by piece.
+class Script:
+    """A script being spoken, segment by segment.
 
-    With a voice, each piece is independent: all may run at once. Without, each goes on in the voice of what was spoken
-    before: the last piece, or an earlier one, or both, if the last lacks a speaker that is needed. Only whole pieces
-    serve as a voice, since text and sound must match: none that the length limit has cut, and none that leaves no room.
+    With a voice, each segment is independent: all may run at once. Without, each goes on in the voice of what was
+    spoken before: the last segment, or an earlier one, or both, if the last lacks a speaker that is needed. Only whole
+    segments serve as a voice, since text and sound must match: none that the length limit has cut, and none that leaves
+    no room.
 
-    config: of the model. pieces: as from `cut`. settings: for every piece; with a seed. name: the caller's own.
-    frames_per_second: of the codec. A silent piece is tried again, `settings.retries` times, before anything goes on in
-    its voice. `frames` are the codes of each piece, `remarks` what the user should hear about, `error` what ended it,
+    config: of the model. segments: as from `cut`. params: for every segment; with a seed. name: the caller's own.
+    frames_per_second: of the codec. A silent segment is tried again, `params.retries` times, before anything goes on in
+    its voice. `frames` are the codes of each segment, `remarks` what the user should hear about, `error` what ended it,
     if anything.
     Raises InputError for a text that cannot be spoken.
     """
@@ -113,42 +114,42 @@ class Reading:
     def __init__(
         self,
         config: DiaConfig,
-        pieces: Sequence[str],
-        settings: SamplingParams,
+        segments: Sequence[str],
+        params: SamplingParams,
         voice: Voice | None = None,
         name: str = "",
         frames_per_second: float = FRAMES_PER_SECOND,
     ) -> None:
         self.frames_per_second = frames_per_second
-        assert settings.seed is not None
-        self.config, self.pieces, self.settings, self.voice, self.name = config, pieces, settings, voice, name
-        self.seed = settings.seed
-        self.frames: list[Tensor | None] = [None] * len(pieces)
-        self.truncated = [False] * len(pieces)
-        self.seeds: list[tuple[int, ...]] = [() for _ in pieces]
+        assert params.seed is not None
+        self.config, self.segments, self.params, self.voice, self.name = config, segments, params, voice, name
+        self.seed = params.seed
+        self.frames: list[Tensor | None] = [None] * len(segments)
+        self.truncated = [False] * len(segments)
+        self.seeds: list[tuple[int, ...]] = [() for _ in segments]
         self.error: Exception | None = None
-        for piece in pieces:
-            ids_of(config, piece)
+        for segment in segments:
+            ids_of(config, segment)
         self.remarks = self._warnings()
         self._next = 0
         self._again: list[int] = []
 
     @property
     def spoken(self) -> int:
-        """Pieces done."""
+        """Segments done."""
         return sum(item is not None for item in self.frames)
 
     @property
     def text(self) -> str:
-        """Of the first piece, as the model reads it."""
+        """Of the first segment, as the model reads it."""
         return self._in_voice(0)[1]
 
     @property
     def done(self) -> bool:
-        return self.error is not None or self.spoken == len(self.pieces)
+        return self.error is not None or self.spoken == len(self.segments)
 
     def next_request(self) -> tuple[int, Request] | None:
-        """The next piece and its request; None if there is none, or none that can start yet."""
+        """The next segment and its request; None if there is none, or none that can start yet."""
         if self.error is not None:
             return None
         if self._again:
@@ -156,34 +157,34 @@ class Reading:
         else:
             index = self._next
             waits = self.voice is None and index > 0 and self.frames[index - 1] is None
-            if index == len(self.pieces) or waits:
+            if index == len(self.segments) or waits:
                 return None
             self._next += 1
         prompt, text = self._in_voice(index)
         ids = ids_of(self.config, text)
-        seed = attempt_seed(piece_seed(self.seed, index), len(self.seeds[index]))
+        seed = attempt_seed(segment_seed(self.seed, index), len(self.seeds[index]))
         self.seeds[index] += (seed,)
-        return index, make_request(ids, seed, prompt, self.settings)
+        return index, make_request(ids, seed, prompt, self.params)
 
     def take(self, index: int, spoken: Generation) -> None:
-        """Keeps what became of a piece, or has it tried again."""
+        """Keeps what became of a segment, or has it tried again."""
         silent, tried = not len(spoken.frames), len(self.seeds[index])
-        if silent and tried <= self.settings.retries and not self.settings.greedy:
+        if silent and tried <= self.params.retries and not self.params.greedy:
             self._again.append(index)
             return
         self.frames[index], self.truncated[index] = spoken.frames, spoken.truncated
-        which = f"piece {index + 1} of {len(self.pieces)}: " if len(self.pieces) > 1 else ""
+        which = f"segment {index + 1} of {len(self.segments)}: " if len(self.segments) > 1 else ""
         if silent:
             self.remarks.append(which + silence(tried))
         elif spoken.truncated:
             prompt = self._in_voice(index)[0]
             given = 0 if prompt is None else len(prompt)
-            self.remarks.append(which + cut_remark(self.config, self.settings.max_new_tokens, given))
+            self.remarks.append(which + cut_remark(self.config, self.params.max_new_tokens, given))
 
     @property
     def outcome(self) -> Outcome:
         """What became of it, once it is done."""
-        parts = zip(self.pieces, self.frames, self.truncated, self.seeds, strict=True)
+        parts = zip(self.segments, self.frames, self.truncated, self.seeds, strict=True)
         segments = []
         for text, frames, truncated, seeds in parts:
             count = 0 if frames is None else len(frames)
@@ -191,9 +192,9 @@ class Reading:
         return Outcome(tuple(segments), tuple(self.remarks))
 
     def sound(self, codec: "Codec") -> Samples:
-        """The decoded pieces, joined; no samples if the model said nothing."""
+        """The decoded segments, joined; no samples if the model said nothing."""
         spoken = [frames for frames in self.frames if frames is not None and len(frames)]
-        return join_pieces([codec.decode(frames).cpu().numpy() for frames in spoken], codec.sample_rate)
+        return join_segments([codec.decode(frames).cpu().numpy() for frames in spoken], codec.sample_rate)
 
     def audio(self, codec: "Codec") -> Audio:
         """The sound, with its seed and outcome."""
@@ -201,26 +202,26 @@ class Reading:
 
     @isolated()
     def codes(self) -> Tensor:
-        """The codes of the pieces, one after the other, `[frames, channels]` int64."""
+        """The codes of the segments, one after the other, `[frames, channels]` int64."""
         return torch.cat([frames for frames in self.frames if frames is not None])
 
     def expected_steps(self) -> int:
-        """About how many steps all pieces take: one after the other, or at once in a voice of their own."""
+        """About how many steps all segments take: one after the other, or at once in a voice of their own."""
         rows = max(self.config.delay_pattern) + 2
-        steps = (math.ceil(spoken_seconds(piece) * self.frames_per_second) + rows for piece in self.pieces)
-        counts = [min(count, self.settings.max_new_tokens + 1) for count in steps]
+        steps = (math.ceil(spoken_seconds(segment) * self.frames_per_second) + rows for segment in self.segments)
+        counts = [min(count, self.params.max_new_tokens + 1) for count in steps]
         return max(counts) if self.voice else sum(counts)
 
     def _warnings(self) -> list[str]:
-        if len(self.pieces) > 1:
-            # About tags only: the length has been dealt with, and so has a piece that begins with [S2].
-            texts = [self.pieces[0], *map(continued, self.pieces[1:])]
+        if len(self.segments) > 1:
+            # About tags only: the length has been dealt with, and so has a segment that begins with [S2].
+            texts = [self.segments[0], *map(continued, self.segments[1:])]
             each = (text_warnings(text, max_length=ABSURD_BYTES, prompt_seconds=math.inf) for text in texts)
             found = list(dict.fromkeys(sentence for sentences in each for sentence in sentences))
             known = speakers(self.voice.text) if self.voice else set()
-            missing = sorted(set[str]().union(*map(speakers, self.pieces)) - known) if self.voice else []
+            missing = sorted(set[str]().union(*map(speakers, self.segments)) - known) if self.voice else []
             if missing:
-                found.append(f"{missing[0]} is not heard in the audio prompt: its voice will differ between pieces")
+                found.append(f"{missing[0]} is not heard in the audio prompt: its voice will differ between segments")
             return found
         seconds = len(self.voice.codes) / self.frames_per_second if self.voice else 0.0
         size = self.config.encoder.max_position_embeddings
@@ -229,129 +230,131 @@ class Reading:
         )
 
     def _in_voice(self, index: int) -> tuple[Tensor | None, str]:
-        """The audio prompt of a piece, and the text to read."""
-        piece = self.pieces[index]
+        """The audio prompt of a segment, and the text to read."""
+        segment = self.segments[index]
         if self.voice is not None:
             if not self.voice.text:
-                return self.voice.codes, piece
-            alone = len(self.pieces) == 1
-            return self.voice.codes, join_prompt(self.voice.text, piece) if alone else continued(self.voice.text, piece)
+                return self.voice.codes, segment
+            alone = len(self.segments) == 1
+            return self.voice.codes, join_prompt(self.voice.text, segment) if alone else continued(
+                self.voice.text, segment
+            )
         if index == 0:
-            return None, piece
+            return None, segment
         return self._carried_on(index)
 
     def _carried_on(self, index: int) -> tuple[Tensor | None, str]:
         """As `_in_voice`, with what was spoken before as the voice: the choice that has most of the speakers needed."""
-        needed = speakers(self.pieces[index])
+        needed = speakers(self.segments[index])
         latest: dict[frozenset[str], int] = {}
         for before in range(index):
             frames = self.frames[before]
             if frames is not None and len(frames) and not self.truncated[before]:
-                latest[frozenset(speakers(self.pieces[before]))] = before
+                latest[frozenset(speakers(self.segments[before]))] = before
         usable = sorted(latest.values())
         choices = [(one,) for one in reversed(usable)] + [(one, usable[-1]) for one in reversed(usable[:-1])]
-        best: tuple[int, Tensor | None, str] = (0, None, continued(self.pieces[index]))
+        best: tuple[int, Tensor | None, str] = (0, None, continued(self.segments[index]))
         for choice in choices:
-            heard = needed & set[str]().union(*(speakers(self.pieces[before]) for before in choice))
+            heard = needed & set[str]().union(*(speakers(self.segments[before]) for before in choice))
             found = self._prompted(choice, index)
             if found is not None and len(heard) + 1 > best[0]:
                 best = (len(heard) + 1, *found)
         if best[1] is None:
-            remark = f"piece {index + 1} of {len(self.pieces)} begins with a new voice: none fits before it"
+            remark = f"segment {index + 1} of {len(self.segments)} begins with a new voice: none fits before it"
             self.remarks += [] if remark in self.remarks else [remark]
         return best[1], best[2]
 
     @isolated()
     def _prompted(self, choice: Sequence[int], index: int) -> tuple[Tensor, str] | None:
-        """Codes of earlier pieces and the text with theirs in front; None if that leaves too little room."""
+        """Codes of earlier segments and the text with theirs in front; None if that leaves too little room."""
         codes = torch.cat([item for before in choice if (item := self.frames[before]) is not None])
-        text = continued(*(self.pieces[before] for before in choice), self.pieces[index])
-        wanted = math.ceil(spoken_seconds(self.pieces[index]) * self.frames_per_second * _SLACK)
+        text = continued(*(self.segments[before] for before in choice), self.segments[index])
+        wanted = math.ceil(spoken_seconds(self.segments[index]) * self.frames_per_second * _SLACK)
         fits = len(codes) + wanted <= longest_prompt(self.config)
         size = len(encode_text(text, max_length=ABSURD_BYTES))
         return (codes, text) if fits and size <= self.config.encoder.max_position_embeddings else None
 
 
-def read_all(
-    engine: Engine, readings: Iterable[Reading], at_once: int, stepped: Callable[[], None] | None = None
-) -> Generator[Reading, None, None]:
-    """Speaks readings, and yields each when it is done or has failed, in that order.
+def speak_all(
+    engine: Engine, scripts: Iterable[Script], at_once: int, stepped: Callable[[], None] | None = None
+) -> Generator[Script, None, None]:
+    """Speaks scripts, and yields each when it is done or has failed, in that order.
 
-    readings: taken one by one, only when there is room. at_once: most requests in the engine. stepped: called after
+    scripts: taken one by one, only when there is room. at_once: most requests in the engine. stepped: called after
     each step. What goes wrong with one is in its `error`; an interruption is raised. The engine is left with none of
     these requests, whatever happens.
     """
-    source = iter(readings)
-    begun: list[Reading] = []
-    flying: list[tuple[Handle, Reading, int]] = []
+    source = iter(scripts)
+    begun: list[Script] = []
+    in_flight: list[tuple[Handle, Script, int]] = []
     try:
         while True:
-            _fill(engine, source, at_once, begun, flying)
-            if flying:
+            _fill(engine, source, at_once, begun, in_flight)
+            if in_flight:
                 engine.advance()
                 if stepped is not None:
                     stepped()
-                for landed in [item for item in flying if item[0].done]:
-                    flying.remove(landed)
+                for landed in [item for item in in_flight if item[0].done]:
+                    in_flight.remove(landed)
                     _land(*landed)
-            done = [reading for reading in begun if reading.done]
-            for reading in done:
-                for handle, _, _ in [item for item in flying if item[1] is reading]:
+            done = [script for script in begun if script.done]
+            for script in done:
+                for handle, _, _ in [item for item in in_flight if item[1] is script]:
                     handle.cancel()
-                flying = [item for item in flying if item[1] is not reading]
-                begun.remove(reading)
-                yield reading
+                in_flight = [item for item in in_flight if item[1] is not script]
+                begun.remove(script)
+                yield script
             if not (begun or done):
                 return
     finally:
-        for handle, _, _ in flying:
+        for handle, _, _ in in_flight:
             handle.cancel()
 
 
 def _fill(
     engine: Engine,
-    source: Iterator[Reading],
+    source: Iterator[Script],
     at_once: int,
-    begun: list[Reading],
-    flying: list[tuple[Handle, Reading, int]],
+    begun: list[Script],
+    in_flight: list[tuple[Handle, Script, int]],
 ) -> None:
-    """Submits what can start: first of the readings that have begun, in their order, then of new ones."""
-    for reading in begun:
-        _submit(engine, reading, at_once, flying)
-    while len(flying) < at_once:
+    """Submits what can start: first of the scripts that have begun, in their order, then of new ones."""
+    for script in begun:
+        _submit(engine, script, at_once, in_flight)
+    while len(in_flight) < at_once:
         new = next(source, None)
         if new is None:
             return
         begun.append(new)
-        _submit(engine, new, at_once, flying)
+        _submit(engine, new, at_once, in_flight)
 
 
-def _submit(engine: Engine, reading: Reading, at_once: int, flying: list[tuple[Handle, Reading, int]]) -> None:
-    while len(flying) < at_once and (ready := reading.next_request()) is not None:
+def _submit(engine: Engine, script: Script, at_once: int, in_flight: list[tuple[Handle, Script, int]]) -> None:
+    while len(in_flight) < at_once and (ready := script.next_request()) is not None:
         index, request = ready
         try:
-            flying.append((engine.submit(request), reading, index))
+            in_flight.append((engine.submit(request), script, index))
         except Exception as error:
-            reading.error = error
+            script.error = error
 
 
-def _land(handle: Handle, reading: Reading, index: int) -> None:
+def _land(handle: Handle, script: Script, index: int) -> None:
     try:
-        reading.take(index, handle.result())
+        script.take(index, handle.result())
     except Exception as error:
-        reading.error = error
+        script.error = error
 
 
-def readings_of(
+def make_scripts(
     config: DiaConfig,
     texts: Sequence[str | bytes],
     prompts: Sequence[Tensor | None],
     prompt_text: str | None,
     split: str | None,
-    settings: SamplingParams,
+    params: SamplingParams,
     seeds: Sequence[int],
     frames_per_second: float = FRAMES_PER_SECOND,
-) -> list[Reading]:
+) -> list[Script]:
     """One for each text, with its prompt's codes and its seed. split: "auto" or None. Raises InputError."""
     if split is not None and not (isinstance(split, str) and split == "auto"):
         raise InputError(f'split must be "auto" or None, not {shown(split)}')
@@ -362,39 +365,39 @@ def readings_of(
     found = []
     for text, prompt, seed in zip(texts, prompts, seeds, strict=True):
         voice = None if prompt is None else Voice(prompt, prompt_text or "")
-        pieces = cut(text, config, voice, frames_per_second) if split else [checked_text(text)]
-        found.append(Reading(config, pieces, replace(settings, seed=seed), voice, "", frames_per_second))
+        segments = cut(text, config, voice, frames_per_second) if split else [checked_text(text)]
+        found.append(Script(config, segments, replace(params, seed=seed), voice, "", frames_per_second))
     return found
 
 
-def speak_scripts(engine: Engine, readings: Sequence[Reading], progress: Progress) -> None:
-    """Speaks all readings at once. Warns of what there is to remark.
+def speak_scripts(engine: Engine, scripts: Sequence[Script], progress: Progress) -> None:
+    """Speaks all scripts at once. Warns of what there is to remark.
 
-    progress: as in `Dia.generate`; a bar counts pieces too. Raises what ended one of the readings.
+    progress: as in `Dia.generate`; a bar counts segments too. Raises what ended one of the scripts.
     """
-    which = [f"text {index}: " if len(readings) > 1 else "" for index in range(len(readings))]
-    known = [warn_of(reading, 0, text) for reading, text in zip(readings, which, strict=True)]
-    count, total = sum(len(reading.pieces) for reading in readings), max(item.expected_steps() for item in readings)
+    which = [f"text {index}: " if len(scripts) > 1 else "" for index in range(len(scripts))]
+    known = [warn_of(script, 0, text) for script, text in zip(scripts, which, strict=True)]
+    count, total = sum(len(script.segments) for script in scripts), max(item.expected_steps() for item in scripts)
     start = engine.stats.steps
-    with progress_of(progress, total, readings[0].frames_per_second) as report:
+    with progress_of(progress, total, scripts[0].frames_per_second) as report:
 
         def stepped() -> None:
-            if isinstance(report, StepBar) and count > len(readings):
-                report.pieces(sum(reading.spoken for reading in readings), count, total)
+            if isinstance(report, StepBar) and count > len(scripts):
+                report.segments(sum(script.spoken for script in scripts), count, total)
             steps = engine.stats.steps - start
             if report is not None and steps:
                 report(steps)
 
-        with closing(read_all(engine, readings, engine.state.sizes.batch, stepped)) as ended:
-            for reading in ended:
-                if reading.error is not None:
-                    raise reading.error
-    for reading, before, text in zip(readings, known, which, strict=True):
-        warn_of(reading, before, text)
+        with closing(speak_all(engine, scripts, engine.state.sizes.batch, stepped)) as ended:
+            for script in ended:
+                if script.error is not None:
+                    raise script.error
+    for script, before, text in zip(scripts, known, which, strict=True):
+        warn_of(script, before, text)
 
 
-def warn_of(reading: Reading, first: int = 0, which: str = "") -> int:
-    """Warns of a reading's remarks from the `first` on; returns how many there are. which: goes before each."""
-    for remark in reading.remarks[first:]:
+def warn_of(script: Script, first: int = 0, which: str = "") -> int:
+    """Warns of a script's remarks from the `first` on; returns how many there are. which: goes before each."""
+    for remark in script.remarks[first:]:
         warn(which + remark, TextWarning)
-    return len(reading.remarks)
+    return len(script.remarks)

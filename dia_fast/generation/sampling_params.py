@@ -1,4 +1,4 @@
-"""How to sample: the settings of one generation, checked in one place for every door."""
+"""How to sample: the parameters of one generation, checked in one place for every door."""
 
 import secrets
 from collections.abc import Mapping
@@ -27,15 +27,15 @@ CHECKPOINT = Default.CHECKPOINT
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Checked settings; the defaults are those of Dia's authors and of transformers.
+    """Checked values; the defaults are those of Dia's authors and of transformers.
 
     max_new_tokens: most rows to generate, 1 / 86.13 s each, the 15 that the delay pattern adds included.
     guidance_scale: 1 to 100; `None` or 1 turns guidance off (half the work, less faithful to the text).
     temperature: 0 to 100; 0 is greedy. top_p: above 0, at most 1. top_k: 1 or more, `None` for all.
     do_sample: False takes the likeliest code each time, whatever temperature, top_p, top_k and seed are.
-    seed: 0 to 2^64 - 1, or `None` for a random one; -1 draws one at once, and the settings hold it.
+    seed: 0 to 2^64 - 1, or `None` for a random one; -1 draws one at once, and the object holds it.
     retries: how often a segment that stays silent is tried again, each time with a seed derived from its own.
-    Raises InputError, naming the setting and its value.
+    Raises InputError, naming the parameter and its value.
     """
 
     max_new_tokens: int = 3072
@@ -72,7 +72,7 @@ class SamplingParams:
         put(self, "retries", whole_number("retries", self.retries, 0, 100, "0 for none"))
 
     def given(self, **values: Any) -> "SamplingParams":
-        """These settings with other values; `CHECKPOINT` leaves one as it is. Raises InputError."""
+        """These parameters with other values; `CHECKPOINT` leaves one as it is. Raises InputError."""
         return replace(self, **{name: value for name, value in values.items() if value is not CHECKPOINT})
 
     @property

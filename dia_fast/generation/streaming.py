@@ -23,7 +23,7 @@ from dia_fast.audio.audio import Audio, Samples
 from dia_fast.engine import Engine, Handle
 from dia_fast.errors import InputError, shown
 from dia_fast.generation.inputs import Progress, progress_of
-from dia_fast.generation.long_form import Reading, warn_of
+from dia_fast.generation.long_form import Script, warn_of
 from dia_fast.generation.outcome import Outcome
 from dia_fast.text.segmentation import FADE_SECONDS, fade_in
 from dia_fast.utils.forks import OneProcess, renew_in_child
@@ -49,13 +49,13 @@ def checked_seconds(name: str, value: Any) -> float:
 class Stream(OneProcess, Generator[Audio, None, None]):
     """The chunks of `Dia.stream`, and their outcome."""
 
-    def __init__(self, reading: Reading, chunks: Generator[Audio, None, None]) -> None:
-        self._reading, self._chunks = reading, chunks
+    def __init__(self, script: Script, chunks: Generator[Audio, None, None]) -> None:
+        self._script, self._chunks = script, chunks
 
     @property
     def outcome(self) -> Outcome | None:
         """What became of the text: None until the stream has ended."""
-        return _outcome(self._reading)
+        return _outcome(self._script)
 
     def send(self, value: None) -> Audio:
         return self._chunks.send(value)
@@ -73,7 +73,7 @@ class Stream(OneProcess, Generator[Audio, None, None]):
 class AsyncStream(OneProcess, AsyncGenerator[Audio, None]):
     """The chunks of `Dia.astream`, and their outcome."""
 
-    def __init__(self, made: list[Reading], chunks: AsyncGenerator[Audio, None]) -> None:
+    def __init__(self, made: list[Script], chunks: AsyncGenerator[Audio, None]) -> None:
         """made: will hold the script once its audio prompt is encoded."""
         self._made, self._chunks = made, chunks
 
@@ -96,30 +96,30 @@ class AsyncStream(OneProcess, AsyncGenerator[Audio, None]):
         return self._chunks.aclose()
 
 
-def _outcome(reading: Reading) -> Outcome | None:
-    return reading.outcome if reading.done and reading.error is None else None
+def _outcome(script: Script) -> Outcome | None:
+    return script.outcome if script.done and script.error is None else None
 
 
 def stream(
     engine: Engine,
     codec: "Codec",
-    reading: Reading,
+    script: Script,
     chunk_seconds: float,
     first_chunk_seconds: float = FIRST_CHUNK_SECONDS,
     progress: Progress = False,
 ) -> Generator[Audio, None, None]:
     """Speaks a script chunk by chunk. However the generator ends, nothing of it is left in the engine."""
-    count = len(reading.pieces)
-    chunks, segments = Chunks(codec, chunk_seconds, first_chunk_seconds, count), Segments(engine, reading)
-    told = warn_of(reading)
+    count = len(script.segments)
+    chunks, segments = Chunks(codec, chunk_seconds, first_chunk_seconds, count), Segments(engine, script)
+    told = warn_of(script)
     try:
-        with progress_of(progress, reading.expected_steps(), reading.frames_per_second) as report:
+        with progress_of(progress, script.expected_steps(), script.frames_per_second) as report:
             start = engine.steps
             while segments.heard < count:
                 segments.fill()
                 while not segments.current.done:
                     while span := chunks.cut(segments.current):
-                        yield from chunks.decode(span, reading.seed)
+                        yield from chunks.decode(span, script.seed)
                     before = engine.steps
                     engine.advance()
                     if report is not None and engine.steps > before:
@@ -127,14 +127,14 @@ def stream(
                 if not segments.land():
                     continue
                 if isinstance(report, StepBar) and count > 1:
-                    report.pieces(reading.spoken, count, reading.expected_steps())
+                    report.segments(script.spoken, count, script.expected_steps())
                 while span := chunks.cut(segments.current):
-                    yield from chunks.decode(span, reading.seed)
-                yield from chunks.end_segment(reading.seed)
+                    yield from chunks.decode(span, script.seed)
+                yield from chunks.end_segment(script.seed)
                 segments.heard += 1
-        warn_of(reading, told)
+        warn_of(script, told)
     except Exception as error:
-        reading.error = error
+        script.error = error
         raise
     finally:
         segments.withdraw()
@@ -143,14 +143,14 @@ def stream(
 async def astream(
     engine: Engine,
     codec: "Codec",
-    reading: Reading,
+    script: Script,
     chunk_seconds: float,
     first_chunk_seconds: float = FIRST_CHUNK_SECONDS,
 ) -> AsyncGenerator[Audio, None]:
     """As `stream`, with everything that takes time or waits for a lock in threads of its own."""
-    count, seed = len(reading.pieces), reading.seed
-    chunks, segments = Chunks(codec, chunk_seconds, first_chunk_seconds, count), Segments(engine, reading)
-    pump, told = _pumps.of(engine), warn_of(reading)
+    count, seed = len(script.segments), script.seed
+    chunks, segments = Chunks(codec, chunk_seconds, first_chunk_seconds, count), Segments(engine, script)
+    pump, told = _pumps.of(engine), warn_of(script)
     try:
         while segments.heard < count:
             await in_thread(segments.fill)
@@ -167,9 +167,9 @@ async def astream(
             for chunk in chunks.end_segment(seed):
                 yield chunk
             segments.heard += 1
-        warn_of(reading, told)
+        warn_of(script, told)
     except Exception as error:
-        reading.error = error
+        script.error = error
         raise
     finally:
         # Handed to a thread at once: a task of its own could be cancelled before it begins, when the loop ends.
@@ -182,8 +182,8 @@ class Segments:
     One thread may submit them while another withdraws them.
     """
 
-    def __init__(self, engine: Engine, reading: Reading) -> None:
-        self.engine, self.reading, self.heard = engine, reading, 0
+    def __init__(self, engine: Engine, script: Script) -> None:
+        self.engine, self.script, self.heard = engine, script, 0
         self._handles: dict[int, Handle] = {}  # of the last attempt at each
         self._running: list[int] = []
         self._withdrawn = False
@@ -199,7 +199,7 @@ class Segments:
 
     def fill(self) -> None:
         """Submits the segments that can start."""
-        while len(self._running) < _AT_ONCE and (ready := self.reading.next_request()) is not None:
+        while len(self._running) < _AT_ONCE and (ready := self.script.next_request()) is not None:
             index, request = ready
             handle = self.engine.submit(request, stream=True)
             with self._lock:
@@ -217,8 +217,8 @@ class Segments:
         """
         for index in [item for item in self._running if self._handles[item].done]:
             self._running.remove(index)
-            self.reading.take(index, self._handles[index].result())
-        return self.reading.frames[self.heard] is not None
+            self.script.take(index, self._handles[index].result())
+        return self.script.frames[self.heard] is not None
 
     def withdraw(self) -> None:
         """Cancels whatever is on its way, and what is submitted from now on."""
@@ -285,19 +285,19 @@ class Chunks:
 
 
 class Joiner:
-    """`script.join_pieces` for pieces that arrive bit by bit: equal samples, each as early as it is certain.
+    """`join_segments` for segments that arrive bit by bit: equal samples, each as early as it is certain.
 
-    fade: samples of a fade. Of a piece, its last `fade` samples wait for its end, and then for the next piece.
+    fade: samples of a fade. Of a segment, its last `fade` samples wait for its end, and then for the next segment.
     """
 
     def __init__(self, fade: int) -> None:
         self.fade = fade
-        self._tail = np.zeros(0, np.float32)  # of the pieces before: fades out if anything follows
-        self._held = np.zeros(0, np.float32)  # of this piece
+        self._tail = np.zeros(0, np.float32)  # of the segments before: fades out if anything follows
+        self._held = np.zeros(0, np.float32)  # of this segment
         self._length, self._first = 0, True
 
     def add(self, samples: Samples) -> Samples:
-        """More of this piece; returns what is certain."""
+        """More of this segment; returns what is certain."""
         self._held = np.concatenate([self._held, samples])
         begins = self._length == 0
         if begins and len(self._held) < 2 * self.fade:  # shorter fades, if it ends now
@@ -305,7 +305,7 @@ class Joiner:
         return self._send(len(self._held) - self.fade, self.fade if begins else 0)
 
     def end(self) -> Samples:
-        """This piece is complete; returns what is certain."""
+        """This segment is complete; returns what is certain."""
         total = self._length + len(self._held)
         count = min(self.fade, total // 2)
         sent = self._send(len(self._held) - count, count if self._length == 0 else 0) if total else self._held
@@ -315,12 +315,12 @@ class Joiner:
         return sent
 
     def close(self) -> Samples:
-        """No piece follows; returns the rest."""
+        """No segment follows; returns the rest."""
         tail, self._tail = self._tail, np.zeros(0, np.float32)
         return tail
 
     def _send(self, count: int, fading: int) -> Samples:
-        """The first `count` samples held, behind the end of the piece before; `fading`: of them, where it begins."""
+        """The first `count` samples held, behind the end of the segment before; `fading`: of them, where it begins."""
         out, self._held = self._held[:count].copy(), self._held[count:]
         before = np.zeros(0, np.float32)
         if self._length == 0 and not self._first:

@@ -15,8 +15,8 @@ from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.text.tokenizer import ABSURD_BYTES, checked_text
 from dia_fast.utils.files import LARGEST_SOUND, LARGEST_TEXT, open_regular, read_regular
 
-SETTINGS = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k", "do_sample", "retries")
-FIELDS = ("id", "text", "prompt", "prompt_text", "seed", "split", *SETTINGS)
+SAMPLING_FIELDS = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k", "do_sample", "retries")
+FIELDS = ("id", "text", "prompt", "prompt_text", "seed", "split", *SAMPLING_FIELDS)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OF_MODELS = (".json", ".safetensors", ".bin", ".pt", ".pth")
@@ -25,10 +25,10 @@ _LONGEST_LINE = 16 * ABSURD_BYTES  # JSON may take six bytes for one, and there 
 
 @dataclass(frozen=True)
 class Item:
-    """One script. line: its number, from 1. split: whether it may be cut into pieces. file: its name in the folder.
+    """One script. line: its number, from 1. split: whether it may be cut into segments. file: its name in the folder.
 
-    settings: with the seed. described: the settings and options as the manifest tells them. fingerprint: of everything
-    that the sound depends on. prompt_digest: SHA-256 of the recording, "" for none.
+    params: with the seed. described: the sampling parameters and options as the manifest tells them. fingerprint: of
+    everything that the sound depends on. prompt_digest: SHA-256 of the recording, "" for none.
     """
 
     line: int
@@ -38,7 +38,7 @@ class Item:
     prompt_text: str | None
     prompt_digest: str
     split: bool
-    settings: SamplingParams
+    params: SamplingParams
     file: str
     described: dict[str, Any]
     fingerprint: str
@@ -57,11 +57,11 @@ class Failed:
 class Defaults:
     """What holds for lines that do not say otherwise.
 
-    settings: their seed is what the items' seeds come from. made_with: model, codec and whatever else changes the
+    params: their seed is what the items' seeds come from. made_with: model, codec and whatever else changes the
     sound, for the manifest. identity: what tells two versions of them apart, for the fingerprint only.
     """
 
-    settings: SamplingParams
+    params: SamplingParams
     split: bool = True
     format: str = "wav"
     made_with: dict[str, Any] | None = None
@@ -158,9 +158,9 @@ def _item(
         if not isinstance(value, str) and (name == "text" or value is not None):
             raise InputError(f"{name} must be {kind}, not {_shown(value)}" if name in fields else "text is missing")
     seed = fields.get("seed")
-    given = {name: fields[name] for name in SETTINGS if name in fields}
-    base = defaults.settings.seed or 0
-    settings = replace(defaults.settings, **given, seed=item_seed(base, identity) if seed is None else seed)
+    given = {name: fields[name] for name in SAMPLING_FIELDS if name in fields}
+    base = defaults.params.seed or 0
+    params = replace(defaults.params, **given, seed=item_seed(base, identity) if seed is None else seed)
     split = fields.get("split", "auto" if defaults.split else None)
     if split not in ("auto", None):
         raise InputError(f'split must be "auto" or null, not {_shown(split)}')
@@ -174,13 +174,13 @@ def _item(
         if prompt not in digests:
             digests[prompt] = _digest(prompt)
     digest = digests[prompt] if prompt is not None else ""
-    described = {name: value for name, value in asdict(settings).items() if name != "seed"}
+    described = {name: value for name, value in asdict(params).items() if name != "seed"}
     described |= {"split": split, **(defaults.made_with or {})}
     if prompt is not None:
         described |= {"prompt": fields["prompt"], "prompt_text": prompt_text}
     file = f"{identity}.{defaults.format}"
     # The name of the recording does not matter, its contents do.
-    heard = {**described, "prompt": digest, "text": text, "seed": settings.seed, "file": file}
+    heard = {**described, "prompt": digest, "text": text, "seed": params.seed, "file": file}
     fingerprint = hashlib.sha256((json.dumps(heard, sort_keys=True) + defaults.identity).encode()).hexdigest()[:32]
     return Item(
         number,
@@ -191,7 +191,7 @@ def _item(
         digest,
         # Where the transcript ends and the new words begin is not known without prompt_text.
         split == "auto" and (prompt is None or prompt_text is not None),
-        settings,
+        params,
         file,
         described,
         fingerprint,

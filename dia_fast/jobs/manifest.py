@@ -17,7 +17,7 @@ _DONE = {"line": int, "id": str, "file": str, "bytes": int, "fingerprint": str}
 
 
 def done_entry(item: Item, duration: float, size: int, outcome: Outcome) -> dict[str, Any]:
-    """The entry of an item with a file; its status is `"partial"` if a piece stayed silent, so that it is done again.
+    """The entry of an item with a file; its status is `"partial"` if a segment stayed silent, so that it is done again.
 
     duration: in seconds. size: of the file, in bytes. Nothing in it depends on when or how fast it was made.
     """
@@ -28,9 +28,9 @@ def done_entry(item: Item, duration: float, size: int, outcome: Outcome) -> dict
         "file": item.file,
         "duration": round(duration, 6),
         "bytes": size,
-        "pieces": len(outcome.segments),
-        "seed": item.settings.seed,
-        "settings": item.described,
+        "segments": len(outcome.segments),
+        "seed": item.params.seed,
+        "sampling_params": item.described,
         "remarks": list(outcome.warnings),
         "outcome": outcome.described(),
         "fingerprint": item.fingerprint,

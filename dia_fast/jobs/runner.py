@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dia_fast.audio.audio import Audio, load_audio
 from dia_fast.errors import DiaFastError, InputError
 from dia_fast.generation.inputs import params_for
-from dia_fast.generation.long_form import Reading, Voice, cut, longest_prompt, read_all
+from dia_fast.generation.long_form import Script, Voice, cut, longest_prompt, speak_all
 from dia_fast.generation.prompts import MIN_SECONDS, encode_prompt
 from dia_fast.jobs.items import Failed, Item
 from dia_fast.jobs.manifest import Manifest, done_entry, failed_entry
@@ -46,9 +46,9 @@ class Totals:
 class Batch:
     """A file of scripts, the folder for their sound, and what is left to do.
 
-    items: as from `read_items`. folder: made if it is missing. `pending` are the items that the manifest does not
-    know as done, or knows with other settings: those are done again, over the old file. An item that failed before is
-    tried again. Raises InputError for a manifest that is damaged or not one.
+    items: as from `read_items`. folder: made if it is missing. `pending` are the items that the manifest does not know
+    as done, or knows with other sampling parameters: those are done again, over the old file. An item that failed
+    before is tried again. Raises InputError for a manifest that is damaged or not one.
     """
 
     def __init__(self, items: Sequence[Item | Failed], folder: Path) -> None:
@@ -87,7 +87,7 @@ class Batch:
         stepped: Callable[[int], None] | None = None,
         ended: "Callable[[Totals, dict[str, Any]], None] | None" = None,
     ) -> Totals:
-        """Speaks what is pending, as many pieces at a time as the engine takes; then sorts the manifest.
+        """Speaks what is pending, as many segments at a time as the engine takes; then sorts the manifest.
 
         load: called if anything is pending. begun: called once the model is loaded; stepped: after each step with the
         number of requests that it was for; ended: after each item that was done or failed, with its entry in the
@@ -135,39 +135,39 @@ class Batch:
             if stepped is not None:
                 stepped(engine.stats.running)
 
-        for reading in read_all(engine, self._readings(dia, close), engine.state.sizes.batch, after_step):
-            item = items[reading.name]
+        for script in speak_all(engine, self._scripts(dia, close), engine.state.sizes.batch, after_step):
+            item = items[script.name]
             try:
-                if reading.error is not None:
-                    raise reading.error
-                close(self._save(dia, item, reading))
+                if script.error is not None:
+                    raise script.error
+                close(self._save(dia, item, script))
             except Exception as error:
                 close(failed_entry(item.line, item.id, _said(error)))
 
-    def _readings(self, dia: "Dia", close: Callable[[dict[str, Any]], None]) -> Iterator[Reading]:
+    def _scripts(self, dia: "Dia", close: Callable[[dict[str, Any]], None]) -> Iterator[Script]:
         prompts: dict[str, Tensor] = {}
         rate = dia.codec.frames_per_second
         for item in self.pending:
             try:
-                params_for(dia.config, item.settings)
+                params_for(dia.config, item.params)
                 voice = None if item.prompt is None else Voice(_encoded(dia, item, prompts), item.prompt_text or "")
-                pieces = cut(item.text, dia.config, voice, rate) if item.split else [item.text]
-                reading = Reading(dia.config, pieces, item.settings, voice, item.id, rate)
+                segments = cut(item.text, dia.config, voice, rate) if item.split else [item.text]
+                script = Script(dia.config, segments, item.params, voice, item.id, rate)
             except Exception as error:
                 close(failed_entry(item.line, item.id, _said(error)))
                 continue
-            yield reading
+            yield script
 
-    def _save(self, dia: "Dia", item: Item, reading: Reading) -> dict[str, Any]:
+    def _save(self, dia: "Dia", item: Item, script: Script) -> dict[str, Any]:
         """Writes the sound of an item; returns its entry."""
-        sound = reading.sound(dia.codec)
+        sound = script.sound(dia.codec)
         if not len(sound):
-            entry = failed_entry(item.line, item.id, "; ".join(reading.remarks))
-            return {**entry, "outcome": reading.outcome.described()}
+            entry = failed_entry(item.line, item.id, "; ".join(script.remarks))
+            return {**entry, "outcome": script.outcome.described()}
         audio = Audio(sound, dia.codec.sample_rate)
         path = self.folder / item.file
         audio.save(path)
-        return done_entry(item, audio.duration, path.stat().st_size, reading.outcome)
+        return done_entry(item, audio.duration, path.stat().st_size, script.outcome)
 
 
 def _is_done(entry: dict[str, Any] | None, item: Item, folder: Path) -> bool:

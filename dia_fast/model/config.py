@@ -26,7 +26,7 @@ _GENERIC = {
     "task_specific_params", "tie_word_embeddings", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "use_cache", "use_return_dict",
 }
-# What transformers 4 kept of the generation settings in a model's configuration; the front door has its own.
+# What transformers 4 kept of the sampling parameters in a model's configuration; the front door has its own.
 _GENERATION = {
     "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "do_sample",
     "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
@@ -262,16 +262,16 @@ _POSITIONS = 128  # the original rounds lengths up to a multiple of it
 def _read_first_generation(data: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `DiaConfig` from the nested file of the first generation."""
 
-    def part(owner: Mapping[str, Any], where: str, name: str) -> Mapping[str, Any]:
-        value = owner.get(name)
+    def part(section: Mapping[str, Any], where: str, name: str) -> Mapping[str, Any]:
+        value = section.get(name)
         if not isinstance(value, Mapping):
             raise CheckpointError(f"config: {where}{name} must be an object of named fields, got {shown(value)}")
         return value
 
-    def numbers(owner: Mapping[str, Any], where: str, names: Mapping[str, str]) -> dict[str, Any]:
-        if missing := [name for name in names if name not in owner]:
+    def numbers(section: Mapping[str, Any], where: str, names: Mapping[str, str]) -> dict[str, Any]:
+        if missing := [name for name in names if name not in section]:
             raise CheckpointError(f"config: {where}.{missing[0]} is missing")
-        return {ours: _integer(f"{where}.{name}", owner[name], 1) for name, ours in names.items()}
+        return {ours: _integer(f"{where}.{name}", section[name], 1) for name, ours in names.items()}
 
     def positions(name: str) -> int:
         return -(-_integer(f"data.{name}", sizes.get(name), 1) // _POSITIONS) * _POSITIONS

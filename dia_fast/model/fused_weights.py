@@ -1,17 +1,17 @@
 """How the tensors of a checkpoint lie in the weights that the kernels stream.
 
-Packed weights are `[out, in]`; what one launch reads is one tensor (q|k|v, gate|up, the k|v of cross-attention).
+Fused weights are `[out, in]`; what one launch reads is one tensor (q|k|v, gate|up, the k|v of cross-attention).
 """
 
 import math
 
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
 
-Piece = tuple[str, int, int]
+FusedSlice = tuple[str, int, int]
 
 
-def packed_shapes(config: DiaConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every packed weight by its name, which is its name in `DiaModel.state_dict()`."""
+def fused_shapes(config: DiaConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every fused weight by its name, which is its name in `DiaModel.state_dict()`."""
     encoder, decoder = config.encoder, config.decoder
     codes = decoder.num_channels * decoder.vocab_size
     shapes: dict[str, tuple[int, ...]] = {"encoder.embedding": (encoder.vocab_size, encoder.hidden_size)}
@@ -35,19 +35,19 @@ def packed_shapes(config: DiaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def pieces(config: DiaConfig) -> dict[str, Piece]:
-    """For every tensor of the transformers layout: `(packed name, first row, row after the last)`.
+def fused_slices(config: DiaConfig) -> dict[str, FusedSlice]:
+    """For every tensor of the transformers layout: `(fused name, first row, row after the last)`.
 
-    The rows of a packed tensor are covered once each; the columns are the same in both layouts.
+    The rows of a fused tensor are covered once each; the columns are the same in both layouts.
     """
     encoder, decoder = config.encoder, config.decoder
-    shapes = packed_shapes(config)
-    found: dict[str, Piece] = {}
+    shapes = fused_shapes(config)
+    found: dict[str, FusedSlice] = {}
 
-    def place(packed: str, *tensors: str) -> None:
-        """Let the tensors divide the rows of the packed one evenly."""
-        step = shapes[packed][0] // len(tensors)
-        found.update({name: (packed, i * step, (i + 1) * step) for i, name in enumerate(tensors)})
+    def place(fused: str, *tensors: str) -> None:
+        """Let the tensors divide the rows of the fused one evenly."""
+        step = shapes[fused][0] // len(tensors)
+        found.update({name: (fused, i * step, (i + 1) * step) for i, name in enumerate(tensors)})
 
     def place_shared(stack: EncoderConfig | DecoderConfig, prefix: str, mlp_norm: str) -> None:
         source = f"model.{prefix}"
@@ -80,13 +80,13 @@ def pieces(config: DiaConfig) -> dict[str, Piece]:
 
 def transformers_shapes(config: DiaConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of the transformers layout."""
-    shapes = packed_shapes(config)
-    return {name: (last - first, *shapes[packed][1:]) for name, (packed, first, last) in pieces(config).items()}
+    shapes = fused_shapes(config)
+    return {name: (last - first, *shapes[fused][1:]) for name, (fused, first, last) in fused_slices(config).items()}
 
 
 def parameter_count(config: DiaConfig) -> int:
     """How many weights the model has."""
-    return sum(math.prod(shape) for shape in packed_shapes(config).values())
+    return sum(math.prod(shape) for shape in fused_shapes(config).values())
 
 
 def _shared_shapes(prefix: str, stack: EncoderConfig | DecoderConfig) -> dict[str, tuple[int, ...]]:

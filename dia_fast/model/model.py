@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.model.cpu_weights import pack_matrices, refuse_packed
 from dia_fast.model.decode_state import DecodeState, cross_pages
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.kv_cache import BlockTable, PagePool
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.forks import OneProcess
@@ -93,14 +93,14 @@ class Stack(nn.Module):
 
 
 class DiaModel(OneProcess, nn.Module):
-    """The model; its `state_dict` holds the packed weights by the names of `packing.packed_shapes`.
+    """The model; its `state_dict` holds the packed weights by the names of `fused_weights.fused_shapes`.
 
     config: sizes. ops: an op set, see `dia_kernels.get_ops`. The new model has no memory: give it weights with `load`.
     """
 
     def __init__(self, config: DiaConfig, ops: ModuleType) -> None:
         super().__init__()
-        shapes = packed_shapes(config)
+        shapes = fused_shapes(config)
         self.config, self.ops, self.packed = config, ops, False
         self.encoder = Stack(_below(shapes, "encoder."), EncoderLayer, config.encoder.num_hidden_layers)
         self.decoder = Stack(_below(shapes, "decoder."), DecoderLayer, config.decoder.num_hidden_layers)

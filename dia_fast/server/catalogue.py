@@ -111,5 +111,5 @@ async def _item(service: Service, index: int, item: BatchItem) -> BatchResult:
         audio_data=base64.b64encode(data).decode(),
         media_type=media_type(plan.form, plan.rate),
         seed=plan.seed,
-        finish_reason=plan.reading.outcome.finish_reason,
+        finish_reason=plan.script.outcome.finish_reason,
     )

@@ -190,7 +190,7 @@ class Conversation:
                 async for data in speech:
                     await self._send(data)
                 self._before = plan
-                reason = plan.reading.outcome.finish_reason
+                reason = plan.script.outcome.finish_reason
                 await self._tell("audio.done", **names, cancelled=False, finish_reason=reason)
         except asyncio.CancelledError:
             if number not in self._cancelled:
@@ -210,13 +210,13 @@ class Conversation:
         """The sentence before as a voice, where none with a recording was asked for."""
         if not self._carry or self._before is None or body.ref_audio is not None:
             return None
-        reading = self._before.reading
-        frames = reading.frames[-1]
+        script = self._before.script
+        frames = script.frames[-1]
         asked = self.service.voices.get(body.voice if isinstance(body.voice, str) else body.voice and body.voice.id)
-        if asked.codes is not None or frames is None or not len(frames) or reading.truncated[-1]:
+        if asked.codes is not None or frames is None or not len(frames) or script.truncated[-1]:
             return None
         return ServedVoice(
-            asked.name, "recording", codes=frames, text=reading.pieces[-1], seed=reading.seed, speaker=asked.speaker
+            asked.name, "recording", codes=frames, text=script.segments[-1], seed=script.seed, speaker=asked.speaker
         )
 
     async def _tell(self, kind: str, **fields: Any) -> None:

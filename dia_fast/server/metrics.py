@@ -19,7 +19,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         into: dict[str, Any] = {"registry": self.registry, "namespace": "dia_fast"}
         self.requests = Counter("requests", "HTTP requests", ["endpoint", "format", "status"], **into)
-        self.queue = Histogram("queue_seconds", "from the request to its slot", buckets=_SECONDS, **into)
+        self.queue = Histogram("queue_seconds", "from the request until it runs", buckets=_SECONDS, **into)
         self.first_byte = Histogram("first_byte_seconds", "from the request to sound", buckets=_SECONDS, **into)
         self.factor = Histogram("realtime_factor", "seconds of sound by seconds of work", buckets=_FACTORS, **into)
         self.audio = Counter("audio_seconds", "sound made", **into)

@@ -15,12 +15,12 @@ class Gate:
     """Hands out the slots of an engine, first come, first served; a text that goes on comes before one that begins.
 
     Args:
-        slots: Most sequences at once.
+        capacity: Most sequences at once.
         max_queue: Most requests that wait.
     """
 
-    def __init__(self, slots: int, max_queue: int) -> None:
-        self.slots, self.free, self.max_queue = slots, slots, max_queue
+    def __init__(self, capacity: int, max_queue: int) -> None:
+        self.capacity, self.free, self.max_queue = capacity, capacity, max_queue
         self.waiting = 0
         """Requests that were let in and have had no slot yet."""
         self._first: deque[asyncio.Future[None]] = deque()

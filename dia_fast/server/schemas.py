@@ -44,8 +44,8 @@ class SpeechRequest(SpeechOptions):
     input: str = Field(description="the text; speakers are marked with [S1] and [S2]", max_length=ABSURD_BYTES)
     stream_format: Literal["audio", "sse"] | None = None
     stream: bool | None = Field(None, description="true is stream_format sse")
-    timestamps: Literal["none", "piece", "word"] = Field(
-        "none", description="piece: times of the segments, in the last event of an sse stream"
+    timestamps: Literal["none", "segment", "word"] = Field(
+        "none", description="segment: times of the segments, in the last event of an sse stream"
     )
 
     @property

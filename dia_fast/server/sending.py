@@ -27,8 +27,8 @@ async def respond(service: Service, body: SpeechRequest, request: Request) -> Re
     service.check_open()
     service.gate.check_room()
     if body.timestamps == "word":
-        raise ApiError(400, "timestamps: words are not aligned; use piece, or none", param="timestamps")
-    if body.timestamps == "piece" and not body.sse:
+        raise ApiError(400, "timestamps: words are not aligned; use segment, or none", param="timestamps")
+    if body.timestamps == "segment" and not body.sse:
         raise ApiError(400, "timestamps: times are sent with stream_format sse only", param="timestamps")
     log = request.scope["log"]
     log.update(format=body.response_format, text_bytes=len(body.input.encode("utf-8", "replace")))
@@ -79,7 +79,7 @@ class Spoken(Response):
 
     def __init__(self, service: Service, speech: Speech, body: SpeechRequest, log: dict[str, Any]) -> None:
         self.service, self.speech, self.sse, self.log = service, speech, body.sse, log
-        self.timestamps = body.timestamps == "piece"
+        self.timestamps = body.timestamps == "segment"
         self._first: bytes | None = None
         self._until = time.monotonic() + service.options.request_timeout
         plan = speech.plan
@@ -118,7 +118,7 @@ class Spoken(Response):
             now, times, metrics = time.monotonic(), self.speech.times, self.service.metrics
             times["first_byte"] = now
             metrics.first_byte.observe(now - times["begin"])
-            metrics.queue.observe(times["slot"] - times["begin"])
+            metrics.queue.observe(times["running"] - times["begin"])
         return data
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,7 +145,7 @@ class Spoken(Response):
         speech = self.speech
         times = {name: round(at - speech.times["begin"], 4) for name, at in speech.times.items() if name != "begin"}
         self.log.update(times, sound=round(speech.seconds, 3), steps=speech.tokens)
-        self.log.setdefault("outcome", speech.plan.reading.outcome.finish_reason)
+        self.log.setdefault("outcome", speech.plan.script.outcome.finish_reason)
 
     async def _send(self, send: Send) -> None:
         async def put(data: bytes, more: bool = True) -> None:
@@ -178,8 +178,8 @@ class Spoken(Response):
         return await self._next()
 
     def _summary(self) -> dict[str, Any]:
-        speech, reading = self.speech, self.speech.plan.reading
-        read = sum(len(piece.encode()) for piece in reading.pieces)
+        speech, script = self.speech, self.speech.plan.script
+        read = sum(len(segment.encode()) for segment in script.segments)
         summary: dict[str, Any] = {
             "usage": {
                 "input_tokens": read,
@@ -187,8 +187,8 @@ class Spoken(Response):
                 "total_tokens": read + speech.tokens,
             },
             "seed": speech.plan.seed,
-            "finish_reason": reading.outcome.finish_reason,
-            "warnings": list(dict.fromkeys([*speech.plan.warnings, *reading.outcome.warnings])),
+            "finish_reason": script.outcome.finish_reason,
+            "warnings": list(dict.fromkeys([*speech.plan.warnings, *script.outcome.warnings])),
         }
         if self.timestamps:
             summary["segments"] = [

@@ -17,7 +17,7 @@ from dia_fast.audio.audio import Audio
 from dia_fast.checkpoint.demo import unknown_words
 from dia_fast.errors import InputError
 from dia_fast.generation.inputs import params_for
-from dia_fast.generation.long_form import readings_of
+from dia_fast.generation.long_form import make_scripts
 from dia_fast.generation.prompts import encode_prompts
 from dia_fast.generation.sampling_params import CHECKPOINT, SamplingParams, random_seed
 from dia_fast.server import encoders
@@ -78,7 +78,7 @@ class Service:
             return
         dia.engine.on_event = self.metrics.heard
         driver = Driver(dia.engine, loop, self.metrics.stepped)
-        self.gate.slots = self.gate.free = dia.engine.state.sizes.batch
+        self.gate.capacity = self.gate.free = dia.engine.state.sizes.batch
         self._shop = Workshop(
             driver, self.gate, dia.codec, self._sound, self.metrics, slow_seconds=self.options.slow_seconds
         )
@@ -98,10 +98,10 @@ class Service:
 
     def _watch(self, dia: "Dia") -> None:
         metrics, gate, state = self.metrics, self.gate, dia.engine.state
-        metrics.watch("waiting", "requests that wait for a slot", lambda: gate.waiting)
-        metrics.watch("running", "sequences that have a slot", lambda: gate.slots - gate.free)
+        metrics.watch("waiting", "requests that wait to run", lambda: gate.waiting)
+        metrics.watch("running", "sequences that run", lambda: gate.capacity - gate.free)
         metrics.watch("active", "responses under way", lambda: len(self.active))
-        metrics.watch("parked", "sequences set aside for lack of pages", lambda: dia.engine.stats.parked)
+        metrics.watch("swapped", "sequences swapped out for lack of pages", lambda: dia.engine.stats.swapped)
         metrics.watch("pages", "pages of keys and values in use", lambda: state.pool.pages - state.pool.free)
         metrics.watch("pages_total", "pages of keys and values", lambda: state.pool.pages)
         metrics.watch("voices", "voices", lambda: len(self.voices))
@@ -206,11 +206,11 @@ class Service:
         if not TAG.search(text):
             text = f"{voice.speaker} {text}"
         codes, prompt_text = self._prompt(dia, body, voice)
-        seed, settings = self._sampling(dia, body, voice)
+        seed, params = self._sampling(dia, body, voice)
         split = None if body.split == "none" else "auto"
         fps = dia.codec.frames_per_second
-        [reading] = readings_of(dia.config, [text], [codes], prompt_text, split, settings, [seed], fps)
-        told += reading.remarks
+        [script] = make_scripts(dia.config, [text], [codes], prompt_text, split, params, [seed], fps)
+        told += script.remarks
         if self.is_demo and (unknown := unknown_words(text)):
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             told.append(f"the demo voice never learnt: {', '.join(unknown[:5])}{more}")
@@ -220,7 +220,7 @@ class Service:
             told.append(f"unknown fields: {', '.join(name[:40] for name in unread[:8])}")
         seeded = voice.seed is not None or body.seed not in (None, -1)
         return Plan(
-            reading, form, rate, body.speed, (body.first_chunk_seconds, body.chunk_seconds), voice.name, seeded, told
+            script, form, rate, body.speed, (body.first_chunk_seconds, body.chunk_seconds), voice.name, seeded, told
         )
 
     def _prompt(self, dia: "Dia", body: SpeechOptions, voice: ServedVoice) -> tuple[Tensor | None, str | None]:
@@ -241,9 +241,9 @@ class Service:
         values: dict[str, Any] = {name: CHECKPOINT if value is None else value for name, value in given.items()}
         if body.top_k is not None:
             values["top_k"] = body.top_k or None
-        settings = params_for(dia.config, dia.defaults, **values)
+        params = params_for(dia.config, dia.defaults, **values)
         seed = voice.seed if body.seed is None else body.seed
-        return random_seed() if seed in (None, -1) else int(seed or 0), settings
+        return random_seed() if seed in (None, -1) else int(seed or 0), params
 
     def report(self, text: str, prompt_text: str | None = None) -> TextReport:
         """What is known about a text before it is spoken."""

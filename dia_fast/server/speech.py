@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dia_fast.audio.audio import Audio
 from dia_fast.engine import Request
 from dia_fast.errors import SilentSpeech
-from dia_fast.generation.long_form import Reading
+from dia_fast.generation.long_form import Script
 from dia_fast.generation.streaming import Chunks
 from dia_fast.server.driver import Driver
 from dia_fast.server.encoders import Format, Pipeline
@@ -27,13 +27,13 @@ class Plan:
     """A checked request.
 
     Args:
-        reading: The text, its segments, voice and sampling.
+        script: The text, its segments, voice and sampling.
         rate: Of the response, in Hz.
         chunks: Seconds of the first chunk and of the later ones.
         seeded: Whether the request, or its voice, names the seed.
     """
 
-    reading: Reading
+    script: Script
     form: Format
     rate: int
     speed: float
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def seed(self) -> int:
-        return self.reading.seed
+        return self.script.seed
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Speech:
         self.tokens = 0
         self._pipeline = Pipeline(plan.form, shop.codec.sample_rate, plan.rate, plan.speed)
         first, later = plan.chunks
-        self._chunks = Chunks(shop.codec, later, first, len(plan.reading.pieces))
+        self._chunks = Chunks(shop.codec, later, first, len(plan.script.segments))
         self._ready: deque[tuple[bytes, float]] = deque()
         self._held, self._native = 0.0, 0
         self._changed = asyncio.Event()
@@ -112,11 +112,11 @@ class Speech:
 
     async def _produce(self) -> None:
         try:
-            reading = self.plan.reading
-            while (ready := reading.next_request()) is not None:
+            script = self.plan.script
+            while (ready := script.next_request()) is not None:
                 await self._segment(*ready)
-            if reading.outcome.status == "failed":
-                raise SilentSpeech(reading.outcome.warnings[-1])
+            if script.outcome.status == "failed":
+                raise SilentSpeech(script.outcome.warnings[-1])
             await self._put(self._pipeline.close)
             self.shop.gate.ended()
             self._count()
@@ -129,7 +129,7 @@ class Speech:
     async def _segment(self, index: int, request: Request) -> None:
         release = await self.shop.gate.acquire(goes_on=not self._waits)
         self._leave_queue()
-        self.times.setdefault("slot", time.monotonic())
+        self.times.setdefault("running", time.monotonic())
         try:
             handle = await self.shop.driver.submit(request, release)
         except Exception:
@@ -145,7 +145,7 @@ class Speech:
                     break
             result = handle.result()
             self.tokens += len(result.frames)
-            self.plan.reading.take(index, result)
+            self.plan.script.take(index, result)
             await self._put(self._end_segment, index)
         finally:
             if not handle.done:
@@ -163,12 +163,12 @@ class Speech:
         return self._write(self._chunks.decode(span, None))
 
     def _end_segment(self, index: int) -> bytes:
-        reading = self.plan.reading
-        if reading.frames[index] is None:  # it is tried again
+        script = self.plan.script
+        if script.frames[index] is None:  # it is tried again
             return b""
         per_second = self.shop.codec.sample_rate * self.plan.speed
         start = self.spans[-1][2] if self.spans else 0.0
-        self.spans.append((reading.pieces[index], start, self._native / per_second))
+        self.spans.append((script.segments[index], start, self._native / per_second))
         return self._write(self._chunks.end_segment(None))
 
     def _write(self, chunks: list[Audio]) -> bytes:
@@ -194,6 +194,6 @@ class Speech:
     def _count(self) -> None:
         metrics = self.shop.metrics
         metrics.audio.inc(self.seconds)
-        metrics.factor.observe(self.seconds / max(time.monotonic() - self.times["slot"], 1e-6))
-        if self.plan.reading.outcome.finish_reason == "length":
+        metrics.factor.observe(self.seconds / max(time.monotonic() - self.times["running"], 1e-6))
+        if self.plan.script.outcome.finish_reason == "length":
             metrics.cut.inc()

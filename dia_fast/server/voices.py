@@ -152,7 +152,7 @@ class Voices:
         checked = encode_prompt(
             codes, lambda: codec, channels=decoder.num_channels, codes=decoder.eos_token_id, max_frames=room
         )
-        settings = SamplingParams().given(
+        params = SamplingParams().given(
             **{name: more[name] for name in ("seed", "temperature") if more.get(name) is not None}
         )
         voice = ServedVoice(
@@ -161,8 +161,8 @@ class Voices:
             path=path,
             codes=checked,
             text=text,
-            seed=settings.seed,
-            temperature=None if more.get("temperature") is None else settings.temperature,
+            seed=params.seed,
+            temperature=None if more.get("temperature") is None else params.temperature,
             created=int(path.stat().st_mtime),
         )
         aliases = more.get("aliases") or []

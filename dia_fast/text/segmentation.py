@@ -1,8 +1,8 @@
-"""Long scripts: cut into pieces that the model speaks well, and the sound of the pieces put together again.
+"""Long scripts: cut into segments that the model speaks well, and the sound of the segments put together again.
 
 The model was trained on 5 to 20 s of speech. A script that takes longer is cut at speaker turns; a long turn at
-sentence ends; a sentence that is too long for a piece at commas, a clause at spaces, a word (or a text that is written
-without spaces) between characters. Nothing is cut inside a tag or a sound such as `(laughs)`.
+sentence ends; a sentence that is too long for a segment at commas, a clause at spaces, a word (or a text that is
+written without spaces) between characters. Nothing is cut inside a tag or a sound such as `(laughs)`.
 """
 
 import math
@@ -18,24 +18,24 @@ from dia_fast.errors import InputError
 from dia_fast.text.tokenizer import MAX_BYTES, TAG, checked_text, spoken_seconds
 from dia_fast.utils.values import real_number, whole_number
 
-PIECE_SECONDS = 12.0
-"""Longest piece. Two of them, one as the voice of the other, must fit in the model's 35 s even if spoken slowly."""
+SEGMENT_SECONDS = 12.0
+"""Longest segment. Two of them, one as the voice of the other, must fit in the model's 35 s even if spoken slowly."""
 LEAST_SECONDS = 1.0 / 3
-"""Shortest limit that a piece can be given: five characters."""
+"""Shortest limit that a segment can be given: five characters."""
 FADE_SECONDS = 0.01
 TRAILING = re.compile(rf"(?:\s*{TAG.pattern})+\s*\Z")
 """Tags after the last word."""
 
 _OTHER = {"[S1]": "[S2]", "[S2]": "[S1]"}
 
-_GOAL = 0.75  # of the longest: pieces of about 9 s
+_GOAL = 0.75  # of the longest: segments of about 9 s
 _SHORT = 0.4  # of the longest: what is shorter sounds hurried
-# What it costs to cut there: at a turn, a sentence end, a comma, a space, inside a word. Beside it, a piece costs the
+# What it costs to cut there: at a turn, a sentence end, a comma, a space, inside a word. Beside it, a segment costs the
 # square of its deviation from the goal, in goals, and up to 2 for being short.
 _CUT = (0.0, 0.1, 0.5, 1.0, 4.0)
 _TURN, _SENTENCE, _CLAUSE, _SPACE, _LETTER = range(5)
 
-# Kept in one piece: (clears throat), [whatever], but not a whole sentence in brackets.
+# Kept in one segment: (clears throat), [whatever], but not a whole sentence in brackets.
 _TOGETHER = re.compile(r"\([^()]{1,40}\)|\[[^\[\]]{1,40}\]")
 _CLOSING = "\"')]}»”’"
 _ENDS_SENTENCE = re.compile(rf"[.!?…]+[{re.escape(_CLOSING)}]*\Z")
@@ -47,20 +47,20 @@ _WIDE_CLAUSE = re.compile(r"[、，；：､]+")
 
 
 def split_script(
-    text: str | bytes, *, max_seconds: float = PIECE_SECONDS, max_bytes: int = MAX_BYTES // 2
+    text: str | bytes, *, max_seconds: float = SEGMENT_SECONDS, max_bytes: int = MAX_BYTES // 2
 ) -> list[str]:
-    """Pieces of a script, each beginning with its speaker's tag, as in `"[S1] words [S2] words"`.
+    """Segments of a script, each beginning with its speaker's tag, as in `"[S1] words [S2] words"`.
 
-    All words are there, in their order; a run of white space becomes one space. Words before the first tag are given
-    to [S1]. Turns of the same speaker that follow each other become one, so tags alternate within a piece. Each piece
+    All words are there, in their order; a run of white space becomes one space. Words before the first tag are given to
+    [S1]. Turns of the same speaker that follow each other become one, so tags alternate within a segment. Each segment
     takes at most `max_seconds` (by `spoken_seconds`) and `max_bytes` of the model's text; among the ways to cut, the
-    one with the most even pieces and the least harm is taken. A tag that ends the script, so that its last words are
-    not clipped, ends each piece: that of the piece's last speaker if it is the script's, else the other one.
-    Raises InputError as `checked_text` does, and for limits that no piece could keep to.
+    one with the most even segments and the least harm is taken. A tag that ends the script, so that its last words are
+    not clipped, ends each segment: that of the segment's last speaker if it is the script's, else the other one. Raises
+    InputError as `checked_text` does, and for limits that no segment could keep to.
     """
     max_seconds, max_bytes = real_number("max_seconds", max_seconds), whole_number("max_bytes", max_bytes, 0)
     if not LEAST_SECONDS <= max_seconds < math.inf or max_bytes < 16:
-        raise InputError(f"pieces of {max_seconds:.2f} s and {max_bytes} bytes: no word fits; at least 0.33 s and 16")
+        raise InputError(f"segments of {max_seconds:.2f} s and {max_bytes} bytes: no word fits; at least 0.33 s and 16")
     text = checked_text(text)
     turns, trailing = _turns(text), TRAILING.search(text)
     same = trailing is not None and TAG.findall(trailing[0])[-1] == turns[-1][0]
@@ -68,11 +68,11 @@ def split_script(
     if trailing is not None:
         limit = _Limit(max_seconds - spoken_seconds(" "), max_bytes - 2)
     blocks = [block for number, (_, words) in enumerate(turns) for block in _blocks(number, words, limit)]
-    pieces = [_text(turns, blocks[first:last]) for first, last in _best_cuts(turns, blocks, limit)]
+    segments = [_text(turns, blocks[first:last]) for first, last in _best_cuts(turns, blocks, limit)]
     if trailing is None:
-        return pieces
-    last = [TAG.findall(piece)[-1] for piece in pieces]
-    return [f"{piece} {tag if same else _OTHER[tag]}" for piece, tag in zip(pieces, last, strict=True)]
+        return segments
+    last = [TAG.findall(segment)[-1] for segment in segments]
+    return [f"{segment} {tag if same else _OTHER[tag]}" for segment, tag in zip(segments, last, strict=True)]
 
 
 def speakers(text: str) -> set[str]:
@@ -120,21 +120,21 @@ def sentence_ends(text: str) -> list[int]:
     return found + [match.end() for match in _WIDE_SENTENCE.finditer(text) if match.end() < len(text)]
 
 
-def join_pieces(pieces: Sequence[Samples], sample_rate: int, *, fade_seconds: float = FADE_SECONDS) -> Samples:
-    """The pieces one after the other, float32 `[sum of n]`; a single piece stays as it is.
+def join_segments(segments: Sequence[Samples], sample_rate: int, *, fade_seconds: float = FADE_SECONDS) -> Samples:
+    """The segments one after the other, float32 `[sum of n]`; a single segment stays as it is.
 
     Where two meet, the first fades out and the second in, each over `fade_seconds` (raised cosine, at most half of
-    the piece): the sound passes through zero without a click, and is nowhere louder than the pieces.
+    the segment): the sound passes through zero without a click, and is nowhere louder than the segments.
     """
-    pieces = [piece for piece in pieces if len(piece)]
+    segments = [segment for segment in segments if len(segment)]
     faded = []
-    for index, piece in enumerate(pieces):
-        count = min(round(fade_seconds * sample_rate), len(piece) // 2)
+    for index, segment in enumerate(segments):
+        count = min(round(fade_seconds * sample_rate), len(segment) // 2)
         ramp = fade_in(count)
-        out = np.array(piece, dtype=np.float32)
+        out = np.array(segment, dtype=np.float32)
         if index > 0:
             out[:count] *= ramp
-        if index < len(pieces) - 1:
+        if index < len(segments) - 1:
             out[len(out) - count :] *= ramp[::-1]
         faded.append(out)
     return np.concatenate(faded) if faded else np.zeros(0, np.float32)
@@ -146,7 +146,7 @@ class _Limit:
     size: int
 
     def holds(self, words: str) -> bool:
-        """Whether words fit in a piece of their own, with a tag and a space."""
+        """Whether words fit in a segment of their own, with a tag and a space."""
         return spoken_seconds(words) + spoken_seconds(" ") <= self.seconds and len(words.encode()) + 2 <= self.size
 
 
@@ -232,7 +232,7 @@ def _letter_cuts(
     words: str, start: int, end: int, together: list[tuple[int, int]], limit: _Limit
 ) -> Iterator[tuple[int, int]]:
     """Cuts of one endless word: as late as possible, between characters as a reader sees them if there are any."""
-    end = start + len(words[start:end].rstrip())  # a space alone is no piece
+    end = start + len(words[start:end].rstrip())  # a space alone is no segment
     sounds = {index for first, last in together for index in range(first + 1, last)}
     while not limit.holds(words[start:end]):
         low, high = start + 1, end
@@ -262,7 +262,7 @@ def _joined(words: str, index: int) -> bool:
 
 
 def _best_cuts(turns: list[tuple[str, str]], blocks: list[_Block], limit: _Limit) -> list[tuple[int, int]]:
-    """(first, end) block of each piece: the cheapest cuts, by dynamic programming over the last piece."""
+    """(first, end) block of each segment: the cheapest cuts, by dynamic programming over the last segment."""
     goal, short = _GOAL * limit.seconds, _SHORT * limit.seconds
     cheapest = [0.0]
     came_from = [0]
@@ -271,7 +271,7 @@ def _best_cuts(turns: list[tuple[str, str]], blocks: list[_Block], limit: _Limit
         for first in range(end - 1, -1, -1):
             seconds += blocks[first].seconds
             size += blocks[first].size
-            # A block fits alone. A piece that begins within a turn has one more tag and space than its blocks.
+            # A block fits alone. A segment that begins within a turn has one more tag and space than its blocks.
             if first < end - 1 and (seconds + spoken_seconds(" ") > limit.seconds or size + 2 > limit.size):
                 break
             cost = ((seconds - goal) / goal) ** 2 + 2 * max(0.0, 1 - seconds / short)
@@ -280,12 +280,12 @@ def _best_cuts(turns: list[tuple[str, str]], blocks: list[_Block], limit: _Limit
                 best, origin = cost, first
         cheapest.append(best)
         came_from.append(origin)
-    pieces = []
+    segments = []
     end = len(blocks)
     while end:
-        pieces.append((came_from[end], end))
+        segments.append((came_from[end], end))
         end = came_from[end]
-    return pieces[::-1]
+    return segments[::-1]
 
 
 def _text(turns: list[tuple[str, str]], blocks: Sequence[_Block]) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dia_fast.training.data import Dataset, Recording, load_dataset, read_recordings
     from dia_fast.training.fine_tuning import finetune
     from dia_fast.training.forward import Loss, batch_loss
-    from dia_fast.training.settings import TrainSettings
+    from dia_fast.training.options import TrainOptions
     from dia_fast.training.trainer import Trainer
 
 _HOMES = {
@@ -25,7 +25,7 @@ _HOMES = {
     "Example": "batch",
     "Loss": "forward",
     "Recording": "data",
-    "TrainSettings": "settings",
+    "TrainOptions": "options",
     "Trainer": "trainer",
     "batch_loss": "forward",
     "build_batch": "batch",
@@ -43,7 +43,7 @@ __all__ = [
     "Example",
     "Loss",
     "Recording",
-    "TrainSettings",
+    "TrainOptions",
     "Trainer",
     "batch_loss",
     "build_batch",

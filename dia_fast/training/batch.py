@@ -1,7 +1,7 @@
-"""Texts and codes become a batch: the delayed grid as input, the same grid one row later as labels.
+"""Texts and codes become a batch: the delayed delayed_codes as input, the same delayed_codes one row later as labels.
 
 The tensors are those that transformers' `DiaProcessor` makes with `generation=False, output_labels=True`: speech ends
-with EOS in every channel, shorter items are padded on the left of the grid and on the right of the text.
+with EOS in every channel, shorter items are padded on the left of the delayed_codes and on the right of the text.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ class Batch:
     """What the model learns from at a time, all on one device.
 
     text: `[batch, length]` int64, 0 where `text_mask` (bool, same shape) is False. rows: `[batch, steps, channels]`
-    int64, the decoder's input; row_mask: `[batch, steps]` bool, False on the left of shorter items. labels: as rows,
-    the code that follows each, `IGNORED` where the grid has BOS or PAD.
+    int64, the decoder's input; step_mask: `[batch, steps]` bool, False on the left of shorter items. labels: as rows,
+    the code that follows each, `IGNORED` where the delayed_codes has BOS or PAD.
     """
 
     text: Tensor
     text_mask: Tensor
-    rows: Tensor
-    row_mask: Tensor
+    delayed_codes: Tensor
+    step_mask: Tensor
     labels: Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -90,23 +90,23 @@ def build_batch(examples: Sequence[Example], config: DiaConfig) -> Batch:
     text = torch.zeros(len(examples), max(len(example.text) for example in examples), dtype=torch.int64, device="cpu")
     text_mask = torch.zeros_like(text, dtype=torch.bool)
     longest = max(len(example.codes) for example in examples)
-    grid = torch.full(
+    delayed_codes = torch.full(
         (len(examples), longest + 2 + max(delay), len(delay)), decoder.pad_token_id, dtype=torch.int64, device="cpu"
     )
-    row_mask = torch.ones(grid.shape[:2], dtype=torch.bool, device="cpu")
+    step_mask = torch.ones(delayed_codes.shape[:2], dtype=torch.bool, device="cpu")
     for item, example in enumerate(examples):
         text[item, : len(example.text)] = torch.tensor(example.text, dtype=torch.int64, device="cpu")
         text_mask[item, : len(example.text)] = True
         frames = len(example.codes)
-        row_mask[item, : longest - frames] = False
+        step_mask[item, : longest - frames] = False
         for channel, late in enumerate(delay):
             first = longest - frames + 1 + late
-            grid[item, :first, channel] = decoder.bos_token_id
-            grid[item, first : first + frames, channel] = example.codes[:, channel]
-            grid[item, first + frames, channel] = decoder.eos_token_id
-    labels = grid[:, 1:].clone()
+            delayed_codes[item, :first, channel] = decoder.bos_token_id
+            delayed_codes[item, first : first + frames, channel] = example.codes[:, channel]
+            delayed_codes[item, first + frames, channel] = decoder.eos_token_id
+    labels = delayed_codes[:, 1:].clone()
     labels[(labels == decoder.bos_token_id) | (labels == decoder.pad_token_id)] = IGNORED
-    return Batch(text, text_mask, grid[:, :-1], row_mask[:, :-1], labels)
+    return Batch(text, text_mask, delayed_codes[:, :-1], step_mask[:, :-1], labels)
 
 
 @isolated()
@@ -129,9 +129,9 @@ def disturb_codes(batch: Batch, probability: float, config: DiaConfig, generator
     """
     if not probability:
         return batch
-    rows, codes = batch.rows, config.decoder.eos_token_id
-    others = torch.randint(codes, rows.shape, generator=generator, dtype=torch.int64, device="cpu").to(rows.device)
-    hit = (torch.rand(rows.shape, generator=generator, dtype=torch.float32, device="cpu") < probability).to(
-        rows.device
-    ) & (rows < codes)
-    return replace(batch, rows=torch.where(hit, others, rows))
+    given, codes = batch.delayed_codes, config.decoder.eos_token_id
+    others = torch.randint(codes, given.shape, generator=generator, dtype=torch.int64, device="cpu").to(given.device)
+    hit = (torch.rand(given.shape, generator=generator, dtype=torch.float32, device="cpu") < probability).to(
+        given.device
+    ) & (given < codes)
+    return replace(batch, delayed_codes=torch.where(hit, others, given))

@@ -19,9 +19,9 @@ from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model.device import choose_device
 from dia_fast.training.data import Dataset, Recording, default_cache, load_dataset, read_recordings, split
 from dia_fast.training.lora import save_adapters
+from dia_fast.training.options import TrainOptions
 from dia_fast.training.plot import plot_losses
 from dia_fast.training.run import Run
-from dia_fast.training.settings import TrainSettings
 from dia_fast.training.trainer import Trainer, train_steps
 from dia_fast.utils.files import checked_path, replacing_folder
 
@@ -30,7 +30,7 @@ PLOT_SECONDS = 60.0  # between pictures of the loss during a run
 
 def finetune(
     output: str | os.PathLike[str],
-    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
     *,
     resume: bool = False,
     device: torch.device | str | None = None,
@@ -42,7 +42,7 @@ def finetune(
 ) -> Path:
     """Trains and writes `output/model`, a checkpoint in the layout of transformers; returns its path.
 
-    output: a new folder, or with `resume` that of a run that was interrupted. settings: fields of `TrainSettings`;
+    output: a new folder, or with `resume` that of a run that was interrupted. options: fields of `TrainOptions`;
     when resuming only those that are to be checked, or changed where that changes no result. device, backend: see
     `Dia.from_pretrained`. cache: the folder of codes (default: `data.default_cache`). offline: use only what has been
     downloaded before. quiet: no progress bar while audio is encoded. report: called with each line of the log.
@@ -50,9 +50,9 @@ def finetune(
     state saved from which `resume` goes on to the same end.
     """
     folder, place = checked_path(output, "output"), choose_device(device)
-    named = _absolute(settings)
-    run = Run.reopen(folder, named) if resume else Run.create(folder, TrainSettings.from_dict(named))
-    chosen = run.settings
+    named = _absolute(options)
+    run = Run.reopen(folder, named) if resume else Run.create(folder, TrainOptions.from_dict(named))
+    chosen = run.options
     if run.model.is_dir():
         return _with_codec(run.model, chosen)
     checkpoint = open_checkpoint(chosen.model, local_files_only=offline)
@@ -83,19 +83,19 @@ def finetune(
 
 
 def _datasets(
-    settings: TrainSettings, checkpoint: Checkpoint, device: torch.device, cache: Path, offline: bool, quiet: bool
+    options: TrainOptions, checkpoint: Checkpoint, device: torch.device, cache: Path, offline: bool, quiet: bool
 ) -> tuple[Dataset, Dataset]:
     """`(training, held out)`. Texts and paths are looked at before the codec is loaded, which may be a download."""
-    recordings = read_recordings(settings.data)
-    others = [] if settings.eval_data is None else read_recordings(settings.eval_data)
-    codec = load_codec(codec_for(settings.model, settings.codec), device, local_files_only=offline)
+    recordings = read_recordings(options.data)
+    others = [] if options.eval_data is None else read_recordings(options.eval_data)
+    codec = load_codec(codec_for(options.model, options.codec), device, local_files_only=offline)
     _check_codec(codec, checkpoint)
 
     def load(found: list[Recording]) -> Dataset:
-        return load_dataset(found, checkpoint.config, codec, cache, skip_bad=settings.skip_bad, hidden=quiet)
+        return load_dataset(found, checkpoint.config, codec, cache, skip_bad=options.skip_bad, hidden=quiet)
 
     dataset = load(recordings)
-    return (dataset, load(others)) if others else split(dataset, settings.eval_share, settings.seed)
+    return (dataset, load(others)) if others else split(dataset, options.eval_share, options.seed)
 
 
 def _write(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> Path:
@@ -107,17 +107,17 @@ def _write(trainer: Trainer, run: Run, checkpoint: Checkpoint) -> Path:
     def fetch(name: str) -> Tensor:
         if name in trainer.trained:
             return trainer.trained[name].detach().to("cpu", dtypes[name])
-        weight = checkpoint.load_packed(name, dtypes[name])
+        weight = checkpoint.load_fused(name, dtypes[name])
         adapter = trainer.adapters.get(name)
         return weight if adapter is None else adapter.merged(weight)
 
     return write_checkpoint(run.model, checkpoint.config, dtypes, fetch, defaults=checkpoint.defaults)
 
 
-def _with_codec(model: Path, settings: TrainSettings) -> Path:
+def _with_codec(model: Path, options: TrainOptions) -> Path:
     """The finished model, and beside it the codec that lay beside the one it began with."""
-    codec = Path(codec_for(settings.model, settings.codec))
-    if settings.codec == AUTO and codec.is_dir() and not (model / "codec").is_dir():
+    codec = Path(codec_for(options.model, options.codec))
+    if options.codec == AUTO and codec.is_dir() and not (model / "codec").is_dir():
         with replacing_folder(model / "codec") as partial:
             shutil.copytree(codec, partial, dirs_exist_ok=True)
     return model
@@ -137,9 +137,9 @@ def _check_codec(codec: Codec, checkpoint: Checkpoint) -> None:
         )
 
 
-def _absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _absolute(options: Mapping[str, Any]) -> dict[str, Any]:
     """Paths as they are from anywhere, so that a run can be resumed from another folder; Hub names stay."""
-    found = dict(settings)
+    found = dict(options)
     for name in ("model", "codec", "data", "eval_data"):
         if isinstance(found.get(name), str | os.PathLike):
             path = Path(os.path.expanduser(found[name]))

@@ -95,7 +95,7 @@ class Forward:
     def hidden_states(self, batch: Batch) -> Tensor:
         """What the heads read: `[batch, steps, hidden]` in `dtype`."""
         memory = self._encode(batch.text, batch.text_mask)
-        return self._decode(batch.rows, batch.row_mask, memory, batch.text_mask)
+        return self._decode(batch.delayed_codes, batch.step_mask, memory, batch.text_mask)
 
     def _encode(self, text: Tensor, mask: Tensor) -> Tensor:
         config = self.model.config.encoder
@@ -112,12 +112,15 @@ class Forward:
             x = self._layer(run, x)
         return self._norm(x, "encoder.norm", config.norm_eps)
 
-    def _decode(self, rows: Tensor, mask: Tensor, memory: Tensor, text_mask: Tensor) -> Tensor:
+    def _decode(self, delayed_codes: Tensor, mask: Tensor, memory: Tensor, text_mask: Tensor) -> Tensor:
         config = self.model.config.decoder
-        index = rows + torch.arange(config.num_channels, device=rows.device, dtype=torch.int64) * config.vocab_size
+        index = (
+            delayed_codes
+            + torch.arange(config.num_channels, device=delayed_codes.device, dtype=torch.int64) * config.vocab_size
+        )
         # Summed in the weights' own dtype and without nine times the memory.
         x = F.embedding_bag(index.flatten(0, 1), self.weights["decoder.embedding"], mode="sum")
-        x = x.view(*rows.shape[:2], -1).to(self.dtype)
+        x = x.view(*delayed_codes.shape[:2], -1).to(self.dtype)
         rotation = _Rotation(self.model.config, "decoder", x)
         turns: list[_Rotation] = []
         if self.first_generation:  # where positions of two kinds meet, padding must not shift them

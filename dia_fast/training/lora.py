@@ -1,6 +1,6 @@
 """Low-rank adapters: `x @ weight.T + scale * (x @ a.T) @ b.T` with a frozen weight. Source: Hu et al. 2021, "LoRA".
 
-An adapter belongs to a packed weight. On disk it has the layout of the PEFT library, in which q, k and v each have one:
+An adapter belongs to a fused weight. On disk it has the layout of the PEFT library, in which q, k and v each have one:
 they share their `a` and divide the rows of `b`.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dia_fast.checkpoint.tensor_io import save_safetensors
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes, pieces
+from dia_fast.model.fused_weights import fused_shapes, fused_slices
 from dia_fast.training.data import generator
 
 
@@ -41,11 +41,11 @@ class LoRA(nn.Module):
 
 
 def make_adapters(config: DiaConfig, targets: tuple[str, ...], rank: int, alpha: float, seed: int) -> dict[str, LoRA]:
-    """An adapter for every packed weight whose last name is among `targets`, by packed name; the scale is alpha / rank.
+    """An adapter for every fused weight whose last name is among `targets`, by fused name; the scale is alpha / rank.
 
     The same seed gives the same adapters.
     """
-    shapes = packed_shapes(config)
+    shapes = fused_shapes(config)
     chosen = [name for name in shapes if ".layers." in name and name.rsplit(".", 1)[1] in targets]
     return {name: LoRA(shapes[name][0], shapes[name][1], rank, alpha / rank, name, seed) for name in chosen}
 
@@ -53,15 +53,15 @@ def make_adapters(config: DiaConfig, targets: tuple[str, ...], rank: int, alpha:
 def save_adapters(folder: Path, config: DiaConfig, adapters: Mapping[str, LoRA], base: str) -> None:
     """Writes `adapter_model.safetensors` and `adapter_config.json` as PEFT does. base: the checkpoint adapted."""
     tensors, modules = {}, set()
-    for tensor, (packed, first, last) in pieces(config).items():
-        if packed in adapters:
-            adapter, module = adapters[packed], tensor.removesuffix(".weight")
+    for tensor, (fused, first, last) in fused_slices(config).items():
+        if fused in adapters:
+            adapter, module = adapters[fused], tensor.removesuffix(".weight")
             modules.add(".".join(module.rsplit(".", 2)[1:]))
             tensors[f"base_model.model.{module}.lora_A.weight"] = adapter.a.detach().cpu().clone()
             tensors[f"base_model.model.{module}.lora_B.weight"] = adapter.b.detach()[first:last].cpu().clone()
     one = next(iter(adapters.values()))
     rank = one.a.shape[0]
-    settings = {
+    adapter_config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
         "r": rank,
@@ -73,4 +73,4 @@ def save_adapters(folder: Path, config: DiaConfig, adapters: Mapping[str, LoRA],
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_safetensors(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n", encoding="utf-8")

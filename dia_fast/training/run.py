@@ -1,6 +1,6 @@
 """A run on disk: what it was started with, its log, and states from which it goes on exactly where it was.
 
-    run.json                  settings and a digest of the data
+    run.json                  options and a digest of the data
     log.jsonl                 one line per step and per evaluation
     loss.png                  the same as a picture, where matplotlib is installed
     states/step-00000100.pt   trained weights and the optimizer's moments
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dia_fast.checkpoint.tensor_io import save_torch
 from dia_fast.errors import InputError, shown
-from dia_fast.training.settings import FREE, TrainSettings
+from dia_fast.training.options import FREE, TrainOptions
 from dia_fast.utils.files import LARGEST_TEXT, parse_json, read_json, read_regular, replacing, sweep
 
 _STATE = re.compile(r"step-(\d{8,})\.pt")
@@ -33,12 +33,12 @@ _STATE = re.compile(r"step-(\d{8,})\.pt")
 class Run:
     """The folder of a run. `create` begins one, `reopen` goes on with one."""
 
-    def __init__(self, folder: Path, settings: TrainSettings, digest: str | None) -> None:
-        self.folder, self.settings, self.digest = folder, settings, digest
+    def __init__(self, folder: Path, options: TrainOptions, digest: str | None) -> None:
+        self.folder, self.options, self.digest = folder, options, digest
         self._log: TextIO | None = None
 
     @classmethod
-    def create(cls, folder: Path, settings: TrainSettings) -> "Run":
+    def create(cls, folder: Path, options: TrainOptions) -> "Run":
         """A new run in a new or empty folder. Raises InputError if there is something in it."""
         if (folder / "run.json").is_file():
             last = cls.reopen(folder, {}).last_step
@@ -50,30 +50,30 @@ class Run:
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise InputError(f"cannot write to {folder}: {existing} is not a folder that can be written to")
-        return cls(folder, settings, None)
+        return cls(folder, options, None)
 
     @classmethod
     def reopen(cls, folder: Path, given: Mapping[str, Any]) -> "Run":
-        """An existing run. given: settings that the caller names again.
+        """An existing run. given: options that the caller names again.
 
-        Raises InputError if there is none, or if a setting that decides the result differs from that of the run.
+        Raises InputError if there is none, or if a option that decides the result differs from that of the run.
         """
         path = folder / "run.json"
         if not path.is_file():
             raise InputError(f"{folder} holds no run to resume: it has no run.json")
         try:
             stored = read_json(path, InputError)
-            before, digest = TrainSettings.from_dict(stored["settings"]), stored["data"]
+            before, digest = TrainOptions.from_dict(stored["options"]), stored["data"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is damaged, the run cannot be resumed: {error}") from error
-        settings = TrainSettings.from_dict(before.to_dict() | dict(given))
-        for name, value in settings.to_dict().items():
+        options = TrainOptions.from_dict(before.to_dict() | dict(given))
+        for name, value in options.to_dict().items():
             if name not in FREE and value != (old := before.to_dict()[name]):
                 raise InputError(
                     f"cannot resume with another {name}: the run in {folder} was started with {old!r}, now it is "
                     f"{value!r}. Leave it out, or start a new run in another folder"
                 )
-        return cls(folder, settings, digest)
+        return cls(folder, options, digest)
 
     @property
     def last_step(self) -> int:
@@ -102,7 +102,7 @@ class Run:
         for folder in (self.folder, self.folder / "states"):
             sweep(folder)
         with replacing(self.folder / "run.json") as temporary:
-            stored = {"settings": self.settings.to_dict(), "data": digest}
+            stored = {"options": self.options.to_dict(), "data": digest}
             temporary.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
         step = self.last_step
         kept = [line for line in self.lines() if line["step"] <= step] if step else []
@@ -132,7 +132,7 @@ class Run:
             yield entry
 
     def save(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-        """Writes the state after a step and removes the oldest ones beyond `settings.keep`."""
+        """Writes the state after a step and removes the oldest ones beyond `options.keep`."""
         if self._log is not None:
             try:
                 os.fsync(self._log.fileno())
@@ -140,7 +140,7 @@ class Run:
                 raise InputError(f"cannot write {self.folder / 'log.jsonl'}: {error.strerror or error}") from error
         with replacing(self._path(step)) as temporary, temporary.open("wb", buffering=0) as file:
             save_torch({"step": step, "weights": dict(weights), "optimizer": dict(optimizer)}, file)
-        for old in sorted(self._states())[: -self.settings.keep]:
+        for old in sorted(self._states())[: -self.options.keep]:
             self._path(old).unlink()
 
     def load(self, step: int) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from dia_fast.training.batch import Batch, Example, build_batch, disturb_codes, 
 from dia_fast.training.data import Dataset, drawn, generator
 from dia_fast.training.forward import batch_loss
 from dia_fast.training.lora import LoRA, make_adapters
+from dia_fast.training.options import TrainOptions
 from dia_fast.training.run import Run
-from dia_fast.training.settings import TrainSettings
 from dia_fast.utils.ambient import isolated
 
 _CALM = "Lower the learning rate, or lengthen the warm-up"
@@ -39,23 +39,23 @@ class Trainer:
 
     @isolated()
     def __init__(
-        self, checkpoint: Checkpoint, settings: TrainSettings, device: torch.device, backend: str = "auto"
+        self, checkpoint: Checkpoint, options: TrainOptions, device: torch.device, backend: str = "auto"
     ) -> None:
-        """Loads the checkpoint onto the device: float32 if its weights are trained, else in the settings' dtype."""
-        self.settings, self.device, self.config = settings, device, checkpoint.config
-        self.dtype = DTYPES[settings.dtype]
+        """Loads the checkpoint onto the device: float32 if its weights are trained, else in the options' dtype."""
+        self.options, self.device, self.config = options, device, checkpoint.config
+        self.dtype = DTYPES[options.dtype]
         ops = choose_ops(backend, device)
-        held = self.dtype if settings.lora_rank else torch.float32
+        held = self.dtype if options.lora_rank else torch.float32
         self.model = DiaModel(checkpoint.config, ops).load(checkpoint.load(held, device))
         self.adapters: dict[str, LoRA] = {}
-        if settings.lora_rank:
-            alpha = 2.0 * settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha
-            made = make_adapters(self.config, settings.lora_targets, settings.lora_rank, alpha, settings.seed)
+        if options.lora_rank:
+            alpha = 2.0 * options.lora_rank if options.lora_alpha is None else options.lora_alpha
+            made = make_adapters(self.config, options.lora_targets, options.lora_rank, alpha, options.seed)
             self.adapters = {name: adapter.to(device) for name, adapter in made.items()}
         else:
             self.model.requires_grad_(True)
         channels = self.config.decoder.num_channels
-        weights = settings.channel_weights or (1.0,) * channels
+        weights = options.channel_weights or (1.0,) * channels
         if len(weights) != channels:
             raise InputError(f"channel_weights has {len(weights)} numbers; the model has {channels} channels")
         self.channel_weights = torch.tensor(weights, device=device, dtype=torch.float32)
@@ -66,7 +66,7 @@ class Trainer:
     @torch.enable_grad()
     def step(self, number: int, dataset: Dataset) -> dict[str, Any]:
         """Takes one step, counted from 1; returns its line of the log. Raises NumericError if the loss is no number."""
-        started, rate = time.perf_counter(), self.settings.rate(number)
+        started, rate = time.perf_counter(), self.options.rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         mean, norm, labels, channels = self._gradient(number, dataset)
@@ -91,7 +91,7 @@ class Trainer:
             loss = self._loss(batch)
             (loss.total / weight).backward()
             total, sums, counts = total + loss.total.detach(), sums + loss.sums, counts + loss.counts
-        limit = self.settings.clip or float("inf")
+        limit = self.options.clip or float("inf")
         size = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit)
         # All numbers at once: each transfer would wait for the GPU. float64 holds every count, and the losses' bits.
         numbers = [total / weight, size, counts.sum(), *(sums / counts.clamp(min=1))]
@@ -106,7 +106,7 @@ class Trainer:
     def evaluate(self, number: int, dataset: Dataset) -> dict[str, Any]:
         """The loss on held-out examples, with their texts; the line of the log after step `number`."""
         total = weight = sums = counts = torch.zeros((), device=self.device, dtype=torch.float32)
-        for examples in _alike(dataset.examples, self.settings.batch_size):
+        for examples in _alike(dataset.examples, self.options.batch_size):
             loss = self._loss(build_batch(examples, self.config).to(self.device))
             total, weight = total + loss.total, weight + loss.weight
             sums, counts = sums + loss.sums, counts + loss.counts
@@ -156,18 +156,18 @@ class Trainer:
             dtype=self.dtype,
             channel_weights=self.channel_weights,
             adapters=self.adapters,
-            recompute=self.settings.recompute,
+            recompute=self.options.recompute,
         )
 
     def _batches(self, number: int, examples: Sequence[Example]) -> Iterator[Batch]:
         """The batches of a step: its examples, those of like length together, some without their text or codes."""
-        settings = self.settings
-        size = settings.batch_size * settings.accumulate
-        chosen = [examples[i] for i in drawn(len(examples), (number - 1) * size, number * size, settings.seed)]
-        draws, others = (generator(settings.seed, f"{what} of step {number}") for what in ("texts", "codes"))
-        for part in _alike(chosen, settings.batch_size):
-            batch = drop_conditions(build_batch(part, self.config), settings.drop_text, draws)
-            yield disturb_codes(batch, settings.drop_codes, self.config, others)
+        options = self.options
+        size = options.batch_size * options.accumulate
+        chosen = [examples[i] for i in drawn(len(examples), (number - 1) * size, number * size, options.seed)]
+        draws, others = (generator(options.seed, f"{what} of step {number}") for what in ("texts", "codes"))
+        for part in _alike(chosen, options.batch_size):
+            batch = drop_conditions(build_batch(part, self.config), options.drop_text, draws)
+            yield disturb_codes(batch, options.drop_codes, self.config, others)
 
     def _trained(self) -> dict[str, Tensor]:
         if not self.adapters:
@@ -180,11 +180,11 @@ class Trainer:
         groups = [
             {
                 "params": [t for n, t in self.trained.items() if n not in free],
-                "weight_decay": self.settings.weight_decay,
+                "weight_decay": self.options.weight_decay,
             },
             {"params": [self.trained[name] for name in free], "weight_decay": 0.0},
         ]
-        betas = self.settings.beta1, self.settings.beta2
+        betas = self.options.beta1, self.options.beta2
         return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas)
 
 
@@ -196,7 +196,7 @@ def train_steps(
     report: called with every line of the log. Ctrl-C and SIGTERM end it after the current step with a saved state and
     KeyboardInterrupt; a second Ctrl-C ends it at once.
     """
-    settings, first = run.settings, run.last_step
+    options, first = run.options, run.last_step
     if first:
         state = run.load(first)
         trainer.restore(state["weights"], state["optimizer"])
@@ -208,12 +208,12 @@ def train_steps(
     with _deterministic(trainer.device), _stopping() as stopped:
         if not first and held_out.examples:
             log(trainer.evaluate(0, held_out))
-        for number in range(first + 1, settings.steps + 1):
+        for number in range(first + 1, options.steps + 1):
             log(trainer.step(number, training))
-            last = number == settings.steps
-            if held_out.examples and (last or number % settings.eval_every == 0):
+            last = number == options.steps
+            if held_out.examples and (last or number % options.eval_every == 0):
                 log(trainer.evaluate(number, held_out))
-            if last or number % settings.save_every == 0 or stopped():
+            if last or number % options.save_every == 0 or stopped():
                 trainer.check(number, training, thoroughly=last)
                 run.save(number, *trainer.state())
             if stopped() and not last:

@@ -36,10 +36,10 @@ class StepBar:
         if first:  # the rest is drawn now and then; a short run would end before
             self._bar.refresh()
 
-    def pieces(self, done: int, count: int, total: int) -> None:
-        """Shows how many of `count` pieces of a script are done; total: steps expected of all."""
+    def segments(self, done: int, count: int, total: int) -> None:
+        """Shows how many of `count` segments of a script are done; total: steps expected of all."""
         self._bar.total = max(total, self.steps)
-        self._bar.set_description_str(f"{done}/{count} pieces", refresh=False)
+        self._bar.set_description_str(f"{done}/{count} segments", refresh=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dia_fast.audio.codec import load_codec
-from dia_fast.training import TrainSettings
+from dia_fast.training import TrainOptions
 from examples.demo_voice import on_gpu
 from examples.demo_voice.sentences import vocabulary
 
@@ -69,16 +69,16 @@ def train(work: Path) -> None:
     run, places = work / "run", {"model": str(work / "untrained"), "codec": str(work / "codec")}
     data = str(work / "speech" / "recordings.jsonl")
     if torch.cuda.is_available():
-        settings = TrainSettings.from_dict({"data": data} | places | TRAINING | ON_GPU)
-        on_gpu.train(settings, work / "codes", run / "model", torch.device("cuda"))
+        options = TrainOptions.from_dict({"data": data} | places | TRAINING | ON_GPU)
+        on_gpu.train(options, work / "codes", run / "model", torch.device("cuda"))
     elif (run / "run.json").is_file():
         python("dia_fast", "train", "-o", run, "--resume")
     else:
-        options = []
+        given = []
         for name, value in (places | TRAINING | ON_CPU).items():
             numbers = value if isinstance(value, tuple) else (value,)
-            options += [f"--{name.replace('_', '-')}", ",".join(map(str, numbers))]
-        python("dia_fast", "train", data, "-o", run, "--codes", work / "codes", *options)
+            given += [f"--{name.replace('_', '-')}", ",".join(map(str, numbers))]
+        python("dia_fast", "train", data, "-o", run, "--codes", work / "codes", *given)
 
 
 def pack(work: Path, output: Path) -> None:

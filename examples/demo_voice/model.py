@@ -11,7 +11,7 @@ import torch
 
 from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 
 CODES = 256  # per codebook; end of speech, padding and begin of speech come after them
 CONFIG = DiaConfig(
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    shapes = packed_shapes(CONFIG)
+    shapes = fused_shapes(CONFIG)
     # Training computes on float32 copies; what it writes at the end has the dtype of what it began with.
     weights = {name: initial_weight(name, shape, options.seed).bfloat16() for name, shape in shapes.items()}
     save_pretrained(options.folder, CONFIG, weights)

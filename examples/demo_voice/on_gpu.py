@@ -25,7 +25,7 @@ from dia_fast.errors import InputError
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.model.device import DTYPES
 from dia_fast.model.model import rope_table
-from dia_fast.training import Example, TrainSettings, load_dataset, read_recordings
+from dia_fast.training import Example, TrainOptions, load_dataset, read_recordings
 from dia_fast.training.data import split
 
 HEIGHTS = (112, 160, 208, 320)  # rows of the grid, of which each batch takes the smallest that holds it
@@ -185,21 +185,21 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class Training:
     """Weights, optimizer, and steps over data; on a GPU a step is a graph that reads its batch from fixed places."""
 
-    def __init__(self, weights: Mapping[str, Tensor], data: Data, settings: TrainSettings) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], data: Data, options: TrainOptions) -> None:
         """weights: packed, float32, on the device of data; they are trained in place."""
-        self.data, self.settings, self.on_gpu = data, settings, data.device.type == "cuda"
+        self.data, self.options, self.on_gpu = data, options, data.device.type == "cuda"
         self.weights = {name: weight.requires_grad_(True) for name, weight in weights.items()}
-        self.network = Network(data.config, self.weights, DTYPES[settings.dtype])
+        self.network = Network(data.config, self.weights, DTYPES[options.dtype])
         channels = data.config.decoder.num_channels
-        self.channel_weights = torch.tensor(settings.channel_weights or (1.0,) * channels, device=data.device)
+        self.channel_weights = torch.tensor(options.channel_weights or (1.0,) * channels, device=data.device)
         self.optimizer = self._optimizer()
-        shape = (settings.batch_size, data.heights[-1], channels)
+        shape = (options.batch_size, data.heights[-1], channels)
         self.items = torch.zeros(shape[0], dtype=torch.int64, device=data.device)
         self.kept, self.chances = torch.zeros(shape[0], device=data.device), torch.zeros(shape, device=data.device)
         self.others = torch.zeros(shape, dtype=torch.int64, device=data.device)
         self.sums, self.counts = (torch.zeros(channels, device=data.device) for _ in range(2))
-        self._draw = torch.Generator(data.device).manual_seed(settings.seed)
-        self._batches = data.batches(settings.batch_size, settings.seed)
+        self._draw = torch.Generator(data.device).manual_seed(options.seed)
+        self._batches = data.batches(options.batch_size, options.seed)
         self._graphs: dict[int, Any] = {}
         self._gradients: list[list[Tensor | None]] = []  # of each graph, which writes to them where they are
         self._stream = torch.cuda.Stream() if self.on_gpu else None
@@ -212,7 +212,7 @@ class Training:
             self.kept.uniform_(generator=self._draw)
             self.chances.uniform_(generator=self._draw)
             self.others.random_(0, self.data.config.decoder.eos_token_id, generator=self._draw)
-            rate = self.settings.rate(number)
+            rate = self.options.rate(number)
             for group in self.optimizer.param_groups:
                 if self.on_gpu:
                     group["lr"].fill_(rate)
@@ -229,13 +229,13 @@ class Training:
 
         disturbed: some texts are dropped and some codes replaced, as the last step has drawn it.
         """
-        data, decoder, settings = data or self.data, self.data.config.decoder, self.settings
+        data, decoder, options = data or self.data, self.data.config.decoder, self.options
         text = data.text.index_select(0, items).long()
         grid = data.grid[:, : height + 1].index_select(0, items).long()
         seen, rows, labels = text > 0, grid[:, :-1], grid[:, 1:]
         if disturbed:
-            text = text * (self.kept >= settings.drop_text)[:, None]
-            hit = (self.chances[:, :height] < settings.drop_codes) & (rows < decoder.eos_token_id)
+            text = text * (self.kept >= options.drop_text)[:, None]
+            hit = (self.chances[:, :height] < options.drop_codes) & (rows < decoder.eos_token_id)
             rows = torch.where(hit, self.others[:, :height], rows)
         known = labels <= decoder.eos_token_id
         logits = self.network(text, seen, rows).float().flatten(0, 2)
@@ -249,7 +249,7 @@ class Training:
         """The loss of each channel on held-out examples."""
         sums = counts = torch.zeros_like(self.sums)
         order = torch.from_numpy(np.argsort(held_out.rows, kind="stable"))
-        for items in order.split(self.settings.batch_size):
+        for items in order.split(self.options.batch_size):
             height = held_out.height(items.numpy())
             _, more_sums, more_counts = self.loss(items.to(held_out.device), height, data=held_out)
             sums, counts = sums + more_sums, counts + more_counts
@@ -291,7 +291,7 @@ class Training:
     def _body(self, height: int) -> None:
         loss, sums, counts = self.loss(self.items, height, disturbed=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.settings.clip)
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.options.clip)
         self.optimizer.step()
         self.sums += sums
         self.counts += counts
@@ -301,34 +301,34 @@ class Training:
         free = {name for name, weight in self.weights.items() if weight.ndim < 2 or name.endswith(".embedding")}
         groups = [
             {"params": [self.weights[name] for name in self.weights if (name in free) is spared], "weight_decay": decay}
-            for spared, decay in ((False, self.settings.weight_decay), (True, 0.0))
+            for spared, decay in ((False, self.options.weight_decay), (True, 0.0))
         ]
         rate = torch.zeros((), device=self.data.device) if self.on_gpu else 0.0
-        betas = self.settings.beta1, self.settings.beta2
+        betas = self.options.beta1, self.options.beta2
         return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=self.on_gpu, capturable=self.on_gpu)
 
 
-def train(settings: TrainSettings, cache: Path, output: Path, device: torch.device) -> Path:
-    """Trains as the settings say and writes a checkpoint in the layout of transformers; returns its folder, `output`.
+def train(options: TrainOptions, cache: Path, output: Path, device: torch.device) -> Path:
+    """Trains as the options say and writes a checkpoint in the layout of transformers; returns its folder, `output`.
 
-    settings: those of `dia-fast train`, without LoRA and accumulation; something must be held out. cache: the folder
+    options: those of `dia-fast train`, without LoRA and accumulation; something must be held out. cache: the folder
     of codes.
     Raises InputError for what cannot be used, or if the loss is not finite.
     """
-    checkpoint = open_checkpoint(settings.model)
-    codec = load_codec(settings.codec, device)
-    dataset = load_dataset(read_recordings(settings.data), checkpoint.config, codec, cache)
+    checkpoint = open_checkpoint(options.model)
+    codec = load_codec(options.codec, device)
+    dataset = load_dataset(read_recordings(options.data), checkpoint.config, codec, cache)
     training, held_out = (
-        Data(part.examples, checkpoint.config, device) for part in split(dataset, settings.eval_share, settings.seed)
+        Data(part.examples, checkpoint.config, device) for part in split(dataset, options.eval_share, options.seed)
     )
-    run = Training(checkpoint.load(torch.float32, device), training, settings)
+    run = Training(checkpoint.load(torch.float32, device), training, options)
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would compile a plan for each length
         run.capture()
     started = time.monotonic()
-    for number in tqdm(range(1, settings.steps + 1), unit="step", dynamic_ncols=True):
+    for number in tqdm(range(1, options.steps + 1), unit="step", dynamic_ncols=True):
         run.step(number)
-        if number % LOOK == 0 or number == settings.steps:
+        if number % LOOK == 0 or number == options.steps:
             if run.on_gpu:
                 torch.cuda.synchronize()
             seen, unseen = run.seen(), run.evaluate(held_out)

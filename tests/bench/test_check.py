@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import baseline, check, gauges
+from bench import baseline, check, metrics
 from bench.baseline import Group, Kind
 from dia_fast.errors import InputError
 
@@ -219,7 +219,7 @@ def test_update_does_not_lose_what_it_cannot_read(tmp_path: Path, capsys: pytest
     assert check.main(["--update", "--only", "traffic", "--baseline", str(file)], lambda *_: SOUND) == 2
     assert "is not JSON" in capsys.readouterr().err and file.read_text() == "{"
     assert check.main(["--update", "--baseline", str(file)], lambda *_: SOUND) == 0
-    assert set(baseline.read(file)) == set(gauges.GROUPS)
+    assert set(baseline.read(file)) == set(metrics.GROUPS)
 
 
 def test_the_report_holds_every_figure(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_process_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Monk
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
     with pytest.raises(InputError, match=r"(?s)launches: .* ended with 3:\n  no such luck"):
-        gauges.in_a_process("launches", tmp_path)
+        metrics.in_a_process("launches", tmp_path)
 
 
 def test_a_table_of_the_user_does_not_count(
@@ -260,13 +260,13 @@ def test_a_table_of_the_user_does_not_count(
 def test_the_same_subject_twice_gets_a_number() -> None:
     taken: list[str] = []
     for _ in range(3):
-        taken.append(gauges.unused("linear", taken))
+        taken.append(metrics.unused("linear", taken))
     assert taken == ["linear", "linear (2)", "linear (3)"]
-    assert gauges.unused("linear (x)", taken) == "linear (x)"
+    assert metrics.unused("linear (x)", taken) == "linear (x)"
 
 
 def test_the_committed_baseline_is_whole() -> None:
     recorded = baseline.read(check.BASELINE)
-    assert list(recorded) == list(gauges.GROUPS)
+    assert list(recorded) == list(metrics.GROUPS)
     for group in recorded.values():
         assert group.values and all(kind.source for kind in group.kinds.values())

@@ -21,7 +21,7 @@ from bench.suite.stages import Models, Stage, Work
 from dia_fast.diagnostics.doctor import OPS
 from dia_fast.diagnostics.roofline import work
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_kernels import reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,7 +249,7 @@ def test_work_of_many_rows_is_that_of_their_products(stage: Stage) -> None:
         found.call(ops)
     assert found.operations == counter.get_total_flops() + sum(pairs)
     side = f"{'decoder' if stage.kind == 'prefill' else 'encoder'}.layers"
-    weights = {name: 4 * math.prod(shape) for name, shape in packed_shapes(config).items() if name.startswith(side)}
+    weights = {name: 4 * math.prod(shape) for name, shape in fused_shapes(config).items() if name.startswith(side)}
     used = sum(size for name, size in weights.items() if "norm" not in name and "cross_kv" not in name)
     decoder = config.decoder
     # A row's keys and values of both branches, and those of a text that all rows read.

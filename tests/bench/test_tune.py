@@ -1,4 +1,4 @@
-"""`bench.tune` and `bench.anatomy`: what is tried, what is kept, and that a table reaches the launches it is meant for.
+"""`bench.tune` and `bench.ablation`: what is tried, what is kept, and that a table reaches its launches.
 
 Times need a GPU; here they come from a function, and steps run on the torch ops.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import anatomy, captured, tune
+from bench import ablation, captured, tune
 from bench.captured import CapturedStep, Load
 from bench.device import Device
 from dia_fast.diagnostics import launches as steps
@@ -141,7 +141,7 @@ def test_a_gain_below_the_margin_is_noise(tuner: tune.Tuner) -> None:
 def test_no_gpu_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    for main, arguments in ((tune.main, ["--out", str(tmp_path / "t.json")]), (anatomy.main, [])):
+    for main, arguments in ((tune.main, ["--out", str(tmp_path / "t.json")]), (ablation.main, [])):
         assert main([*arguments, "--device", "cuda"]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "cuda" in said

@@ -29,7 +29,7 @@ from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.checkpoint.saving import convert, save_pretrained
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from tests.helpers.strategies import configs
 
 
@@ -38,7 +38,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def random_weights(config: DiaConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {name: torch.randn(shape).to(dtype) for name, shape in packed_shapes(config).items()}
+    return {name: torch.randn(shape).to(dtype) for name, shape in fused_shapes(config).items()}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_several_dtypes_are_kept(tmp_path: Path) -> None:
     weights |= {name: torch.randn(tensor.shape) for name, tensor in weights.items() if tensor.ndim == 1}
     folder = convert(save_pretrained(tmp_path / "a", config, weights), tmp_path / "b", "original")
     checkpoint = open_checkpoint(folder)
-    assert same({name: checkpoint.load_packed(name) for name in weights}, weights)
+    assert same({name: checkpoint.load_fused(name) for name in weights}, weights)
     assert checkpoint.dtype is torch.bfloat16
     assert load_file(folder / "model.safetensors")["encoder.norm.weight"].dtype is torch.float32
     for path in (tmp_path / "a", folder):

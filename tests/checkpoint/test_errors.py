@@ -19,7 +19,7 @@ from bench.tools.tiny_models import tiny_config
 from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.errors import CheckpointError
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 
 NORM = "model.decoder.norm.weight"
 DOWN = "model.encoder.layers.1.mlp.down_proj.weight"
@@ -27,7 +27,7 @@ DOWN = "model.encoder.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    weights = {name: torch.rand(shape) for name, shape in packed_shapes(tiny_config()).items()}
+    weights = {name: torch.rand(shape) for name, shape in fused_shapes(tiny_config()).items()}
     return save_pretrained(tmp_path_factory.mktemp("good") / "single", tiny_config(), weights)
 
 

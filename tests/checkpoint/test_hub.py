@@ -16,7 +16,7 @@ import torch
 
 from bench.tools.tiny_models import make_original_checkpoint, tiny_config
 from dia_fast.checkpoint.saving import save_pretrained
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     root = tmp_path_factory.mktemp("hub")
-    weights = {name: torch.rand(shape) for name, shape in packed_shapes(tiny_config()).items()}
+    weights = {name: torch.rand(shape) for name, shape in fused_shapes(tiny_config()).items()}
     save_pretrained(root / "new", tiny_config(), weights, max_shard_bytes=10**6)
     (root / "new" / "dia-v1.pth").write_bytes(b"another form of the weights, not needed")
     make_original_checkpoint(root / "original", file="pytorch_model.bin")

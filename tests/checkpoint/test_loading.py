@@ -25,7 +25,7 @@ from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.checkpoint.saving import write_checkpoint
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes, parameter_count, pieces
+from dia_fast.model.fused_weights import fused_shapes, fused_slices, parameter_count
 from tests.helpers.strategies import configs
 
 
@@ -52,7 +52,7 @@ def test_every_form_loads_to_identical_tensors(folders: dict[str, Path]) -> None
     assert len(folders) == 6
     assert len(list(folders["sharded"].glob("model-*.safetensors"))) > 2
     expected = open_checkpoint(folders["single"]).load()
-    assert {name: tuple(tensor.shape) for name, tensor in expected.items()} == packed_shapes(tiny_config())
+    assert {name: tuple(tensor.shape) for name, tensor in expected.items()} == fused_shapes(tiny_config())
     for name, folder in folders.items():
         checkpoint = open_checkpoint(str(folder))
         assert checkpoint.config == tiny_config()
@@ -94,8 +94,8 @@ def test_layouts_agree_for_any_configuration(config: DiaConfig, chunk: int, dtyp
         theirs = make_transformers_checkpoint(Path(folder, "transformers"), config)
         weights = open_checkpoint(theirs).load()
         state = random_state(config)
-        for name, (packed, first, last) in pieces(config).items():
-            assert torch.equal(weights[packed][first:last], state[name])
+        for name, (fused, first, last) in fused_slices(config).items():
+            assert torch.equal(weights[fused][first:last], state[name])
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         assert same(open_checkpoint(theirs).load(dtype), weights)
         for file in ("model.safetensors", "a.pth"):
@@ -108,7 +108,7 @@ def test_one_packed_weight_at_a_time(folders: dict[str, Path]) -> None:
     for folder in folders.values():
         checkpoint = open_checkpoint(folder)
         whole = checkpoint.load()
-        assert same({name: checkpoint.load_packed(name) for name in whole}, whole)
+        assert same({name: checkpoint.load_fused(name) for name in whole}, whole)
 
 
 def test_what_info_shows(folders: dict[str, Path]) -> None:
@@ -193,7 +193,7 @@ print(json.dumps(found))
 def test_loading_needs_little_more_than_the_packed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """300 MB in the files; a loader that held the files as well would need three times the bfloat16 weights."""
     config = tiny_config({"num_hidden_layers": 1}, {"hidden_size": 1024, "intermediate_size": 9600})
-    shapes = packed_shapes(config)
+    shapes = fused_shapes(config)
     assert 4 * parameter_count(config) > 300e6
     monkeypatch.setattr(os, "fsync", lambda file: None)
     fp32 = dict.fromkeys(shapes, torch.float32)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dia_fast.checkpoint import loading as checkpoint
 from dia_fast.cli import main
 from dia_fast.diagnostics.roofline import devices, measure, work
-from dia_fast.diagnostics.roofline.predict import Settings
+from dia_fast.diagnostics.roofline.predict import Workload
 from dia_fast.errors import InputError
 from dia_fast.model.config import DiaConfig
 from dia_kernels import launcher as launch
@@ -54,7 +54,7 @@ def test_the_report_says_that_it_is_a_prediction_and_what_it_assumes(capsys: pyt
 def test_data_for_programs_agrees_with_itself(plan: Plan) -> None:
     found = plan("--gpu", "a100", "--dtype", "fp16", "--batch", "3", "--context", "100", "--text", "64")
     assert found["kind"] == "prediction, not a measurement" and found["codegen"]["dtype"] == "float16"
-    assert found["settings"] | {"config": None} == {
+    assert found["workload"] | {"config": None} == {
         "dtype": "float16", "requests": 3, "rows": 8, "context": 100, "text": 64, "guidance": True, "graph": True,
         "config": None,
     }  # fmt: skip
@@ -71,15 +71,15 @@ def test_data_for_programs_agrees_with_itself(plan: Plan) -> None:
 
 
 def test_rows_count_both_rows_of_a_dialogue(plan: Plan) -> None:
-    assert plan("--gpu", "h100", "--rows", "8")["settings"]["requests"] == 4
+    assert plan("--gpu", "h100", "--rows", "8")["workload"]["requests"] == 4
     alone = plan("--gpu", "h100", "--rows", "1", "--no-guidance", "--no-graph")
-    assert (alone["settings"]["requests"], alone["settings"]["rows"], alone["settings"]["graph"]) == (1, 1, False)
+    assert (alone["workload"]["requests"], alone["workload"]["rows"], alone["workload"]["graph"]) == (1, 1, False)
     assert "step_with_graph" in alone
 
 
 def test_another_model(plan: Plan, tmp_path: Path) -> None:
     found = plan("--gpu", "4090", "--model", str(make_model(tmp_path / "model")), "--context", "200")
-    assert found["settings"]["config"]["decoder"]["hidden_size"] == 32 and found["step"]["launches"] == 8 + 3
+    assert found["workload"]["config"]["decoder"]["hidden_size"] == 32 and found["step"]["launches"] == 8 + 3
     assert any("fits the cache" in note for note in found["notes"])
     assert any("those of Dia-1.6B's shapes" in note for note in found["notes"])
 
@@ -261,7 +261,7 @@ needs_kernels = pytest.mark.skipif(not executor.interpreted(), reason="the fake 
 def test_measuring_times_every_launch_and_whole_steps(requests: int, graph: bool, layers: int) -> None:
     timer, config = FakeTimer(), replace(TINY, decoder=replace(TINY.decoder, num_hidden_layers=layers))
     with launch.listening(timer.note):
-        found = measure.measure(Settings(config, "float32", requests, 100, 20, True, graph), timer, rounds=2)
+        found = measure.measure(Workload(config, "float32", requests, 100, 20, True, graph), timer, rounds=2)
     costs = {name: timer.cost(work.KERNELS[name]) for name in work.LAUNCHES}
     assert found["launches"] == pytest.approx(costs)
     inside = sum(cost for name, cost in costs.items() if name not in ("embed", "heads", "sample"))
@@ -297,7 +297,7 @@ def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def find(name: str) -> None:
         monkeypatch.setattr(measure, "gpu_timer", lambda device: FakeTimer(name))
         found = {"device": name, "launches": dict.fromkeys(work.LAUNCHES, 7e-6), "step_seconds": 2e-3}
-        monkeypatch.setattr(measure, "measure", lambda settings, timer, checkpoint: found)
+        monkeypatch.setattr(measure, "measure", lambda workload, timer, checkpoint: found)
 
     return find
 
@@ -308,7 +308,7 @@ def test_a_gpu_without_published_figures_is_measured_alone_and_not_guessed(
     measured_at_once("Tesla T4")
     found = plan("--measure")
     assert found["kind"] == "measurement" and found["measured"]["launches"]["qkv"] == 7e-6
-    assert found["settings"]["rows"] == 2 and not {"step", "launches", "device"} & set(found)
+    assert found["workload"]["rows"] == 2 and not {"step", "launches", "device"} & set(found)
     assert found["notes"][0].startswith("no prediction stands beside it: Tesla T4 has no published figures here")
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     assert main(["plan", "--measure", "--plots", str(tmp_path / "pictures")]) == 0
@@ -373,7 +373,7 @@ def test_measuring_without_a_gpu_says_what_is_missing(capsys: pytest.CaptureFixt
 def test_a_model_too_short_to_time_is_refused() -> None:
     short = DiaConfig(TINY.encoder, TINY.decoder)
     with pytest.raises(InputError, match="800 steps are timed, and this model ends after 200"):
-        measure._steps(_Model(short), Settings(short, "float32", 1, 10, 5), FakeTimer(), 99)  # type: ignore[arg-type]
+        measure._steps(_Model(short), Workload(short, "float32", 1, 10, 5), FakeTimer(), 99)  # type: ignore[arg-type]
 
 
 class _Model:

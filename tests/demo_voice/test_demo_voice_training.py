@@ -12,7 +12,7 @@ from bench.tools.tiny_models import random_state, tiny_config
 from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.errors import InputError
 from dia_fast.model.model import DiaModel
-from dia_fast.training import Example, TrainSettings, batch_loss, build_batch
+from dia_fast.training import Example, TrainOptions, batch_loss, build_batch
 from dia_kernels import get_ops
 from examples.demo_voice import speech
 from examples.demo_voice.on_gpu import Data, Training, train
@@ -22,7 +22,7 @@ CONFIG = tiny_config()
 CPU = torch.device("cpu")
 HEIGHTS = (24, 40)
 WEIGHTS = (3.0, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5)
-SETTINGS = TrainSettings(
+OPTIONS = TrainOptions(
     "-", "-", batch_size=3, learning_rate=1e-3, warmup=2, drop_text=0.2, drop_codes=0.2, channel_weights=WEIGHTS, seed=4
 )
 
@@ -39,8 +39,8 @@ def some_examples(count: int, longest: int = 24) -> list[Example]:
     ]
 
 
-def begin(examples: list[Example], settings: TrainSettings = SETTINGS) -> Training:
-    return Training(pack(CONFIG, random_state(CONFIG)), Data(examples, CONFIG, CPU, HEIGHTS), settings)
+def begin(examples: list[Example], options: TrainOptions = OPTIONS) -> Training:
+    return Training(pack(CONFIG, random_state(CONFIG)), Data(examples, CONFIG, CPU, HEIGHTS), options)
 
 
 def test_loss_and_gradients_are_those_of_dia_fast() -> None:
@@ -118,10 +118,10 @@ def test_what_does_not_fit_is_named() -> None:
 
 def test_from_recordings_to_a_checkpoint(tmp_path: Path) -> None:
     home = make_home(tmp_path)
-    settings = replace(
-        SETTINGS, model=str(home / "model"), codec=str(home / "codec"), data=str(home / "data"), steps=2, eval_share=0.2
+    options = replace(
+        OPTIONS, model=str(home / "model"), codec=str(home / "codec"), data=str(home / "data"), steps=2, eval_share=0.2
     )
-    made = train(settings, tmp_path / "codes", tmp_path / "made", CPU)
+    made = train(options, tmp_path / "codes", tmp_path / "made", CPU)
     old, new = (open_checkpoint(folder) for folder in (home / "model", made))
     assert new.config == old.config and new.dtype == old.dtype
     learnt = new.load()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bench.machine_code import MACHINES
 from dia_fast.diagnostics.roofline import assumptions, figures, published, work
 from dia_fast.diagnostics.roofline.devices import DEVICES, Device, named_like
-from dia_fast.diagnostics.roofline.predict import STEPS_PER_SECOND, Settings, predict
+from dia_fast.diagnostics.roofline.predict import STEPS_PER_SECOND, Workload, predict
 from dia_fast.engine.decode_graphs import BUCKETS
 from dia_fast.model.config import DiaConfig
 
@@ -34,8 +34,8 @@ devices = st.builds(
     st.floats(1, 50),
     st.floats(1e-9, 1e-5),
 )  # fmt: skip
-settings_of_any_kind = st.builds(
-    Settings,
+workloads = st.builds(
+    Workload,
     st.just(CONFIG),
     st.sampled_from(DTYPES),
     st.integers(1, 32),
@@ -46,8 +46,8 @@ settings_of_any_kind = st.builds(
 )
 
 
-def usual(**changes: object) -> Settings:
-    return replace(Settings(CONFIG, "bfloat16", 1, 860, 200), **changes)  # type: ignore[arg-type]
+def usual(**changes: object) -> Workload:
+    return replace(Workload(CONFIG, "bfloat16", 1, 860, 200), **changes)  # type: ignore[arg-type]
 
 
 def test_bytes_at_full_size_are_those_that_were_counted() -> None:
@@ -82,10 +82,10 @@ def test_a_step_is_its_launches() -> None:
     )  # fmt: skip
 
 
-@given(device=devices, settings=settings_of_any_kind)
-def test_nothing_is_faster_than_the_published_figures_allow(device: Device, settings: Settings) -> None:
-    made = predict(device, settings)
-    size = settings.step.itemsize
+@given(device=devices, workload=workloads)
+def test_nothing_is_faster_than_the_published_figures_allow(device: Device, workload: Workload) -> None:
+    made = predict(device, workload)
+    size = workload.step.itemsize
     assert made.ceiling <= made.step.low <= made.step.high
     for line in made.lines:
         assert 0 < line.each.low <= line.each.high
@@ -95,22 +95,22 @@ def test_nothing_is_faster_than_the_published_figures_allow(device: Device, sett
         assert all(0 <= part.low <= part.high for part in line.parts.values())
 
 
-@given(device=devices, settings=settings_of_any_kind, context=st.integers(1, 3072), text=st.integers(1, 1024))
-def test_more_context_or_text_is_never_faster(device: Device, settings: Settings, context: int, text: int) -> None:
-    more = replace(settings, context=max(settings.context, context), text=max(settings.text, text))
-    less = replace(settings, context=min(settings.context, context), text=min(settings.text, text))
+@given(device=devices, workload=workloads, context=st.integers(1, 3072), text=st.integers(1, 1024))
+def test_more_context_or_text_is_never_faster(device: Device, workload: Workload, context: int, text: int) -> None:
+    more = replace(workload, context=max(workload.context, context), text=max(workload.text, text))
+    less = replace(workload, context=min(workload.context, context), text=min(workload.text, text))
     one, other = predict(device, less), predict(device, more)
     assert one.step.low <= other.step.low * (1 + 1e-12) and one.step.high <= other.step.high * (1 + 1e-12)
     assert one.ceiling <= other.ceiling
 
 
-@given(settings=settings_of_any_kind, device=devices, factor=st.floats(1, 10))
-def test_a_better_device_is_never_slower(settings: Settings, device: Device, factor: float) -> None:
-    before = predict(device, settings).step
+@given(workload=workloads, device=devices, factor=st.floats(1, 10))
+def test_a_better_device_is_never_slower(workload: Workload, device: Device, factor: float) -> None:
+    before = predict(device, workload).step
     for field in ("bandwidth", "clock", "matrix", "vector", "cache_bandwidth"):
-        after = predict(replace(device, **{field: getattr(device, field) * factor}), settings).step
+        after = predict(replace(device, **{field: getattr(device, field) * factor}), workload).step
         assert after.low <= before.low * (1 + 1e-12) and after.high <= before.high * (1 + 1e-12), field
-    quicker = predict(replace(device, latency=device.latency / factor), settings).step
+    quicker = predict(replace(device, latency=device.latency / factor), workload).step
     assert quicker.high <= before.high * (1 + 1e-12)
 
 
@@ -157,9 +157,9 @@ def test_launch_by_launch_the_host_decides() -> None:
 
 def test_requests_are_padded_to_the_graph_that_holds_them() -> None:
     made = predict(DEVICES["h100"], usual(requests=5))
-    assert made.settings.step.slots == 8 and any("graph for 8" in note for note in made.notes)
-    assert usual(requests=5, graph=False).step.slots == 5
-    assert all(usual(requests=count).step.slots == count for count in BUCKETS)
+    assert made.workload.step.padded == 8 and any("graph for 8" in note for note in made.notes)
+    assert usual(requests=5, graph=False).step.padded == 5
+    assert all(usual(requests=count).step.padded == count for count in BUCKETS)
     # The padding's rows are computed, and nobody's keys are read for it.
     whole = predict(DEVICES["h100"], usual(requests=8))
     assert made.streamed() < whole.streamed()
@@ -187,7 +187,7 @@ def test_devices_agree_with_the_machines_of_the_codegen_report() -> None:
         ]
         assert twins, f"no device for {machine.name}"
         assert {twin.units for twin in twins} == {machine.units}
-        assert {(twin.lanes, twin.issue) for twin in twins} == {(machine.lanes, machine.issue)}
+        assert {(twin.warp_size, twin.issue) for twin in twins} == {(machine.lanes, machine.issue)}
 
 
 def test_devices_are_plausible() -> None:

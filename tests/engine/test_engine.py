@@ -15,7 +15,7 @@ from dia_fast.engine import Generation, Request, generate
 from dia_fast.errors import InputError, NumericError, OutOfPages
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops, reference
 
@@ -27,7 +27,7 @@ MAX_DELAY = max(CONFIG.delay_pattern)
 def random_model(config: DiaConfig = CONFIG, dtype: torch.dtype = torch.float32, ops: Any = None) -> DiaModel:
     """Weights scaled so that logits differ by a few units and EOS comes up now and then."""
     weights = {}
-    for name, shape in packed_shapes(config).items():
+    for name, shape in fused_shapes(config).items():
         scale = 1.0 if "embedding" in name else 0.7 * shape[-1] ** -0.5
         weights[name] = (torch.randn(shape) * scale if len(shape) == 2 else 1 + 0.1 * torch.randn(shape)).to(dtype)
     weights["decoder.head"][EOS] *= 2.5

@@ -8,7 +8,7 @@ import torch
 
 from dia_fast.engine import Engine, Generation, Handle, Request, generate, scheduler
 from dia_fast.model.decode_state import Sizes
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 from tests.helpers.schedules import CHANNELS, EOS, assert_same, small_config, small_model
@@ -25,7 +25,7 @@ def long_model(eos: float) -> DiaModel:
     config = replace(config, decoder=replace(config.decoder, max_position_embeddings=LONG))
     weights = {name: tensor.clone() for name, tensor in small_model(eos=0.0).state_dict().items()}
     weights["decoder.head"][EOS] = small_model(eos=1.0).decoder.head[EOS] * eos
-    assert set(weights) == set(packed_shapes(config))
+    assert set(weights) == set(fused_shapes(config))
     return DiaModel(config, get_ops("torch")).load(weights)
 
 

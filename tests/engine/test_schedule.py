@@ -115,7 +115,7 @@ class Schedule(RuleBasedStateMachine):
                 break
         assert_sound(self.engine)
         stats = self.engine.stats
-        assert (stats.pages, stats.text_pages, stats.waiting, stats.running, stats.parked) == (0, 0, 0, 0, 0)
+        assert (stats.pages, stats.text_pages, stats.waiting, stats.running, stats.swapped) == (0, 0, 0, 0, 0)
         for handle, number in self.live.items():
             assert handle.done
             if handle.status == "done":
@@ -173,7 +173,7 @@ def test_the_youngest_is_set_aside_when_pages_run_out_and_comes_back_unharmed() 
     while engine.step():
         poison(engine)
         assert_sound(engine)
-        most = max(most, engine.stats.parked)
+        most = max(most, engine.stats.swapped)
         assert handles[0].done or engine.stats.steps < 2 or handles[0]._sequence in engine._running
     assert most > 0
     for handle, result in zip(handles, expected, strict=True):

@@ -146,7 +146,7 @@ def test_several_threads_share_one_batch() -> None:
 
 
 def test_memory_is_back_at_its_level_after_two_hundred_cycles() -> None:
-    """Finished, cancelled, failed and parked requests, over and over."""
+    """Finished, cancelled, failed and swapped requests, over and over."""
     engine = Engine(small_model(), max_batch=3, memory=600_000)
 
     def cycle(number: int) -> None:

@@ -198,20 +198,20 @@ def test_prompts_of_a_list_must_match(dia: Dia, tmp_path: Path) -> None:
 
 
 ROWS: list[tuple[str, Any, str]] = [
-    ("shape", np.zeros((1, 9), np.int64), "rows must have shape [1, steps, 9], not [1, 9]"),
-    ("batch", torch.zeros(2, 3, 9, dtype=torch.int64), "rows must have shape [1, steps, 9], not [2, 3, 9]"),
-    ("no steps", torch.zeros(1, 0, 9, dtype=torch.int64), "rows must have 1 to 200 steps, not 0"),
-    ("too many steps", torch.zeros(1, 201, 9, dtype=torch.int64), "rows must have 1 to 200 steps, not 201"),
-    ("float", torch.zeros(1, 3, 9), "rows must be integers, not torch.float32"),
-    ("code", torch.full((1, 3, 9), 1028), "rows hold code 1028; codes go from 0 to 1027"),
-    ("negative", torch.full((1, 3, 9), -1), "rows hold code -1"),
+    ("shape", np.zeros((1, 9), np.int64), "delayed_codes must have shape [1, steps, 9], not [1, 9]"),
+    ("batch", torch.zeros(2, 3, 9, dtype=torch.int64), "delayed_codes must have shape [1, steps, 9], not [2, 3, 9]"),
+    ("no steps", torch.zeros(1, 0, 9, dtype=torch.int64), "delayed_codes must have 1 to 200 steps, not 0"),
+    ("too many steps", torch.zeros(1, 201, 9, dtype=torch.int64), "delayed_codes must have 1 to 200 steps, not 201"),
+    ("float", torch.zeros(1, 3, 9), "delayed_codes must be integers, not torch.float32"),
+    ("code", torch.full((1, 3, 9), 1028), "delayed_codes hold code 1028; codes go from 0 to 1027"),
+    ("negative", torch.full((1, 3, 9), -1), "delayed_codes hold code -1"),
 ]
 
 
-@pytest.mark.parametrize(("rows", "message"), [case[1:] for case in ROWS], ids=[case[0] for case in ROWS])
-def test_rows_of_forward_logits(dia: Dia, tmp_path: Path, rows: Any, message: str) -> None:
+@pytest.mark.parametrize(("delayed_codes", "message"), [case[1:] for case in ROWS], ids=[case[0] for case in ROWS])
+def test_delayed_codes_of_forward_logits(dia: Dia, tmp_path: Path, delayed_codes: Any, message: str) -> None:
     with refused(InputError, message, tmp_path):
-        dia.forward_logits(TEXT, rows)
+        dia.forward_logits(TEXT, delayed_codes)
 
 
 PLACES: list[tuple[dict[str, Any], str]] = [

@@ -61,7 +61,7 @@ def _targets(dia: Dia) -> list[tuple[Callable[..., Any], dict[str, Any]]]:
         (dia.generate_codes, spoken),
         (lambda **given: list(dia.stream(**given)), spoken),
         (lambda **given: asyncio.run(_all(dia, given)), spoken),
-        (dia.forward_logits, {"text": "[S1] Hi.", "rows": torch.full((1, 2, 9), 3)}),
+        (dia.forward_logits, {"text": "[S1] Hi.", "delayed_codes": torch.full((1, 2, 9), 3)}),
         (Dia.from_pretrained, {"name_or_path": "/nowhere", "local_files_only": True}),
         (load_codec, {"name_or_path": "/nowhere", "local_files_only": True}),
         (convert, {"source": "/nowhere", "destination": "/proc/nowhere"}),

@@ -1,4 +1,4 @@
-"""Long scripts spoken: every piece in the right voice, with its own seed, and the same as if asked for by itself."""
+"""Long scripts spoken: every segment in the right voice, with its own seed, and the same as if asked for by itself."""
 
 import math
 import warnings
@@ -14,10 +14,10 @@ from torch import Tensor
 from dia_fast import Dia, InputError, TextWarning
 from dia_fast.cli import main
 from dia_fast.engine import Engine, Generation
-from dia_fast.generation.long_form import Reading, Voice, cut, piece_seed, read_all
+from dia_fast.generation.long_form import Script, Voice, cut, segment_seed, speak_all
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.model.config import DiaConfig
-from dia_fast.text.segmentation import continued, join_pieces, split_script
+from dia_fast.text.segmentation import continued, join_segments, split_script
 from dia_fast.text.tokenizer import encode_text, spoken_seconds
 from tests.helpers.front import TINY, make_brief_model, make_codec
 
@@ -53,22 +53,22 @@ def silence(recwarn: pytest.WarningsRecorder) -> pytest.WarningsRecorder:
 
 
 def decoded(dia: Dia, codes: list[Tensor]) -> np.ndarray:
-    return join_pieces([dia.codec.decode(frames).numpy() for frames in codes if len(frames)], 44_100)
+    return join_segments([dia.codec.decode(frames).numpy() for frames in codes if len(frames)], 44_100)
 
 
 def test_each_piece_goes_on_from_the_last(dia: Dia, silence: pytest.WarningsRecorder) -> None:
     """Against the same, done by hand with `generate_codes`."""
     audio = dia.generate(LONG, split="auto", seed=5, **SHORT)
-    pieces = cut(LONG, dia.config)
-    assert len(pieces) > 4 and max(map(spoken_seconds, pieces)) <= 884 / 86.13 / 2.4
-    by_hand = Reading(dia.config, pieces, SamplingParams(seed=5, **SHORT))
+    segments = cut(LONG, dia.config)
+    assert len(segments) > 4 and max(map(spoken_seconds, segments)) <= 884 / 86.13 / 2.4
+    by_hand = Script(dia.config, segments, SamplingParams(seed=5, **SHORT))
     prompts = []
-    for index, piece in enumerate(pieces):
+    for index, segment in enumerate(segments):
         prompt, text = by_hand._in_voice(index)
-        [frames] = dia.generate_codes(text, audio_prompt=prompt, seed=piece_seed(5, index), **SHORT)
+        [frames] = dia.generate_codes(text, audio_prompt=prompt, seed=segment_seed(5, index), **SHORT)
         by_hand.take(index, Generation(frames, frames, 0, len(frames) == 45))
         prompts.append(prompt)
-        assert text.endswith(piece.removeprefix("[S1] ").removeprefix("[S2] ")) or text.startswith("[S1]")
+        assert text.endswith(segment.removeprefix("[S1] ").removeprefix("[S2] ")) or text.startswith("[S1]")
     assert prompts[0] is None
     assert np.array_equal(audio.samples, decoded(dia, [item for item in by_hand.frames if item is not None]))
     assert audio.seed == 5
@@ -88,16 +88,16 @@ def test_pieces_in_a_given_voice_run_at_once(
         nonlocal most
         more = real(engine)
         stats = engine.stats
-        most = max(most, stats.running + stats.waiting + stats.parked)
+        most = max(most, stats.running + stats.waiting + stats.swapped)
         return more
 
     monkeypatch.setattr(Engine, "step", step)
     audio = dia.generate(LONG, audio_prompt=codes, prompt_text=said, split="auto", seed=5, **SHORT)
     assert most == min(4, len(cut(LONG, dia.config, Voice(codes, said)))) > 1
-    pieces = cut(LONG, dia.config, Voice(codes, said))
-    texts = [continued(said, piece) for piece in pieces]
-    seeds = [piece_seed(5, index) for index in range(len(pieces))]
-    assert len(set(seeds)) == len(pieces) > 2 and seeds[0] == 5
+    segments = cut(LONG, dia.config, Voice(codes, said))
+    texts = [continued(said, segment) for segment in segments]
+    seeds = [segment_seed(5, index) for index in range(len(segments))]
+    assert len(set(seeds)) == len(segments) > 2 and seeds[0] == 5
     assert np.array_equal(
         audio.samples, decoded(dia, dia.generate_codes(texts, audio_prompt=codes, seed=seeds, **SHORT))
     )
@@ -150,7 +150,7 @@ def test_progress_counts_steps_and_the_bar_pieces(
     assert seen == sorted(seen) and seen[0] == 1 and len(seen) > 30
     dia.generate(LONG, split="auto", seed=5, **SHORT, progress=True)
     shown = capfd.readouterr().err
-    assert f"0/{len(cut(LONG, dia.config))} pieces" in shown and "x realtime" in shown
+    assert f"0/{len(cut(LONG, dia.config))} segments" in shown and "x realtime" in shown
 
 
 def test_an_interruption_leaves_the_engine_free(dia: Dia, silence: pytest.WarningsRecorder) -> None:
@@ -165,12 +165,12 @@ def test_an_interruption_leaves_the_engine_free(dia: Dia, silence: pytest.Warnin
     assert (stats.running, stats.waiting, stats.pages) == (0, 0, 0)
 
 
-def reading(pieces: list[str]) -> Reading:
-    return Reading(DiaConfig(), pieces, SamplingParams(seed=1, retries=0))
+def script_of(segments: list[str]) -> Script:
+    return Script(DiaConfig(), segments, SamplingParams(seed=1, retries=0))
 
 
-def tell(script: Reading, frames: int, *, truncated: bool = False) -> tuple[Tensor | None, bytes]:
-    """The next piece's prompt and text; it is then spoken with so many frames, all of them its index."""
+def tell(script: Script, frames: int, *, truncated: bool = False) -> tuple[Tensor | None, bytes]:
+    """The next segment's prompt and text; it is then spoken with so many frames, all of them its index."""
     asked = script.next_request()
     assert asked is not None
     index, request = asked
@@ -180,12 +180,12 @@ def tell(script: Reading, frames: int, *, truncated: bool = False) -> tuple[Tens
 
 
 def parts(prompt: Tensor | None) -> list[int]:
-    """Which pieces a prompt consists of."""
+    """Which segments a prompt consists of."""
     return [] if prompt is None else prompt[:, 0].unique_consecutive().tolist()
 
 
 def test_the_voice_is_that_of_the_last_piece_with_all_speakers() -> None:
-    script = reading(["[S1] A. [S2] B.", "[S1] C.", "[S1] D.", "[S2] E.", "[S1] F. [S2] G.", "[S2] H."])
+    script = script_of(["[S1] A. [S2] B.", "[S1] C.", "[S1] D.", "[S2] E.", "[S1] F. [S2] G.", "[S2] H."])
     found = [tell(script, 100) for _ in range(6)]
     assert script.done and script.next_request() is None
     # D follows C; E needs the second speaker, whom only A and B have; F and G need both: B has them, so does C with D.
@@ -194,32 +194,32 @@ def test_the_voice_is_that_of_the_last_piece_with_all_speakers() -> None:
 
 
 def test_two_pieces_make_a_voice_if_no_one_piece_has_both() -> None:
-    script = reading(["[S1] A.", "[S2] B.", "[S1] C. [S2] D."])
+    script = script_of(["[S1] A.", "[S2] B.", "[S1] C. [S2] D."])
     found = [tell(script, 100) for _ in range(3)]
     assert parts(found[2][0]) == [0, 1] and found[2][1] == b"\x01 A. \x02 B. \x01 C. \x02 D."
 
 
 def test_only_whole_pieces_that_leave_room_are_a_voice() -> None:
-    script = reading(["[S1] A.", "[S1] B.", "[S1] C.", "[S1] D.", "[S1] E."])
+    script = script_of(["[S1] A.", "[S1] B.", "[S1] C.", "[S1] D.", "[S1] E."])
     assert parts(tell(script, 500)[0]) == []
     assert parts(tell(script, 500, truncated=True)[0]) == [0]
-    assert parts(tell(script, 0)[0]) == [0], "text and sound of a piece that was cut do not match"
+    assert parts(tell(script, 0)[0]) == [0], "text and sound of a segment that was cut do not match"
     assert parts(tell(script, 3050)[0]) == [0], "nothing was said"
     assert parts(tell(script, 500)[0]) == [], "so long a prompt leaves no room"
     told = " ".join(script.remarks)
-    assert "piece 2 of 5: speech was cut" in told and "piece 3 of 5: the model ended the speech" in told
-    assert "piece 5 of 5 begins with a new voice" in told
+    assert "segment 2 of 5: speech was cut" in told and "segment 3 of 5: the model ended the speech" in told
+    assert "segment 5 of 5 begins with a new voice" in told
 
 
 def test_a_prompt_and_its_words_leave_room_for_the_piece() -> None:
-    pieces = ["[S1] " + "é" * 300, "[S1] " + "é" * 300, "[S1] b"]
-    script = reading(pieces)
+    segments = ["[S1] " + "é" * 300, "[S1] " + "é" * 300, "[S1] b"]
+    script = script_of(segments)
     assert [parts(tell(script, 100)[0]) for _ in range(3)] == [[], [], [1]], "1200 bytes are too many"
 
 
 def test_pieces_with_a_voice_are_all_ready() -> None:
     voice = Voice(torch.zeros(100, 9, dtype=torch.int64), "[S1] Mine.")
-    script = Reading(DiaConfig(), ["[S1] A.", "[S2] B.", "[S1] C."], SamplingParams(seed=1), voice)
+    script = Script(DiaConfig(), ["[S1] A.", "[S2] B.", "[S1] C."], SamplingParams(seed=1), voice)
     texts = [bytes(asked[1].text_ids) for _ in range(3) if (asked := script.next_request())]
     assert texts == [b"\x01 Mine. A.", b"\x01 Mine. \x02 B.", b"\x01 Mine. C."]
     assert any("[S2] is not heard in the audio prompt" in remark for remark in script.remarks)
@@ -233,17 +233,17 @@ def test_limits_follow_the_model_and_the_voice() -> None:
     long_voice = Voice(torch.zeros(2500, 9, dtype=torch.int64), "[S1] x")
     assert max(map(spoken_seconds, cut(text, config, long_voice))) <= (3072 - 17 - 2500) / 86.13 / 1.2
     wordy = Voice(torch.zeros(100, 9, dtype=torch.int64), "[S1] " + "x" * 900)
-    pieces = cut(text, config, wordy)
-    assert all(len(encode_text(continued(wordy.text, piece), max_length=9999)) <= 1024 for piece in pieces)
+    segments = cut(text, config, wordy)
+    assert all(len(encode_text(continued(wordy.text, segment), max_length=9999)) <= 1024 for segment in segments)
     assert cut(text, config) == split_script(text, max_seconds=12, max_bytes=511)
 
 
 def test_what_fails_ends_its_reading_alone(dia: Dia, silence: pytest.WarningsRecorder) -> None:
     many = [
-        Reading(dia.config, cut(LONG, dia.config), SamplingParams(seed=seed, **SHORT), name=str(seed))
+        Script(dia.config, cut(LONG, dia.config), SamplingParams(seed=seed, **SHORT), name=str(seed))
         for seed in range(4)
     ]
-    bad = Reading(dia.config, ["[S1] A.", "[S1] B."], SamplingParams(seed=1, **SHORT), name="bad")
+    bad = Script(dia.config, ["[S1] A.", "[S1] B."], SamplingParams(seed=1, **SHORT), name="bad")
     bad.take = fail  # type: ignore[method-assign]
     begun = []
 
@@ -253,16 +253,16 @@ def test_what_fails_ends_its_reading_alone(dia: Dia, silence: pytest.WarningsRec
             yield item
 
     ended = []
-    for item in read_all(dia.engine, source(), 2):
+    for item in speak_all(dia.engine, source(), 2):
         ended.append(item.name)
         unfinished = [other for other in begun if not other.done]
-        assert len(unfinished) <= 2, "readings are taken up one by one"
+        assert len(unfinished) <= 2, "scripts are taken up one by one"
     assert sorted(ended) == ["0", "1", "2", "3", "bad"] and isinstance(bad.error, ZeroDivisionError)
     assert all(item.error is None for item in many)
-    solo = Reading(dia.config, cut(LONG, dia.config), SamplingParams(seed=3, **SHORT))
-    assert list(read_all(dia.engine, [solo], 1)) == [solo]
+    solo = Script(dia.config, cut(LONG, dia.config), SamplingParams(seed=3, **SHORT))
+    assert list(speak_all(dia.engine, [solo], 1)) == [solo]
     assert all(torch.equal(first, second) for first, second in zip(solo.frames, many[3].frames, strict=True))
-    assert not list(read_all(dia.engine, [], 3))
+    assert not list(speak_all(dia.engine, [], 3))
 
 
 def fail(index: int, spoken: Generation) -> None:
@@ -296,5 +296,5 @@ def test_speak_splits_a_file(home: Path, tmp_path: Path, capfd: pytest.CaptureFi
 
 
 def test_expected_steps_are_near() -> None:
-    script = reading(["[S1] " + "a" * 149, "[S2] " + "b" * 149])
+    script = script_of(["[S1] " + "a" * 149, "[S2] " + "b" * 149])
     assert script.expected_steps() == 2 * (math.ceil(10 * 44_100 / 512) + 17)

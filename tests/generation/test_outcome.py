@@ -15,7 +15,7 @@ import torch
 from dia_fast import Dia, Outcome, TextWarning
 from dia_fast.cli import main
 from dia_fast.engine import batch_rows
-from dia_fast.generation.long_form import Reading, cut, piece_seed
+from dia_fast.generation.long_form import Script, cut, segment_seed
 from dia_fast.generation.outcome import Segment, attempt_seed, silence
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.model.config import DiaConfig
@@ -125,12 +125,12 @@ def test_a_stream_begins_anew(dia: Dia, silent: Silent) -> None:
 
 
 def test_the_outcome_names_the_segments(dia: Dia, silent: Silent) -> None:
-    lost = piece_seed(5, 1)
+    lost = segment_seed(5, 1)
     silent(*(attempt_seed(lost, number) for number in range(3)))
     found = dia.generate(LONG, seed=5, split="auto", **SHORT).outcome
     assert found is not None and found.status == "partial" and found.silent == (1,)
     assert len(found.segments) > 2 and found.segments[1].frames == 0 and found.segments[2].frames == 14
-    assert any("piece 2 of" in remark and "before it began" in remark for remark in found.warnings)
+    assert any("segment 2 of" in remark and "before it began" in remark for remark in found.warnings)
 
 
 def test_speak_fails_but_keeps_what_there_is(
@@ -138,7 +138,7 @@ def test_speak_fails_but_keeps_what_there_is(
 ) -> None:
     command = ["speak", LONG, "--model", str(home / "model"), "--codec", str(home / "codec"), "--device", "cpu"]
     command += ["--seed", "5", "--max-new-tokens", "30", "-o"]
-    silent(*(attempt_seed(piece_seed(5, 1), number) for number in range(3)))
+    silent(*(attempt_seed(segment_seed(5, 1), number) for number in range(3)))
     assert main([*command, str(tmp_path / "partial.wav")]) == 1
     assert "error: partial: of" in capfd.readouterr().err
     silent()
@@ -157,7 +157,7 @@ def test_a_batch_does_partial_items_again(home: Path, tmp_path: Path, silent: Si
     def entries() -> list[dict[str, Any]]:
         return [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
 
-    lost = [attempt_seed(seed, number) for seed in (piece_seed(5, 1), 6) for number in range(3)]
+    lost = [attempt_seed(seed, number) for seed in (segment_seed(5, 1), 6) for number in range(3)]
     with monkeypatch.context():
         silent(*lost)
         assert main(command) == 1
@@ -208,11 +208,9 @@ def test_frames_per_second_are_those_of_the_codec() -> None:
     text = "[S1] " + "a " * 140
     slow, fast = (cut(text, ROOMY, None, rate) for rate in (20.0, 86.0))
     assert len(slow) == 1 and len(cut(text * 2, ROOMY, None, 20.0)) < len(cut(text * 2, ROOMY, None, 86.0))
-    assert Reading(ROOMY, fast, SamplingParams(seed=1), None, "", 20.0).expected_steps() < 20 * 20 + 17 * len(fast) + 2
+    assert Script(ROOMY, fast, SamplingParams(seed=1), None, "", 20.0).expected_steps() < 20 * 20 + 17 * len(fast) + 2
 
 
 def test_short_texts_are_warned_of_where_the_advice_holds(dia: Dia) -> None:
-    assert any(
-        "below 5 s" in remark for remark in Reading(DiaConfig(), ["[S1] Hello."], SamplingParams(seed=1)).remarks
-    )
-    assert not Reading(ROOMY, ["[S1] Hello."], SamplingParams(seed=1)).remarks, "of shorter texts, like the demo voice"
+    assert any("below 5 s" in remark for remark in Script(DiaConfig(), ["[S1] Hello."], SamplingParams(seed=1)).remarks)
+    assert not Script(ROOMY, ["[S1] Hello."], SamplingParams(seed=1)).remarks, "of shorter texts, like the demo voice"

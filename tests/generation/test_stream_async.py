@@ -14,7 +14,7 @@ import torch
 
 from dia_fast import Audio, CheckpointError, Dia, InputError, TextWarning
 from dia_fast.engine import Cancelled, Engine
-from dia_fast.generation.long_form import Reading
+from dia_fast.generation.long_form import Script
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.generation.streaming import Segments, _pumps
 from dia_fast.model.model import DiaModel
@@ -46,7 +46,7 @@ async def listen(chunks: AsyncGenerator[Audio, None]) -> np.ndarray:
 def assert_nothing_left(dia: Dia) -> None:
     dia.engine.advance()  # waits for the end of the step that a thread may still be in
     stats = dia.engine.stats
-    assert (stats.waiting, stats.running, stats.parked, stats.pages, stats.text_pages) == (0, 0, 0, 0, 0)
+    assert (stats.waiting, stats.running, stats.swapped, stats.pages, stats.text_pages) == (0, 0, 0, 0, 0)
 
 
 def test_many_streams_share_one_batch_and_one_thread_of_steps(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_one_that_is_cancelled_does_not_disturb_the_other(dia: Dia) -> None:
 
 @pytest.mark.parametrize("order", [("fill", "withdraw"), ("withdraw", "fill")])
 def test_a_request_is_withdrawn_before_it_is_there_or_after(dia: Dia, order: tuple[str, str]) -> None:
-    segments = Segments(dia.engine, Reading(dia.config, [TEXT], SamplingParams(seed=1)))
+    segments = Segments(dia.engine, Script(dia.config, [TEXT], SamplingParams(seed=1)))
     for act in order:
         getattr(segments, act)()
     assert segments.current.status == "cancelled"

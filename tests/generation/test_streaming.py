@@ -20,7 +20,7 @@ from dia_fast.audio.codec import Codec, CodecConfig, random_codec
 from dia_fast.engine import Cancelled, Request, StepFailed
 from dia_fast.generation.streaming import Chunks, Joiner
 from dia_fast.model.model import DiaModel
-from dia_fast.text.segmentation import join_pieces
+from dia_fast.text.segmentation import join_segments
 from tests.helpers.codecs import assert_same_sound
 from tests.helpers.front import TEXT, make_dia
 
@@ -65,7 +65,7 @@ def whole(dia: Dia, **chosen: Any) -> np.ndarray:
 
 def assert_nothing_left(dia: Dia) -> None:
     stats = dia.engine.stats
-    assert (stats.waiting, stats.running, stats.parked, stats.pages, stats.text_pages) == (0, 0, 0, 0, 0)
+    assert (stats.waiting, stats.running, stats.swapped, stats.pages, stats.text_pages) == (0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("prompted", [False, True], ids=["", "prompt"])
@@ -105,7 +105,7 @@ def test_segments_joined_bit_by_bit_are_those_joined_at_once(lengths: list[int],
             assert held >= 0
         made.append(join.end())
     made.append(join.close())
-    expected = join_pieces(pieces, 1, fade_seconds=fade)
+    expected = join_segments(pieces, 1, fade_seconds=fade)
     assert np.array_equal(np.concatenate(made), expected)
 
 

@@ -14,7 +14,7 @@ from dia_fast.audio.codec import CodecConfig, random_codec
 from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 
 TEXT = "[S1] Did you hear that? [S2] Hear what?"
 TINY = DiaConfig(
@@ -45,7 +45,7 @@ TINY = DiaConfig(
 def make_model(folder: Path, config: DiaConfig = TINY) -> Path:
     """A checkpoint with random weights in the transformers layout."""
     weights = {}
-    for name, shape in packed_shapes(config).items():
+    for name, shape in fused_shapes(config).items():
         values = torch.randn(shape)
         if len(shape) == 1:
             values = 1 + 0.1 * values

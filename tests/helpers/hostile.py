@@ -39,8 +39,8 @@ from dia_fast.jobs.items import Defaults, Failed, read_items
 from dia_fast.jobs.manifest import Manifest
 from dia_fast.model.model import DiaModel
 from dia_fast.training.data import read_recordings
+from dia_fast.training.options import TrainOptions
 from dia_fast.training.run import Run
-from dia_fast.training.settings import TrainSettings
 from dia_kernels import launcher as launch
 from dia_kernels import reference
 from tests.helpers.codecs import SMALL, save_official
@@ -291,7 +291,7 @@ def _small_targets(place: Path) -> list[tuple[Path, str, Reader]]:
     add("gpu.json", json.dumps(gpu), lambda folder: devices.read(folder / "gpu.json"))
     table = {min(launch.OPS): [{"where": {"arch": "sm_90", "rows": 1}, "use": {"BLOCK_N": 8}}]}
     add("table.json", json.dumps(table), _read_table)
-    stored = {"settings": TrainSettings(model="model", data="data").to_dict(), "data": "digest"}
+    stored = {"options": TrainOptions(model="model", data="data").to_dict(), "data": "digest"}
     add("run.json", json.dumps(stored), lambda folder: Run.reopen(folder, {}))
     log = add("log.jsonl", _lines([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]), _read_run)
     (log.parent / "run.json").write_text(json.dumps(stored))

@@ -9,7 +9,7 @@ from bench.tools.tiny_models import tiny_config
 from dia_fast.engine import Engine, Generation, Request, generate
 from dia_fast.engine.sequence import State
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.kv_cache import NO_TABLE_ROW
 from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
@@ -30,7 +30,7 @@ def small_model(dtype: torch.dtype = torch.float32, eos: float = 1.5) -> DiaMode
     """Random weights; EOS comes up now and then, the more often the larger `eos` is."""
     generator = torch.Generator().manual_seed(11)
     weights = {}
-    for name, shape in packed_shapes(small_config()).items():
+    for name, shape in fused_shapes(small_config()).items():
         values = torch.randn(shape, generator=generator)
         scale = 1.0 if "embedding" in name else 0.7 * shape[-1] ** -0.5
         weights[name] = (values * scale if len(shape) == 2 else 1 + 0.1 * values).to(dtype)

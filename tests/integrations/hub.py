@@ -11,7 +11,7 @@ import torch
 
 from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from tests.helpers.front import TINY, make_codec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -23,7 +23,7 @@ def make_model(folder: Path, config: DiaConfig = CONFIG, eos_gain: float = 3.0) 
     """A checkpoint whose speech ends after some dozen rows."""
     generator = torch.Generator().manual_seed(4)
     weights = {}
-    for name, shape in packed_shapes(config).items():
+    for name, shape in fused_shapes(config).items():
         values = torch.randn(shape, generator=generator)
         if len(shape) == 1:
             values = 1 + 0.1 * values

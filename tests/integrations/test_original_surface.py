@@ -164,7 +164,7 @@ def test_values_at_the_edges_mean_what_they_mean_in_the_original(
     logits = torch.randn(2, 9, 1028, generator=torch.Generator().manual_seed(5)) * 3
     wanted = reference_weights(logits, scale, temperature, top_p, 45)
     request = AnyRequest([1], **_settings(scale, temperature, top_p, 45))
-    params = request.settings
+    params = request.params
     given = logits if params.guidance_scale is not None else logits[:1].expand(2, -1, -1)
     one = torch.ones(1)
     got = reference.sample_weights(

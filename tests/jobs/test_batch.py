@@ -88,9 +88,12 @@ def test_each_item_sounds_as_it_does_alone(
     assert [entry["id"] for entry in entries] == list(expected)
     for entry, (name, audio) in zip(entries, expected.items(), strict=True):
         assert (tmp_path / "out" / f"{name}.wav").read_bytes() == audio.to_bytes()
-        assert (entry["status"], entry["file"], entry["pieces"]) == ("done", f"{name}.wav", 1)
+        assert (entry["status"], entry["file"], entry["segments"]) == ("done", f"{name}.wav", 1)
         assert entry["seed"] == audio.seed and entry["duration"] == pytest.approx(audio.duration, abs=1e-6)
-    assert entries[1]["settings"]["temperature"] == 0.7 and entries[2]["settings"]["prompt_text"] == "[S1] Mine."
+    assert (
+        entries[1]["sampling_params"]["temperature"] == 0.7
+        and entries[2]["sampling_params"]["prompt_text"] == "[S1] Mine."
+    )
     assert set(tree(tmp_path / "out")) == {"manifest.jsonl", *(f"{name}.wav" for name in expected)}
 
 
@@ -262,7 +265,7 @@ def test_few_items_are_under_way_at_once(batch: Run, monkeypatch: pytest.MonkeyP
         nonlocal most
         handle = real(engine, *arguments, **named)
         stats = engine.stats
-        most = max(most, stats.running + stats.waiting + stats.parked)
+        most = max(most, stats.running + stats.waiting + stats.swapped)
         return handle
 
     monkeypatch.setattr(Engine, "submit", submit)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench import baseline, check, gauges
+from bench import baseline, check, metrics
 from bench.baseline import Group, Kind, group_of
 from bench.tools.tiny_models import make_transformers_checkpoint, tiny_config
 from dia_kernels import launcher as launch
@@ -70,11 +70,11 @@ def worse(printed: str) -> list[str]:
 
 @interpreted
 def test_a_kernel_that_reads_its_weights_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sound = gauges.traffic((2,), (5,), config=wide())
+    sound = metrics.traffic((2,), (5,), config=wide())
     assert gate(tmp_path, "traffic", sound, sound) == 0
     capsys.readouterr()
     with launch.listening(greedy):
-        now = gauges.traffic((2,), (5,), config=wide())
+        now = metrics.traffic((2,), (5,), config=wide())
     assert gate(tmp_path, "traffic", sound, now) == 1
     told = worse(capsys.readouterr().out)
     assert all("linear_residual" in line for line in told)
@@ -98,7 +98,7 @@ def test_an_op_that_launches_one_kernel_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recorded = baseline.read(check.BASELINE)["launches"]
-    assert gate(tmp_path, "launches", recorded, gauges.launches()) == 0
+    assert gate(tmp_path, "launches", recorded, metrics.launches()) == 0
     capsys.readouterr()
     glu = kernels.rms_norm_glu
 
@@ -107,7 +107,7 @@ def test_an_op_that_launches_one_kernel_more(
         return glu(x, norm, weight, eps, out)
 
     monkeypatch.setattr(kernels, "rms_norm_glu", split)
-    assert gate(tmp_path, "launches", recorded, gauges.launches()) == 1
+    assert gate(tmp_path, "launches", recorded, metrics.launches()) == 1
     told = worse(capsys.readouterr().out)
     assert [line.split()[-5:-2] for line in told] == [["147", "165", "147"]] * 2 + [["19", "21", "19"]] * 2
 
@@ -116,7 +116,7 @@ MEASURED = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-from bench import gauges
+from bench import metrics
 {plant}
 print(json.dumps(asdict({measure})))
 """
@@ -148,7 +148,7 @@ launches.prefill = little
 
 
 def test_a_kernel_with_too_many_live_registers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    measure = "gauges.codegen(('sm_90', 'gfx1100'), rows=())"
+    measure = "metrics.codegen(('sm_90', 'gfx1100'), rows=())"
     sound = in_a_process(measure, ONE_KERNEL)
     assert gate(tmp_path, "codegen", sound, sound) == 0
     table = tmp_path / "table.json"
@@ -178,7 +178,7 @@ DiaModel.load, DiaModel.decode_step = copying, leaking
 def test_memory_that_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = tiny_config({"hidden_size": 512, "intermediate_size": 2048}, {"hidden_size": 512, "intermediate_size": 4096})
     model = make_transformers_checkpoint(tmp_path / "model", wide, dtype=torch.bfloat16)
-    measure = f"gauges.memory(Path({str(model)!r}))"
+    measure = f"metrics.memory(Path({str(model)!r}))"
     sound = in_a_process(measure)
     assert gate(tmp_path, "memory", sound, sound) == 0
     capsys.readouterr()
@@ -193,8 +193,8 @@ def test_a_pool_with_larger_pages(tmp_path: Path, capsys: pytest.CaptureFixture[
     def held(rows: int) -> Group:
         sizes = Sizes(1, True, rows, 8, 4, 1)
         state = DecodeState(DiaConfig(), reference, sizes, torch.bfloat16, torch.device("meta"))
-        figures: dict[str, float] = {"allocated": gauges.storage_bytes(state)}
-        return Group({"allocated": Kind("bytes", "lower", 0.0, 0.0, gauges.COUNTED)}, {"pool": figures})
+        figures: dict[str, float] = {"allocated": metrics.storage_bytes(state)}
+        return Group({"allocated": Kind("bytes", "lower", 0.0, 0.0, metrics.COUNTED)}, {"pool": figures})
 
     assert gate(tmp_path, "memory", held(3072), held(3072)) == 0
     assert gate(tmp_path, "memory", held(3072), held(3073)) == 1
@@ -206,7 +206,7 @@ def test_an_op_that_does_its_work_over_and_over(
     model = make_transformers_checkpoint(tmp_path / "model", tiny_config(), dtype=torch.bfloat16)
 
     def ratio() -> Group:
-        return gauges.ratio(model, steps=8, rounds=2, requests=(1,), text=9)
+        return metrics.ratio(model, steps=8, rounds=2, requests=(1,), text=9)
 
     sound = ratio()
     assert gate(tmp_path, "ratio", sound, sound) == 0

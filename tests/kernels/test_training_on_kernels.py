@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.tools.tiny_models import tiny_config
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_fast.training import Example, batch_loss, build_batch
 from dia_kernels import get_ops
@@ -19,7 +19,7 @@ def test_loss_and_gradients(dtype: torch.dtype, device: torch.device) -> None:
     config = tiny_config(layers, layers)
     weights = {
         name: random(shape, torch.float32, device, seed, 0.3 if len(shape) > 1 else 1.0)
-        for seed, (name, shape) in enumerate(packed_shapes(config).items())
+        for seed, (name, shape) in enumerate(fused_shapes(config).items())
     }
     generator = torch.Generator().manual_seed(0)
     examples = [Example([1, 72, 105], torch.randint(0, 1024, (frames, 9), generator=generator)) for frames in (3, 5)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bench.tools.tiny_models import tiny_config
 from dia_fast.errors import CheckpointError
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.model.fused_weights import packed_shapes, parameter_count, pieces, transformers_shapes
+from dia_fast.model.fused_weights import fused_shapes, fused_slices, parameter_count, transformers_shapes
 from tests.helpers.strategies import configs
 
 ENCODER = {
@@ -265,10 +265,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @given(configs())
 def test_pieces_cover_every_packed_row_once(config: DiaConfig) -> None:
-    shapes = packed_shapes(config)
+    shapes = fused_shapes(config)
     covered: dict[str, list[tuple[int, int]]] = {name: [] for name in shapes}
-    for packed, first, last in pieces(config).values():
-        covered[packed].append((first, last))
+    for fused, first, last in fused_slices(config).values():
+        covered[fused].append((first, last))
     for name, ranges in covered.items():
         ranges.sort()
         assert [first for first, _ in ranges] == [0, *(last for _, last in ranges[:-1])]

@@ -241,7 +241,7 @@ def test_training_computes_what_inference_does() -> None:
     assert abs(float(both.total) - sum(float(loss.total) for loss in losses)) < 1e-4 * float(both.total)
     text, codes = pairs[0]
     batch = build_batch([Example(text, codes)], CONFIG)
-    cond, _ = model.forward_logits([text], batch.rows, guidance=False)
+    cond, _ = model.forward_logits([text], batch.delayed_codes, guidance=False)
     total = F.cross_entropy(cond[0].flatten(0, 1), batch.labels[0].flatten(), ignore_index=-100, reduction="sum")
     assert abs(float(losses[0].total) - float(total)) < 1e-4 * float(total)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.tools.pairs import pack, random_prompts, random_texts
 from bench.tools.tiny_models import random_state, tiny_config, transformers_model
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import pieces
+from dia_fast.model.fused_weights import fused_slices
 from dia_fast.model.model import DiaModel
 from dia_fast.text.tokenizer import encode_text
 from dia_fast.training import Batch, Example, batch_loss, build_batch
@@ -33,8 +33,8 @@ def as_transformers(batch: Batch) -> dict[str, Tensor]:
     return {
         "input_ids": batch.text,
         "attention_mask": batch.text_mask.long(),
-        "decoder_input_ids": batch.rows,
-        "decoder_attention_mask": batch.row_mask.long(),
+        "decoder_input_ids": batch.delayed_codes,
+        "decoder_attention_mask": batch.step_mask.long(),
         "labels": batch.labels.transpose(1, 2).flatten(0, 1).contiguous(),
     }
 
@@ -52,13 +52,13 @@ def assert_same_loss_and_gradients(config: DiaConfig, batch: Batch, seed: int = 
     expected = theirs(**as_transformers(batch)).loss
     expected.backward()
     assert abs(loss.item() - expected.item()) <= 1e-5 * max(1, expected.item())
-    packed, wanted = dict(model.named_parameters()), dict(theirs.named_parameters())
-    found = pieces(config)
+    fused, wanted = dict(model.named_parameters()), dict(theirs.named_parameters())
+    found = fused_slices(config)
     assert found.keys() == wanted.keys()
     # A gradient that is 0 in exact arithmetic is rounding noise of the others.
     noise = 1e-6 * max(float(weight.grad.norm()) for weight in wanted.values())
     for name, (target, first, last) in found.items():
-        gradient, want = packed[target].grad, wanted[name].grad
+        gradient, want = fused[target].grad, wanted[name].grad
         assert gradient is not None and want is not None, name
         difference = float((gradient[first:last] - want).norm())
         assert difference <= 1e-3 * float(want.norm()) + noise, f"{name}: {difference:.1e} of {want.norm():.1e}"

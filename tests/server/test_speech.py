@@ -78,7 +78,7 @@ def test_a_long_text_streams_as_generate_speaks_it(server: Server, dia: Dia) -> 
     with pytest.warns(TextWarning):
         expected = dia.generate(LONG, seed=2, split="auto", temperature=1.0)
     assert expected.outcome is not None and len(expected.outcome.segments) > 1
-    answer = server.speak(LONG, seed=2, temperature=1, stream_format="sse", timestamps="piece")
+    answer = server.speak(LONG, seed=2, temperature=1, stream_format="sse", timestamps="segment")
     events = [json.loads(line[6:]) for line in answer.body.decode().splitlines() if line.startswith("data: ")]
     sound = b"".join(base64.b64decode(event["audio"]) for event in events[:-1])
     samples = np.frombuffer(sound[44:], "<i2")
@@ -204,7 +204,7 @@ BAD = {
     "recording without text": ({"input": TEXT, "ref_audio": "data:audio/wav;base64,AAAA"}, 400, "ref_text"),
     "text without recording": ({"input": TEXT, "ref_text": "x"}, 400, "ref_text"),
     "times of words": ({"input": TEXT, "timestamps": "word"}, 400, "timestamps"),
-    "times without events": ({"input": TEXT, "timestamps": "piece"}, 400, "timestamps"),
+    "times without events": ({"input": TEXT, "timestamps": "segment"}, 400, "timestamps"),
     "no object": ([1, 2], 400, None),
 }
 

@@ -37,9 +37,9 @@ def make_data(folder: Path, recordings: int) -> Path:
     return folder
 
 
-def given(home: Path, **settings: Any) -> dict[str, Any]:
+def given(home: Path, **options: Any) -> dict[str, Any]:
     """Settings of a quick run in `home`."""
-    return {"model": home / "model", "codec": home / "codec", "data": home / "data"} | QUICK | settings
+    return {"model": home / "model", "codec": home / "codec", "data": home / "data"} | QUICK | options
 
 
 def log_of(output: Path) -> list[dict[str, Any]]:

@@ -25,12 +25,12 @@ def test_labels_are_the_rows_that_follow(sizes: list[tuple[int, int]]) -> None:
     examples = [Example([1] * text, codes(frames, seed)) for seed, (text, frames) in enumerate(sizes)]
     batch = build_batch(examples, CONFIG)
     longest = max(frames for _, frames in sizes)
-    assert batch.rows.shape == (len(sizes), longest + 1 + max(DELAY), len(DELAY)) == batch.labels.shape
+    assert batch.delayed_codes.shape == (len(sizes), longest + 1 + max(DELAY), len(DELAY)) == batch.labels.shape
     assert torch.equal(batch.counts(), torch.full((len(DELAY),), sum(frames + 1 for _, frames in sizes)))
     for item, (text, frames) in enumerate(sizes):
         assert batch.text_mask[item].tolist() == [True] * text + [False] * (batch.text.shape[1] - text)
-        assert not batch.row_mask[item, : longest - frames].any() and batch.row_mask[item, longest - frames :].all()
-        grid = torch.cat((batch.rows[item, :1], batch.labels[item]))[longest - frames :]
+        assert not batch.step_mask[item, : longest - frames].any() and batch.step_mask[item, longest - frames :].all()
+        grid = torch.cat((batch.delayed_codes[item, :1], batch.labels[item]))[longest - frames :]
         assert torch.equal(undo_delay(grid, DELAY, EOS), examples[item].codes)
         for channel, late in enumerate(DELAY):
             known = batch.labels[item, :, channel] != IGNORED
@@ -64,7 +64,7 @@ def test_nothing_at_all() -> None:
 
 def test_the_longest_speech_fits() -> None:
     batch = build_batch([Example([1], codes(longest_speech(CONFIG)))], CONFIG)
-    assert batch.rows.shape[1] == CONFIG.decoder.max_position_embeddings
+    assert batch.delayed_codes.shape[1] == CONFIG.decoder.max_position_embeddings
 
 
 def test_condition_dropout() -> None:
@@ -84,15 +84,15 @@ def test_condition_dropout() -> None:
 def test_disturbed_codes() -> None:
     batch = build_batch([Example([1], codes(n % 40 + 1, n)) for n in range(100)], CONFIG)
     disturbed = disturb_codes(batch, 0.25, CONFIG, torch.Generator().manual_seed(0))
-    known = batch.rows < EOS
-    changed = disturbed.rows != batch.rows
+    known = batch.delayed_codes < EOS
+    changed = disturbed.delayed_codes != batch.delayed_codes
     assert not changed[~known].any(), "only codes of sound are replaced"
     count, expected = int(changed.sum()), 0.25 * (1 - 1 / EOS) * int(known.sum())
     assert abs(count - expected) < 5 * (0.25 * 0.75 * int(known.sum())) ** 0.5
-    assert (changed.sum((0, 1)) > 0).all() and disturbed.rows[changed].max() < EOS
-    assert len(disturbed.rows[changed].unique()) > EOS / 2, "all codes come"
-    for name in ("text", "text_mask", "row_mask", "labels"):
+    assert (changed.sum((0, 1)) > 0).all() and disturbed.delayed_codes[changed].max() < EOS
+    assert len(disturbed.delayed_codes[changed].unique()) > EOS / 2, "all codes come"
+    for name in ("text", "text_mask", "step_mask", "labels"):
         assert torch.equal(getattr(disturbed, name), getattr(batch, name))
     again = disturb_codes(batch, 0.25, CONFIG, torch.Generator().manual_seed(0))
-    assert torch.equal(again.rows, disturbed.rows)
+    assert torch.equal(again.delayed_codes, disturbed.delayed_codes)
     assert disturb_codes(batch, 0.0, CONFIG, torch.Generator()) is batch

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from bench.tools.pairs import pack
 from bench.tools.tiny_models import random_state, tiny_config
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_fast.training import Batch, Example, batch_loss, build_batch, drop_conditions
 from dia_fast.training.forward import Forward
@@ -59,7 +59,7 @@ def test_an_item_without_text_is_the_unconditional_branch_of_guidance(model: Dia
             drop_conditions(batch, 1.0, torch.Generator().manual_seed(0))
         )
     logits = F.linear(hidden, model.decoder.head.detach()).view(*batch.labels.shape, -1)
-    _, uncond = model.forward_logits(batch.text.tolist(), batch.rows)
+    _, uncond = model.forward_logits(batch.text.tolist(), batch.delayed_codes)
     torch.testing.assert_close(logits, uncond, rtol=1e-4, atol=1e-4)
 
 
@@ -87,7 +87,7 @@ def test_evaluation_makes_no_gradients(model: DiaModel) -> None:
 def test_every_weight_learns(model: DiaModel) -> None:
     batch = some_batch()
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    assert before.keys() == packed_shapes(CONFIG).keys()
+    assert before.keys() == fused_shapes(CONFIG).keys()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(30):

@@ -26,10 +26,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_home(tmp_path_factory.mktemp("resume"))
 
 
-def train(home: Path, output: Path, resume: bool = False, **settings: Any) -> Path:
-    return finetune(
-        output, {} if resume else given(home, **settings), resume=resume, device="cpu", cache=home / "codes"
-    )
+def train(home: Path, output: Path, resume: bool = False, **options: Any) -> Path:
+    return finetune(output, {} if resume else given(home, **options), resume=resume, device="cpu", cache=home / "codes")
 
 
 def process(home: Path, output: Path, *options: str) -> "subprocess.Popen[bytes]":
@@ -42,9 +40,9 @@ def process(home: Path, output: Path, *options: str) -> "subprocess.Popen[bytes]
     )
 
 
-def as_options(settings: dict[str, Any]) -> list[str]:
-    data = str(settings.pop("data"))
-    named = {f"--{name.replace('_', '-')}": value for name, value in settings.items()}
+def as_options(options: dict[str, Any]) -> list[str]:
+    data = str(options.pop("data"))
+    named = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
     return [data, *(name if value is True else f"{name}={value}" for name, value in named.items())]
 
 
@@ -62,7 +60,7 @@ def wait_for_line(running: "subprocess.Popen[bytes]", output: Path, lines: int) 
 
 
 @pytest.mark.parametrize(
-    ("settings", "kills"),
+    ("options", "kills"),
     [
         ({"drop_codes": 0.3}, 1),
         pytest.param({"lora_rank": 4, "dtype": "bf16"}, 2, marks=pytest.mark.slow),
@@ -70,15 +68,15 @@ def wait_for_line(running: "subprocess.Popen[bytes]", output: Path, lines: int) 
     ],
     ids=["full, some codes replaced", "lora in bf16", "many times"],
 )
-def test_killed_and_resumed(settings: dict[str, Any], kills: int, home: Path, tmp_path: Path) -> None:
-    settings = {"steps": 24, "save_every": 3, **settings}
+def test_killed_and_resumed(options: dict[str, Any], kills: int, home: Path, tmp_path: Path) -> None:
+    options = {"steps": 24, "save_every": 3, **options}
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    train(home, undisturbed, **settings)
+    train(home, undisturbed, **options)
     total = len(log_of(undisturbed))
     seed = random.SystemRandom().randrange(1 << 30)
     moments = sorted(random.Random(seed).sample(range(1, total - 8), kills))
     for count, moment in enumerate(moments):
-        with process(home, killed, *(["--resume"] if count else as_options(given(home, **settings)))) as running:
+        with process(home, killed, *(["--resume"] if count else as_options(given(home, **options)))) as running:
             wait_for_line(running, killed, moment)
             running.kill()
         assert running.returncode == -signal.SIGKILL and not (killed / "model").exists()
@@ -127,7 +125,7 @@ def test_resuming_a_finished_run_changes_nothing(home: Path, tmp_path: Path) -> 
     assert tree(tmp_path / "run") == before
 
 
-def interrupt(home: Path, output: Path, **settings: Any) -> Path:
+def interrupt(home: Path, output: Path, **options: Any) -> Path:
     """A run that stopped at step 5 of 12, its last state from step 4."""
 
     def stop(line: dict[str, Any]) -> None:
@@ -135,7 +133,7 @@ def interrupt(home: Path, output: Path, **settings: Any) -> Path:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(output, given(home, **settings), device="cpu", cache=home / "codes", report=stop)
+        finetune(output, given(home, **options), device="cpu", cache=home / "codes", report=stop)
     return output
 
 
@@ -145,10 +143,10 @@ def interrupted(home: Path, tmp_path: Path) -> Path:
 
 
 def test_adapters_go_on_where_they_were(home: Path, tmp_path: Path) -> None:
-    settings = {"lora_rank": 4, "dtype": "bf16"}
-    output = interrupt(home, tmp_path / "run", **settings)
+    options = {"lora_rank": 4, "dtype": "bf16"}
+    output = interrupt(home, tmp_path / "run", **options)
     train(home, output, resume=True)
-    train(home, tmp_path / "whole", **settings)
+    train(home, tmp_path / "whole", **options)
     assert log_of(output) == log_of(tmp_path / "whole")
     for folder in ("model", "adapter"):
         assert tree(output / folder) == tree(tmp_path / "whole" / folder)
@@ -162,17 +160,17 @@ def test_adapters_go_on_where_they_were(home: Path, tmp_path: Path) -> None:
         ({"dtype": "bf16"}, "another dtype: .* 'float32', now it is 'bfloat16'"),
         ({"lora_targets": ["qkv"]}, "another lora_targets"),
         ({"data": "elsewhere"}, "another data"),
-        ({"nonsense": 1}, "unknown settings: nonsense"),
+        ({"nonsense": 1}, "unknown options: nonsense"),
     ],
 )
-def test_resuming_with_other_settings(interrupted: Path, changed: dict[str, Any], message: str) -> None:
+def test_resuming_with_other_options(interrupted: Path, changed: dict[str, Any], message: str) -> None:
     before = tree(interrupted)
     with pytest.raises(InputError, match=message):
         finetune(interrupted, changed, resume=True, device="cpu")
     assert tree(interrupted) == before
 
 
-def test_resuming_with_the_same_settings_and_another_rhythm(home: Path, interrupted: Path, tmp_path: Path) -> None:
+def test_resuming_with_the_same_options_and_another_rhythm(home: Path, interrupted: Path, tmp_path: Path) -> None:
     finetune(interrupted, given(home, save_every=1, keep=1), resume=True, device="cpu", cache=home / "codes")
     train(home, tmp_path / "whole")
     assert tree(interrupted / "model") == tree(tmp_path / "whole" / "model")

@@ -14,7 +14,7 @@ from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.checkpoint.saving import convert
 from dia_fast.cli import main
 from dia_fast.errors import CheckpointError, InputError, NumericError
-from dia_fast.training import TrainSettings, finetune
+from dia_fast.training import TrainOptions, finetune
 from tests.helpers.front import TINY, make_codec, tree
 from tests.training.corpus import QUICK, given, log_of, make_home
 
@@ -24,8 +24,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_home(tmp_path_factory.mktemp("train"))
 
 
-def train(home: Path, output: Path, **settings: Any) -> Path:
-    return finetune(output, given(home, **settings), device="cpu", cache=home / "codes")
+def train(home: Path, output: Path, **options: Any) -> Path:
+    return finetune(output, given(home, **options), device="cpu", cache=home / "codes")
 
 
 def test_the_loss_falls_and_the_model_speaks(home: Path, tmp_path: Path) -> None:
@@ -35,8 +35,8 @@ def test_the_loss_falls_and_the_model_speaks(home: Path, tmp_path: Path) -> None
     held_out = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
     assert len(losses) == 25 and losses[-1] < losses[0] - 1
     assert [step for step, _ in held_out] == [0, 5, 10, 15, 20, 25] and held_out[-1][1] < held_out[0][1] - 1
-    settings = TrainSettings("m", "d", **{**QUICK, "steps": 25})
-    assert [line["rate"] for line in log if "rate" in line] == [settings.rate(step) for step in range(1, 26)]
+    options = TrainOptions("m", "d", **{**QUICK, "steps": 25})
+    assert [line["rate"] for line in log if "rate" in line] == [options.rate(step) for step in range(1, 26)]
     assert all(len(line["channels"]) == 9 and line["norm"] > 0 for line in log if "loss" in line)
     assert len(Dia.from_pretrained(model, codec=None).generate_codes("[S1] So.", seed=1, max_new_tokens=30)) > 0
 
@@ -65,9 +65,9 @@ def test_adapters_are_kept_and_merged(home: Path, tmp_path: Path) -> None:
     targets = ["qkv", "cross_kv", "down"]
     model = train(home, tmp_path / "run", lora_rank=3, lora_alpha=12.0, lora_targets=targets)
     folder = tmp_path / "run" / "adapter"
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    assert settings["r"] == 3 and settings["lora_alpha"] == 12.0
-    assert settings["target_modules"] == [
+    options = json.loads((folder / "adapter_config.json").read_text())
+    assert options["r"] == 3 and options["lora_alpha"] == 12.0
+    assert options["target_modules"] == [
         "cross_attention.k_proj", "cross_attention.v_proj", "mlp.down_proj",
         "self_attention.k_proj", "self_attention.q_proj", "self_attention.v_proj",
     ]  # fmt: skip
@@ -136,7 +136,7 @@ def test_a_codec_beside_the_model_goes_where_the_result_goes(home: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("options", "message"),
     [
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"batch_size": 1.5}, "batch_size must be an integer"),
@@ -153,9 +153,9 @@ def test_a_codec_beside_the_model_goes_where_the_result_goes(home: Path, tmp_pat
         ({"channel_weights": [1.0]}, "channel_weights has 1 numbers; the model has 9 channels"),
     ],
 )
-def test_settings_that_cannot_work(home: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_options_that_cannot_work(home: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        train(home, tmp_path / "run", **settings)
+        train(home, tmp_path / "run", **options)
     assert not tree(tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_the_command_line(home: Path, tmp_path: Path, capfd: pytest.CaptureFixtu
     said = capfd.readouterr()
     assert said.out.startswith(f"{output / 'model'}: loss ") and f"--model {output / 'model'}" in said.out
     assert said.err.count("step ") == 3 and "step 4 of 4: loss " in said.err and "held out" in said.err
-    stored = json.loads((output / "run.json").read_text())["settings"]
+    stored = json.loads((output / "run.json").read_text())["options"]
     assert stored["lora_targets"] == ["qkv", "o"] and stored["dtype"] == "bfloat16"
     assert stored["channel_weights"] == [2] + [1] * 8
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -20,7 +20,7 @@ from dia_fast.audio.audio import Audio, growing_file
 from dia_fast.checkpoint.saving import write_checkpoint
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.jobs.manifest import Manifest, failed_entry
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.utils.files import open_regular, read_regular, replacing, replacing_folder, sweep, writable
 from tests.helpers.front import TINY, tree
 
@@ -88,7 +88,7 @@ def _note(folder: Path) -> None:
     manifest.sort([(1, "a")])
 
 
-WEIGHTS = {name: torch.zeros(shape) for name, shape in packed_shapes(TINY).items()}
+WEIGHTS = {name: torch.zeros(shape) for name, shape in fused_shapes(TINY).items()}
 
 
 def _checkpoint(folder: Path) -> None:

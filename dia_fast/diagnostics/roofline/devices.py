@@ -38,7 +38,7 @@ class Device:
     source: str
 
     @property
-    def lanes(self) -> int:
+    def warp_size(self) -> int:
         return 64 if self.target.startswith("gfx9") else 32
 
     @property

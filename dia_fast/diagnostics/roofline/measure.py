@@ -13,14 +13,14 @@ from typing import Any, Protocol
 import torch
 
 from dia_fast.checkpoint.loading import Checkpoint
-from dia_fast.diagnostics.roofline.predict import Settings
+from dia_fast.diagnostics.roofline.predict import Workload
 from dia_fast.diagnostics.roofline.work import LAUNCHES
 from dia_fast.engine import Engine, Request
 from dia_fast.engine.decode_graphs import CudaGraphs
 from dia_fast.errors import InputError
 from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
 from dia_fast.model.device import choose_ops
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_kernels import launcher as launch
 
@@ -90,16 +90,16 @@ def gpu_timer(device: str | None = None) -> Timer:
 
 @torch.inference_mode()
 def measure(
-    settings: Settings, timer: Timer, checkpoint: Checkpoint | None = None, rounds: int = ROUNDS
+    workload: Workload, timer: Timer, checkpoint: Checkpoint | None = None, rounds: int = ROUNDS
 ) -> dict[str, Any]:
     """Seconds of every launch by name and of a step of the engine.
 
-    checkpoint: of the settings' config; None for random weights, which take as long. Raises DiaFastError.
+    checkpoint: of the workload's config; None for random weights, which take as long. Raises DiaFastError.
     """
-    dtype: torch.dtype = getattr(torch, settings.dtype)
-    ready = _model(settings, dtype, timer.device, checkpoint)
-    launches = _launches(ready, settings, timer, rounds)
-    seconds, contexts = _steps(ready, settings, timer, rounds)
+    dtype: torch.dtype = getattr(torch, workload.dtype)
+    ready = _model(workload, dtype, timer.device, checkpoint)
+    launches = _launches(ready, workload, timer, rounds)
+    seconds, contexts = _steps(ready, workload, timer, rounds)
     return {
         "device": timer.name,
         "weights": "random" if checkpoint is None else checkpoint.source,
@@ -110,13 +110,13 @@ def measure(
     }
 
 
-def _model(settings: Settings, dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint | None) -> DiaModel:
+def _model(workload: Workload, dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint | None) -> DiaModel:
     """The code that ends a sentence never wins, so that no request ends while it is timed."""
-    config = settings.config
+    config = workload.config
     if checkpoint is None:
         generator = torch.Generator(device).manual_seed(0)
         weights = {}
-        for name, shape in packed_shapes(config).items():
+        for name, shape in fused_shapes(config).items():
             weight = torch.ones(shape, dtype=dtype, device=device)
             if len(shape) > 1:
                 weight.normal_(0, shape[-1] ** -0.5, generator=generator)
@@ -127,8 +127,8 @@ def _model(settings: Settings, dtype: torch.dtype, device: torch.device, checkpo
     return DiaModel(config, choose_ops("triton", device)).load(weights)
 
 
-def _launches(model: DiaModel, settings: Settings, timer: Timer, rounds: int) -> dict[str, float]:
-    state = _state(model, settings)
+def _launches(model: DiaModel, workload: Workload, timer: Timer, rounds: int) -> dict[str, float]:
+    state = _state(model, workload)
     calls: list[Work] = []
 
     def keep(run: launch.Launcher, kernel: Any, grid: Any, args: Any, meta: Any) -> None:
@@ -137,7 +137,7 @@ def _launches(model: DiaModel, settings: Settings, timer: Timer, rounds: int) ->
 
     with launch.listening(keep):
         model.decode_step(state)
-    layers = settings.config.decoder.num_hidden_layers
+    layers = workload.config.decoder.num_hidden_layers
     named = {name: calls[1 + at : -2 : 8] for at, name in enumerate(LAUNCHES[1:-2])}
     once = {"embed": calls[0], "heads": calls[-2], "sample": calls[-1]}
 
@@ -146,7 +146,7 @@ def _launches(model: DiaModel, settings: Settings, timer: Timer, rounds: int) ->
             for work in works:
                 work()
 
-        _reset(state, settings)
+        _reset(state, workload)
         replay = timer.capture(all_of_them)
         return median(timer.seconds(replay) for _ in range(rounds))
 
@@ -160,38 +160,38 @@ def _launches(model: DiaModel, settings: Settings, timer: Timer, rounds: int) ->
     return {name: found[name] for name in LAUNCHES}
 
 
-def _state(model: DiaModel, settings: Settings) -> DecodeState:
+def _state(model: DiaModel, workload: Workload) -> DecodeState:
     """Buffers as in an engine for any request, with every request at its context and its pages filled."""
-    config, step = model.config, settings.step
-    grid, words = self_pages(config), cross_pages(config)
-    room = settings.context + 1
+    config, step = model.config, workload.step
+    own, cross = self_pages(config), cross_pages(config)
+    steps = workload.context + 1
     sizes = Sizes(
-        step.slots, step.guided, step.capacity, step.text_capacity,
-        settings.requests * step.branches * grid.pages(room), settings.requests * words.pages(settings.text),
+        step.padded, step.guided, step.capacity, step.text_capacity,
+        workload.requests * step.branches * own.pages(steps), workload.requests * cross.pages(workload.text),
     )  # fmt: skip
     state = DecodeState(config, model.ops, sizes, model.dtype, model.device)
-    for batch_idx in range(settings.requests):
-        state.grow(batch_idx, room)
-        state.cross_blocks.grow(batch_idx, settings.text)
+    for batch_idx in range(workload.requests):
+        state.grow(batch_idx, steps)
+        state.cross_blocks.grow(batch_idx, workload.text)
     for pages in state.pool.keys + state.pool.values + state.cross_pool.keys + state.cross_pool.values:
         pages.normal_()
-    _reset(state, settings)
+    _reset(state, workload)
     return state
 
 
-def _reset(state: DecodeState, settings: Settings) -> None:
+def _reset(state: DecodeState, workload: Workload) -> None:
     """Puts every request back at its context: the launches that are timed move on what they find."""
-    used = settings.requests
+    used = workload.requests
     state.step.fill_(-1)
-    state.step[:used] = settings.context - 1
+    state.step[:used] = workload.context - 1
     state.positions.fill_(-1)
     for first in range(0, state.rows, state.batch):
-        state.positions[first : first + used] = settings.context - 1
+        state.positions[first : first + used] = workload.context - 1
     state.eos_step.fill_(-1)
     state.first_step.fill_(-1000)  # nothing is prescribed any more
     state.end_step.fill_(1 << 30)
     state.finished.zero_()
-    state.text_lengths[:used] = settings.text
+    state.text_lengths[:used] = workload.text
     state.sampled.zero_()
     state.guidance_scale.fill_(3.0)
     state.temperature.fill_(1.2)
@@ -200,7 +200,7 @@ def _reset(state: DecodeState, settings: Settings) -> None:
     state.x.normal_()
 
 
-def _steps(model: DiaModel, settings: Settings, timer: Timer, rounds: int) -> tuple[float, list[int]]:
+def _steps(model: DiaModel, workload: Workload, timer: Timer, rounds: int) -> tuple[float, list[int]]:
     """Seconds of a step of the engine, and the contexts that were met."""
     config, decoder = model.config, model.config.decoder
     total = 2 * STEPS * (rounds + 1)  # every timed call is made twice, and the first round does not count
@@ -208,26 +208,26 @@ def _steps(model: DiaModel, settings: Settings, timer: Timer, rounds: int) -> tu
         raise InputError(
             f"--measure: {total} steps are timed, and this model ends after {decoder.max_position_embeddings}"
         )
-    first = max(min(settings.context - total // 2, decoder.max_position_embeddings - total - 2), 0)
+    first = max(min(workload.context - total // 2, decoder.max_position_embeddings - total - 2), 0)
     frames = torch.randint(0, decoder.eos_token_id, (first, decoder.num_channels), dtype=torch.int64, device="cpu")
-    text = torch.randint(1, config.encoder.vocab_size, (settings.text,), dtype=torch.int64, device="cpu").tolist()
+    text = torch.randint(1, config.encoder.vocab_size, (workload.text,), dtype=torch.int64, device="cpu").tolist()
     request = Request(
         text,
         frames if first else None,
         decoder.max_position_embeddings - first,
-        3.0 if settings.guided else 1.0,
+        3.0 if workload.guided else 1.0,
         seed=0,
     )
-    grid, words, step = self_pages(config), cross_pages(config), settings.step
-    held = grid.pages(first + total + 2) + 1  # a newcomer needs a page to spare for each row that runs
+    own, cross, step = self_pages(config), cross_pages(config), workload.step
+    held = own.pages(first + total + 2) + 1  # a newcomer needs a page to spare for each row that runs
     sizes = Sizes(
-        step.slots, step.guided, step.capacity, step.text_capacity,
-        settings.requests * step.branches * held, settings.requests * words.pages(settings.text),
+        step.padded, step.guided, step.capacity, step.text_capacity,
+        workload.requests * step.branches * held, workload.requests * cross.pages(workload.text),
     )  # fmt: skip
-    capture = timer.capture if settings.graph else None
+    capture = timer.capture if workload.graph else None
     with Engine(model, sizes=sizes, prefill_tokens=1 << 30, capture=capture) as engine:
-        handles = [engine.submit(request) for _ in range(settings.requests)]
-        while engine.stats.running < settings.requests and not any(handle.error for handle in handles):
+        handles = [engine.submit(request) for _ in range(workload.requests)]
+        while engine.stats.running < workload.requests and not any(handle.error for handle in handles):
             engine.step()
         begin = engine.steps
 

@@ -18,8 +18,8 @@ def save(made: Prediction, folder: Path, measured: Mapping[str, Any] | None = No
 
     Raises InputError if matplotlib is missing or the folder cannot be written.
     """
-    settings = made.settings
-    note = f"{LABEL}: {made.device.name}, {settings.dtype}; bands reach from a best to a worst case"
+    workload = made.workload
+    note = f"{LABEL}: {made.device.name}, {workload.dtype}; bands reach from a best to a worst case"
     paths = []
     for name, title, draw in (
         ("roofline", "What each launch can reach", lambda axes: _roofline(axes, made)),
@@ -33,7 +33,7 @@ def save(made: Prediction, folder: Path, measured: Mapping[str, Any] | None = No
 
 def _roofline(axes: Any, made: Prediction) -> None:
     """Operations per second over operations per byte, on two logarithmic axes; the roof is the published one."""
-    device, size = made.device, SIZES[made.settings.dtype]
+    device, size = made.device, SIZES[made.workload.dtype]
     points = [line for line in made.lines if line.work.flops and line.work.streamed]
     intensities = [line.work.flops / line.work.streamed for line in points]
     peak = device.peak(size)
@@ -78,20 +78,20 @@ def _kernels(axes: Any, made: Prediction, measured: Mapping[str, Any] | None) ->
 
 
 def _latency(axes: Any, made: Prediction, measured: Mapping[str, Any] | None) -> None:
-    most = made.settings.config.decoder.max_position_embeddings
+    most = made.workload.config.decoder.max_position_embeddings
     contexts = sorted({min(context, most) for context in CONTEXTS})
-    spans = [predict(made.device, replace(made.settings, context=context)) for context in contexts]
+    spans = [predict(made.device, replace(made.workload, context=context)) for context in contexts]
     _band(axes, contexts, [item.step.low * 1e3 for item in spans], [item.step.high * 1e3 for item in spans])
     axes.plot(contexts, [item.ceiling * 1e3 for item in spans], color="C2", label="bandwidth ceiling")
     if measured is not None:
-        axes.plot([made.settings.context], [measured["step_seconds"] * 1e3], "D", color="C3", label="measured")
+        axes.plot([made.workload.context], [measured["step_seconds"] * 1e3], "D", color="C3", label="measured")
     axes.set(xlabel="tokens of context", ylabel="ms per step", xlim=(0, most))
     axes.set_ylim(bottom=0)
     axes.legend()
 
 
 def _throughput(axes: Any, made: Prediction) -> None:
-    spans = [(count, predict(made.device, replace(made.settings, requests=count))) for count in BUCKETS]
+    spans = [(count, predict(made.device, replace(made.workload, requests=count))) for count in BUCKETS]
     counts = [count for count, _ in spans]
 
     def seconds_of_sound(seconds: float, count: int) -> float:

@@ -30,7 +30,7 @@ SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Workload:
     """What is asked for. requests: at once; context: tokens of sound, text: bytes of text of each; graph: a CUDA graph
     of the step, in which requests are padded to the next size that the engine captures."""
 
@@ -45,12 +45,12 @@ class Settings:
     @property
     def step(self) -> Step:
         """The launches' shapes, in an engine that has room for any request."""
-        slots = (
+        padded = (
             next(size for size in (*BUCKETS, self.requests) if size >= self.requests) if self.graph else self.requests
         )
         decoder, encoder = self.config.decoder, self.config.encoder
         return Step(
-            self.requests, self.context, self.text, SIZES[self.dtype], self.guided, slots,
+            self.requests, self.context, self.text, SIZES[self.dtype], self.guided, padded,
             decoder.max_position_embeddings + 1, encoder.max_position_embeddings,
         )  # fmt: skip
 
@@ -90,7 +90,7 @@ class Prediction:
     """A whole step. gpu: sum of its launches; host: time of the host beside it; step: the longer of the two."""
 
     device: Device
-    settings: Settings
+    workload: Workload
     figures: Figures
     lines: list[Line]
     gpu: Range
@@ -110,38 +110,38 @@ class Prediction:
         return sum(line.work.times * line.work.streamed for line in self.lines)
 
 
-def predict(device: Device, settings: Settings) -> Prediction:
-    """The prediction for one device. settings must have been checked, see `dia_fast.cli.plan`."""
-    found, step = load(device.target, settings.dtype), settings.step
-    decoder = settings.config.decoder
+def predict(device: Device, workload: Workload) -> Prediction:
+    """The prediction for one device. workload must have been checked, see `dia_fast.cli.plan`."""
+    found, step = load(device.target, workload.dtype), workload.step
+    decoder = workload.config.decoder
     tiles = counted.Tiles(
         block=lambda name, rows: found.find(name, rows).block,
         self_split=counted.split(decoder.head_dim, step.itemsize, device.target, counted.SELF_SPLIT),
         cross_split=counted.split(decoder.cross_head_dim, step.itemsize, device.target, counted.CROSS_SPLIT),
-        reads_twice=device.target.startswith("gfx") or settings.dtype == "float16",
+        reads_twice=device.target.startswith("gfx") or workload.dtype == "float16",
     )
     lines = [
-        _line(item, found.find(item.name, item.rows), found, device, settings)
-        for item in counted.launches(settings.config, step, tiles)
+        _line(item, found.find(item.name, item.rows), found, device, workload)
+        for item in counted.launches(workload.config, step, tiles)
     ]
     gpu = Range(0.0, 0.0)
     for line in lines:
         gpu += line.each.times(line.work.times)
     launches = sum(line.work.times for line in lines)
-    if settings.graph:
+    if workload.graph:
         host = Range(assumed.HOST_STEP.best, assumed.HOST_STEP.worst)
     else:
         host = Range(assumed.HOST_LAUNCH.best, assumed.HOST_LAUNCH.worst).times(launches)
     whole = Range(max(gpu.low, host.low), max(gpu.high, host.high))
     ceiling = sum(line.ceiling * line.work.times for line in lines)
-    made = Prediction(device, settings, found, lines, gpu, host, whole, ceiling, [])
+    made = Prediction(device, workload, found, lines, gpu, host, whole, ceiling, [])
     made.notes.extend(_notes(made))
     return made
 
 
-def _line(item: Work, figure: Figure, found: Figures, device: Device, settings: Settings) -> Line:
-    low = _parts(item, figure, found, device, settings, worst=False)
-    high = _parts(item, figure, found, device, settings, worst=True)
+def _line(item: Work, figure: Figure, found: Figures, device: Device, workload: Workload) -> Line:
+    low = _parts(item, figure, found, device, workload, worst=False)
+    high = _parts(item, figure, found, device, workload, worst=True)
     parts = {key: Range(low[key], high[key]) for key in low}
     streams = {key: part for key, part in parts.items() if key not in ("gap", "serial")}
     fixed = parts["gap"] + parts["serial"]
@@ -156,34 +156,34 @@ def _line(item: Work, figure: Figure, found: Figures, device: Device, settings: 
 
 
 def _parts(
-    item: Work, figure: Figure, found: Figures, device: Device, settings: Settings, worst: bool
+    item: Work, figure: Figure, found: Figures, device: Device, workload: Workload, worst: bool
 ) -> dict[str, float]:
     """Seconds of each part of one launch."""
-    size = SIZES[settings.dtype]
+    size = SIZES[workload.dtype]
     latency = device.latency * assumed.LATENCY.value(worst)
     clock = device.clock * assumed.CLOCK.value(worst)
-    room = figure.resident * device.units
+    occupancy = figure.resident * device.units
     if worst:  # whole waves, of programs that come to SMs one by one
-        waves, per_unit = float(ceil(item.active / room)), float(ceil(item.active / device.units))
+        waves, per_unit = float(ceil(item.active / occupancy)), float(ceil(item.active / device.units))
     else:
-        waves, per_unit = max(1.0, item.active / room), max(1.0, item.active / device.units)
+        waves, per_unit = max(1.0, item.active / occupancy), max(1.0, item.active / device.units)
     trips, instructions = _per_program(item, figure, device, size)
     other = assumed.OTHER_FROM_MEMORY.value(worst) * item.other
     memory = (item.streamed + other) / (device.bandwidth * assumed.MEMORY_SHARE.value(worst))
     slow = max(trips, 1.0) / assumed.IN_FLIGHT.value(worst) if trips else 0.0
-    flight = slow * latency * (waves + (1 if worst and item.active > room else 0))
+    flight = slow * latency * (waves + (1 if worst and item.active > occupancy else 0))
     # Of attentions all is fetched from L2: what their programs share is little.
     shared = 1 if worst or not item.features else min(figure.resident, ceil(item.active / device.units))
     cache = (item.moved + item.again / shared) / (device.cache_bandwidth * assumed.CACHE_SHARE.value(worst))
-    operations = per_unit * device.units * _operations(item, figure, found, settings)
+    operations = per_unit * device.units * _operations(item, figure, found, workload)
     return {
         "memory": memory,
         "flight": flight,
         "issue": per_unit * instructions / (device.issue * clock * assumed.ISSUE.value(worst)),
         "cache": cache,
         "compute": operations / (device.peak(size) * assumed.COMPUTE.value(worst)),
-        "turns": _turns(item, room, device, worst),
-        "gap": _gap(item, device, settings, worst),
+        "turns": _turns(item, occupancy, device, worst),
+        "gap": _gap(item, device, workload, worst),
         "serial": _serial(item, device, worst),
     }
 
@@ -193,15 +193,15 @@ def _per_program(item: Work, figure: Figure, device: Device, size: int) -> tuple
     if not item.features:
         return float(item.name in counted.ATTENTIONS), figure.instructions * figure.warps
     bytes_of_program = figure.block * item.width * size
-    loads = bytes_of_program / (16 * device.lanes)
+    loads = bytes_of_program / (16 * device.warp_size)
     trips = bytes_of_program / figure.in_flight if figure.in_flight else 0.0
     return trips, loads * figure.instructions
 
 
-def _operations(item: Work, figure: Figure, found: Figures, settings: Settings) -> float:
+def _operations(item: Work, figure: Figure, found: Figures, workload: Workload) -> float:
     """Operations of a program, those on padding included: rows of x, the group's 16 rows of a matrix instruction, and
     tokens of a split beyond the context."""
-    decoder = settings.config.decoder
+    decoder = workload.config.decoder
     if item.features:
         return 2 * found.bucket(item.rows) * figure.block * item.width
     if item.name not in counted.ATTENTIONS:
@@ -210,10 +210,10 @@ def _operations(item: Work, figure: Figure, found: Figures, settings: Settings) 
         group, dim = decoder.num_attention_heads // decoder.num_key_value_heads, decoder.head_dim
     else:
         group, dim = decoder.cross_num_attention_heads // decoder.cross_num_key_value_heads, decoder.cross_head_dim
-    return 4 * (max(16, group) if SIZES[settings.dtype] == 2 else group) * item.split * dim
+    return 4 * (max(16, group) if SIZES[workload.dtype] == 2 else group) * item.split * dim
 
 
-def _gap(item: Work, device: Device, settings: Settings, worst: bool) -> float:
+def _gap(item: Work, device: Device, workload: Workload, worst: bool) -> float:
     if device.target.startswith("gfx"):
         return assumed.AMD_GAP.value(worst)
     chained = device.chained and item.name not in ("embed", "sample")
@@ -225,10 +225,10 @@ def _cached(device: Device, worst: bool) -> float:
     return device.latency * assumed.LATENCY.value(worst) * assumed.CACHED_LATENCY.value(worst)
 
 
-def _turns(item: Work, room: int, device: Device, worst: bool) -> float:
+def _turns(item: Work, occupancy: int, device: Device, worst: bool) -> float:
     if item.name not in counted.ATTENTIONS:
         return 0.0
-    turns = item.programs / room
+    turns = item.programs / occupancy
     return (ceil(turns) if worst else turns) * _cached(device, worst)
 
 
@@ -249,10 +249,10 @@ def _serial(item: Work, device: Device, worst: bool) -> float:
 
 def _notes(made: Prediction) -> list[str]:
     """What somebody who reads these numbers should know, sentence by sentence."""
-    device, settings, step = made.device, made.settings, made.settings.step
+    device, workload, step = made.device, made.workload, made.workload.step
     notes = [made.figures.stand_in] if made.figures.stand_in else []
-    if step.slots > settings.requests:
-        notes.append(f"{settings.requests} requests run in the graph for {step.slots}: the others are padding")
+    if step.padded > workload.requests:
+        notes.append(f"{workload.requests} requests run in the graph for {step.padded}: the others are padding")
     rows = {line.work.rows for line in made.lines if line.work.features}
     missing = sorted(
         rows_of
@@ -265,7 +265,7 @@ def _notes(made: Prediction) -> list[str]:
         notes.append(f"the machine code of {made.figures.target} does not tell bytes in flight: taken to be enough")
     if made.streamed() < device.cache:
         notes.append("all that a step streams fits the cache: the ceiling of the memory's bandwidth is none here")
-    decoder, default = settings.config.decoder, DiaConfig().decoder
+    decoder, default = workload.config.decoder, DiaConfig().decoder
     if (decoder.hidden_size, decoder.intermediate_size) != (default.hidden_size, default.intermediate_size):
         notes.append("figures of compiled code are those of Dia-1.6B's shapes")
     return notes

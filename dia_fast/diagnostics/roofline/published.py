@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dia_fast.diagnostics.roofline import work
 from dia_fast.diagnostics.roofline.devices import DEVICES, Device
-from dia_fast.diagnostics.roofline.predict import SIZES, STEPS_PER_SECOND, Prediction, Settings, predict
+from dia_fast.diagnostics.roofline.predict import SIZES, STEPS_PER_SECOND, Prediction, Workload, predict
 from dia_fast.model.config import DiaConfig
 
 
@@ -59,6 +59,6 @@ def compare(context: int, text: int) -> list[Comparison]:
     for result in RESULTS:
         device: Device = DEVICES[result.device]
         ceiling = device.bandwidth / weight_bytes(config, SIZES[result.dtype])
-        made = predict(device, Settings(config, result.dtype, 1, context, text))
+        made = predict(device, Workload(config, result.dtype, 1, context, text))
         found.append(Comparison(result, ceiling, made))
     return found

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dia_fast.diagnostics.roofline.assumptions import ASSUMPTIONS, STATEMENTS, Assumption
-from dia_fast.diagnostics.roofline.predict import STEPS_PER_SECOND, Prediction, Range, Settings
+from dia_fast.diagnostics.roofline.predict import STEPS_PER_SECOND, Prediction, Range, Workload
 from dia_fast.diagnostics.roofline.published import Comparison
 from dia_fast.diagnostics.roofline.work import KERNELS, LAUNCHES
 
@@ -31,9 +31,9 @@ def data(
     return {
         "kind": LABEL,
         "device": asdict(made.device),
-        "settings": _settings(made.settings),
+        "workload": _workload(made.workload),
         "step": summary(made),
-        ("step_with_graph" if other.settings.graph else "step_without_graph"): summary(other),
+        ("step_with_graph" if other.workload.graph else "step_without_graph"): summary(other),
         "launches": [
             {
                 "name": line.work.name,
@@ -67,35 +67,35 @@ def data(
     } | ({} if measured is None else {"measured": measured})
 
 
-def measured_data(settings: Settings, measured: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+def measured_data(workload: Workload, measured: Mapping[str, Any], notes: Sequence[str]) -> dict[str, Any]:
     """A measurement that no prediction stands beside. notes: why, a sentence each."""
-    return {"kind": "measurement", "settings": _settings(settings), "measured": measured, "notes": list(notes)}
+    return {"kind": "measurement", "workload": _workload(workload), "measured": measured, "notes": list(notes)}
 
 
-def measured_text(settings: Settings, measured: Mapping[str, Any], notes: Sequence[str]) -> str:
+def measured_text(workload: Workload, measured: Mapping[str, Any], notes: Sequence[str]) -> str:
     """The same for people."""
     rows = [[name, KERNELS[name], f"{measured['launches'][name] * 1e6:.1f}"] for name in LAUNCHES]
     seconds = measured["step_seconds"]
     rate = f"{1 / seconds:.0f} steps per second, {1 / seconds / STEPS_PER_SECOND:.1f} x realtime"
     return (
-        f"MEASURED, WITHOUT A PREDICTION: {measured['device']}\n{_asked(settings)}\n\n"
+        f"MEASURED, WITHOUT A PREDICTION: {measured['device']}\n{_asked(workload)}\n\n"
         + table(["launch", "kernel", "us each"], rows, left=2)
         + f"\n\na step\n  {seconds * 1e3:.3f} ms, {rate}\n\nto note\n"
         + "\n".join(f"  {note}" for note in notes)
     )
 
 
-def _settings(settings: Settings) -> dict[str, Any]:
+def _workload(workload: Workload) -> dict[str, Any]:
     return {
-        "dtype": settings.dtype, "requests": settings.requests, "rows": settings.step.rows,
-        "context": settings.context, "text": settings.text, "guidance": settings.guided, "graph": settings.graph,
-        "config": asdict(settings.config),
+        "dtype": workload.dtype, "requests": workload.requests, "rows": workload.step.rows,
+        "context": workload.context, "text": workload.text, "guidance": workload.guided, "graph": workload.graph,
+        "config": asdict(workload.config),
     }  # fmt: skip
 
 
 def summary(made: Prediction) -> dict[str, Any]:
     """Of a whole step: low and high are best and worst case, rates the other way round."""
-    requests = made.settings.requests
+    requests = made.workload.requests
     rate = [1 / made.step.high, 1 / made.step.low]
     return {
         "seconds": asdict(made.step),
@@ -140,13 +140,13 @@ def span(found: Range, factor: float = 1.0, digits: int = 2) -> str:
     return f"{found.low * factor:.{digits}f} - {found.high * factor:.{digits}f}"
 
 
-def _asked(settings: Settings) -> str:
-    rows = settings.step.rows
+def _asked(workload: Workload) -> str:
+    rows = workload.step.rows
     return (
-        f"{settings.dtype}, {settings.requests} request{'s' if settings.requests > 1 else ''} "
-        f"({rows} row{'s' if rows > 1 else ''}, {'guidance' if settings.guided else 'no guidance'}), "
-        f"{settings.context} tokens of context, {settings.text} bytes of text; "
-        f"{'CUDA graph' if settings.graph else 'launch by launch'}"
+        f"{workload.dtype}, {workload.requests} request{'s' if workload.requests > 1 else ''} "
+        f"({rows} row{'s' if rows > 1 else ''}, {'guidance' if workload.guided else 'no guidance'}), "
+        f"{workload.context} tokens of context, {workload.text} bytes of text; "
+        f"{'CUDA graph' if workload.graph else 'launch by launch'}"
     )
 
 
@@ -155,7 +155,7 @@ def _head(made: Prediction) -> str:
     chained = ", programmatic dependent launch" if device.chained else ""
     return (
         f"{LABEL.upper()}: {device.name}\n"
-        f"{_asked(made.settings)}{chained}\n"
+        f"{_asked(made.workload)}{chained}\n"
         f"published: {device.bandwidth / 1e12:g} TB/s, {device.matrix / 1e12:g} TFLOP/s in 16 bit, "
         f"{device.vector / 1e12:g} in fp32, {device.units} units at {device.clock / 1e9:g} GHz ({device.source})\n"
         f"times are from a best to a worst case; kernels as compiled by Triton {made.figures.triton} for "
@@ -193,7 +193,7 @@ def _step(made: Prediction, other: Prediction, measured: Mapping[str, Any] | Non
         ["realtime", f"{rate('realtime', 1, 1)} x" + _of_all(made, facts)],
         ["bandwidth ceiling", f"{made.ceiling * 1e3:.3f} ms, {1 / made.ceiling:.0f} steps per second"],
         ["share of it", f"{rate('share_of_ceiling', 100)} %"],
-        ["with a graph" if other.settings.graph else "without a graph", f"{span(other.step, 1e3, 2)} ms"],
+        ["with a graph" if other.workload.graph else "without a graph", f"{span(other.step, 1e3, 2)} ms"],
     ]
     if measured is not None:
         seconds = measured["step_seconds"]
@@ -203,7 +203,7 @@ def _step(made: Prediction, other: Prediction, measured: Mapping[str, Any] | Non
 
 
 def _of_all(made: Prediction, facts: Mapping[str, Any]) -> str:
-    if made.settings.requests == 1:
+    if made.workload.requests == 1:
         return ""
     low, high = facts["realtime_of_all_requests"]
     return f" each, {low:.0f} - {high:.0f} x in all"
@@ -219,7 +219,7 @@ def _published(compared: Sequence[Comparison]) -> str:
         ]
         for item in compared
     ]  # fmt: skip
-    first = compared[0].predicted.settings
+    first = compared[0].predicted.workload
     stands = sorted({item.predicted.figures.stand_in for item in compared} - {""})
     return (
         "published for Dia-1.6B, one request; ceiling: its weights alone at full bandwidth; predicted: these kernels, "

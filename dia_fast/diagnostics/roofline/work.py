@@ -30,9 +30,9 @@ class Step:
     """One decode step: what it serves, and the room that its buffers have.
 
     requests: in use, each at `context` tokens of sound, the one being written included, and with `text` bytes of text;
-    slots: with padding; capacity, text_capacity: tokens that the block tables have room for. mixes: whether the sampler
-    reads both branches' logits, as it does unless the guidance scale is 1. forced: whether the codes of the row are
-    prescribed, as those of the first ones are.
+    padded: requests with padding; capacity, text_capacity: tokens that the block tables have room for. mixes: whether
+    the sampler reads both branches' logits, as it does unless the guidance scale is 1. forced: whether the codes of the
+    row are prescribed, as those of the first ones are.
     """
 
     requests: int
@@ -40,7 +40,7 @@ class Step:
     text: int
     itemsize: int
     guided: bool
-    slots: int
+    padded: int
     capacity: int
     text_capacity: int
     mixes: bool = True
@@ -52,7 +52,7 @@ class Step:
 
     @property
     def rows(self) -> int:
-        return self.slots * self.branches
+        return self.padded * self.branches
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def launches(config: DiaConfig, step: Step, tiles: Tiles) -> list[Work]:
 
 def _projection(name: str, features: int, width: int, times: int, step: Step, tiles: Tiles) -> Work:
     """`x @ weight.T`: every program reads all of x, the normed ones the norm's weights too."""
-    size, rows = step.itemsize, step.slots if name.startswith("cross") else step.rows
+    size, rows = step.itemsize, step.padded if name.startswith("cross") else step.rows
     programs = -(-features // tiles.block(name, rows))
     x = rows * width * size
     if name in NORMED:
@@ -159,15 +159,15 @@ def _projection(name: str, features: int, width: int, times: int, step: Step, ti
 
 def _embed(config: DiaConfig, step: Step) -> Work:
     """Codes, a few integers of each slot, and a row of the table per channel. Slots without a request count as well."""
-    decoder, slots = config.decoder, step.slots
+    decoder, padded = config.decoder, step.padded
     codes = 4 * decoder.num_channels
     prompt_codes = codes if step.prompt_codes else 0
     rows = decoder.num_channels * decoder.hidden_size * step.itemsize
     reads = codes + 5 * 4 + prompt_codes + rows
     writes = 2 * 4 + codes + step.branches * (4 + decoder.hidden_size * step.itemsize)
     return Work(
-        "embed", "embed_codes", 1, step.rows, 0, 0, slots * (reads + writes) + codes, (slots - 1) * codes,
-        slots * decoder.num_channels * decoder.hidden_size, slots, slots,
+        "embed", "embed_codes", 1, step.rows, 0, 0, padded * (reads + writes) + codes, (padded - 1) * codes,
+        padded * decoder.num_channels * decoder.hidden_size, padded, padded,
     )  # fmt: skip
 
 
@@ -193,18 +193,18 @@ def _self_attention(config: DiaConfig, step: Step, tokens: int) -> Work:
 def _cross_attention(config: DiaConfig, step: Step, tokens: int) -> Work:
     decoder, size = config.decoder, step.itemsize
     heads, kv_heads = decoder.cross_num_attention_heads, decoder.cross_num_key_value_heads
-    dim, busy, slots = decoder.cross_head_dim, step.requests, step.slots
+    dim, busy, padded = decoder.cross_head_dim, step.requests, step.padded
     page = cross_pages(config)
     pages, splits = page.pages(step.text_capacity), -(-step.text // tokens)
     grid = -(-pages * page.page_size // tokens)
     q = busy * heads * dim * size
-    other = q + slots * (heads * dim * size + 4 * pages + 4)
-    again = (splits - 1) * q + slots * 4 * ((kv_heads - 1) * pages + kv_heads * grid - 1)
+    other = q + padded * (heads * dim * size + 4 * pages + 4)
+    again = (splits - 1) * q + padded * 4 * ((kv_heads - 1) * pages + kv_heads * grid - 1)
     merged, counted = _merging(busy, heads, kv_heads, dim, splits)
     return Work(
-        "cross_attention", "cross_attention", decoder.num_hidden_layers, slots, 0,
+        "cross_attention", "cross_attention", decoder.num_hidden_layers, padded, 0,
         busy * step.text * 2 * kv_heads * dim * size, other + merged, again + counted,
-        4 * busy * heads * dim * step.text, slots * kv_heads * grid, busy * kv_heads * splits,
+        4 * busy * heads * dim * step.text, padded * kv_heads * grid, busy * kv_heads * splits,
         split=tokens, splits=splits,
     )  # fmt: skip
 
@@ -218,12 +218,12 @@ def _merging(rows: int, heads: int, kv_heads: int, dim: int, splits: int) -> tup
 
 
 def _sample(config: DiaConfig, step: Step) -> Work:
-    """A row of logits per slot and channel, two where they are mixed; a slot's settings, by each of its channels."""
-    channels, settings = config.decoder.num_channels, 28
+    """Per request and channel a row of logits, two where they are mixed, and the request's parameters."""
+    channels, params = config.decoder.num_channels, 28
     logits = 4 * channels * config.decoder.vocab_size * (2 if step.guided and step.mixes else 1)
     return Work(
-        "sample", "sample", 1, step.rows, 0, 0, step.slots * (logits + settings + 4 * channels),
-        step.slots * (channels - 1) * settings, 0, step.slots * channels, step.slots * channels,
+        "sample", "sample", 1, step.rows, 0, 0, step.padded * (logits + params + 4 * channels),
+        step.padded * (channels - 1) * params, 0, step.padded * channels, step.padded * channels,
     )  # fmt: skip
 
 

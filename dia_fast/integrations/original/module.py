@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dia_fast.checkpoint.layouts import placements, plain_names
+from dia_fast.checkpoint.layouts import plain_names, tensor_slices
 from dia_fast.checkpoint.loading import checkpoint_of
 from dia_fast.errors import CheckpointError
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.device import choose_ops
-from dia_fast.model.fused_weights import packed_shapes
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_fast.utils.ambient import isolated
 
@@ -47,9 +47,9 @@ class OriginalModel(DiaModel):
         strict: False leaves weights that are not given as they are. Raises CheckpointError (a RuntimeError) for tensors
         that are missing, of another shape, or not finite.
         """
-        if state_dict.keys() == packed_shapes(self.config).keys():
+        if state_dict.keys() == fused_shapes(self.config).keys():
             return nn.Module.load_state_dict(self, state_dict, strict, assign)
-        given, wanted = plain_names(state_dict), placements(self.config, "original")
+        given, wanted = plain_names(state_dict), tensor_slices(self.config, "original")
         missing = [name for name in wanted if name not in given]
         unexpected = [name for name in given if name not in wanted]
         if not strict and (missing or unexpected):
@@ -61,7 +61,7 @@ class OriginalModel(DiaModel):
         return Keys([], []) if strict else Keys(missing, unexpected)
 
     def load(self, weights: Mapping[str, Tensor]) -> "OriginalModel":
-        """Takes packed weights, as `DiaModel.load` does."""
+        """Takes fused weights, as `DiaModel.load` does."""
         if self.packed:  # whose matrices are no tensors
             fresh = DiaModel(self.config, self.ops)
             self.encoder, self.decoder, self.packed = fresh.encoder, fresh.decoder, False
@@ -74,13 +74,13 @@ class OriginalModel(DiaModel):
         """The weights by the original's names, as copies that may be written to any file."""
         if not self.loaded:
             raise CheckpointError("this model has no weights: load_state_dict them first")
-        packed = super().state_dict()
+        fused = super().state_dict()
         return {
             name: (rows.T if place.transposed else rows).reshape(place.shape).clone(
                 memory_format=torch.contiguous_format
             )
-            for name, place in placements(self.config, "original").items()
-            for rows in (packed[place.packed][place.first : place.last],)
+            for name, place in tensor_slices(self.config, "original").items()
+            for rows in (fused[place.fused][place.first : place.last],)
         }  # fmt: skip
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OriginalModel":

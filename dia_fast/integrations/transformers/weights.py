@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.models.dia import modeling_dia
 
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.model.fused_weights import packed_shapes, pieces
+from dia_fast.model.fused_weights import fused_shapes, fused_slices
 from dia_fast.model.model import DiaModel, Stack
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -65,7 +65,7 @@ def pack(model: DiaForConditionalGeneration, config: DiaConfig, share: bool = Tr
     """
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     packed, members_of = {}, _members(model, config)
-    for target, shape in packed_shapes(config).items():
+    for target, shape in fused_shapes(config).items():
         members = members_of[target]
         if share:
             # A view would turn a tensor of inference mode into one that has to be counted.
@@ -85,7 +85,7 @@ def _members(model: DiaForConditionalGeneration, config: DiaConfig) -> dict[str,
         if parameter is not None
     }
     parts: dict[str, list[tuple[int, nn.Parameter]]] = defaultdict(list)
-    for name, (target, first, _) in pieces(config).items():
+    for name, (target, first, _) in fused_slices(config).items():
         parts[target].append((first, named[name]))
     return {
         target: [parameter for _, parameter in sorted(items, key=lambda item: item[0])]

@@ -1,6 +1,6 @@
 """Where does the time of a decode step go? Leaves one op out at a time and says how much faster the step is then.
 
-    python -m bench.anatomy [--rows 2] [--context 860] [--text 200] [--dtype bfloat16] [--json FILE]
+    python -m bench.ablation [--rows 2] [--context 860] [--text 200] [--dtype bfloat16] [--json FILE]
 
 The whole model with random weights, as a CUDA graph, as the engine runs it. What an op costs within the step is not
 what it takes alone: its launch hides behind the op before it, or does not. Needs a GPU.
@@ -28,7 +28,7 @@ OPS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="anatomy", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="ablation", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[2], help="of the step: 1, or twice the requests")
     parser.add_argument("--context", type=int, default=860)
     parser.add_argument("--text", type=int, default=200, help="bytes")
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = open_device(options.device)
         ops = get_ops("triton", device.torch)
     except (DiaFastError, ValueError) as error:
-        print(f"anatomy: {error}", file=sys.stderr)
+        print(f"ablation: {error}", file=sys.stderr)
         return 2
     reads = read_bandwidth(device.torch, 2 << 30)
     model = random_model(DTYPES[options.dtype], device.torch, ops)

@@ -1,6 +1,6 @@
 """How far are the chunks of a stream, joined, from the same speech decoded at once?
 
-    python -m bench.joints [--codec FOLDER] [--frames 200] [--chunks 43 9 1]
+    python -m bench.stream_parity [--codec FOLDER] [--frames 200] [--chunks 43 9 1]
 
 In float32, on random codes, with the weights of `--codec` or random ones of the official size. Prints the largest
 difference of a sample for each length of chunk in frames; full scale is 1, a step of 16-bit sound is 3.1e-5.
@@ -25,7 +25,7 @@ def joined(codec: Codec, codes: Tensor, size: int) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="joints", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="stream_parity", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--codec", help="folder, file or Hub id (default: random weights of the official size)")
     parser.add_argument("--frames", type=int, default=200)
     parser.add_argument("--chunks", type=int, nargs="+", default=[43, 9, 1], help="lengths in frames of 1/86 s")
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         codec = load_codec(options.codec) if options.codec else random_codec(CodecConfig())
     except DiaFastError as error:
-        print(f"joints: {error}", file=sys.stderr)
+        print(f"stream_parity: {error}", file=sys.stderr)
         return 2
     codes = torch.randint(0, codec.codebook_size, (options.frames, codec.num_codebooks))
     with torch.inference_mode():

@@ -17,8 +17,8 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """What a run learns from and how. Raises InputError, naming the setting, for a value that cannot work.
+class TrainOptions:
+    """What a run learns from and how. Raises InputError, naming the option, for a value that cannot work.
 
     model: the checkpoint to begin with, and codec: see `Dia.from_pretrained`. data, eval_data: see `read_recordings`;
     without eval_data, `eval_share` of the data is held out. steps: optimizer steps, each of
@@ -98,12 +98,12 @@ class TrainSettings:
         return self.peak * (self.final_share + (1 - self.final_share) * (1 + math.cos(math.pi * progress)) / 2)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TrainSettings":
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainOptions":
         """From what a command line or a JSON file gives: lists for tuples, short names of dtypes."""
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise InputError(f"unknown settings: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+            raise InputError(f"unknown options: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
         values = dict(values)
         for name in ("channel_weights", "lora_targets"):
             if values.get(name) is not None:

@@ -1,6 +1,6 @@
 """What the regression gate measures: five groups of figures, each taken in a process of its own.
 
-    python -m bench.gauges GROUP FOLDER FILE
+    python -m bench.metrics GROUP FOLDER FILE
 
 Writes the figures of one group to FILE as JSON; FOLDER is where a checkpoint is made, once for all groups that need
 one. `bench.check` calls it. No GPU is needed: kernels are interpreted for `traffic` and compiled for `codegen`.
@@ -212,7 +212,7 @@ def in_a_process(name: str, folder: Path) -> Group:
     paths = [str(ROOT), str(ROOT / "kernels"), kept.get("PYTHONPATH", "")]
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     file = folder / f"{name}.json"
-    command = [sys.executable, "-m", "bench.gauges", name, str(folder), str(file)]
+    command = [sys.executable, "-m", "bench.metrics", name, str(folder), str(file)]
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True)
     if done.returncode:
         said = [f"{name}: could not be measured, the process ended with {done.returncode}:"]
@@ -272,7 +272,7 @@ def storage_bytes(holder: Any) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="gauges", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="metrics", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("file", type=Path)
