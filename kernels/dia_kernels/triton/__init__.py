@@ -21,7 +21,7 @@ name = "triton"
 
 
 def pack(weight: Tensor) -> Tensor:
-    """The weight as it is: kernels stream it in that layout."""
+    """Return the weight as it is: kernels stream it in that layout."""
     return weight
 
 
