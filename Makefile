@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-voice eval-voice test test-isa test-latest test-clients test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures serve \
+.PHONY: help demo demo-voice eval-voice test test-isa test-latest test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures serve \
 	package-test lint clean
 
 help: ## list the targets
@@ -54,6 +54,11 @@ $(VENV)/.server: $(VENV)/.base
 	@$(INSTALL) -e '.[server]'
 	@touch $@
 
+$(VENV)/.ray: $(VENV)/.dev
+	@echo "installing Ray into $(VENV)"
+	@$(INSTALL) -e '.[ray]'
+	@touch $@
+
 demo: $(VENV)/.base ## speak a short dialogue with the voice that comes with the package (downloads no weights)
 	$(PY) examples/demo.py
 
@@ -79,20 +84,11 @@ test-latest: ## run the test suite with the newest release of each dependency, i
 	@$(LATEST)/bin/python -m tests.versions
 	@$(MAKE) --no-print-directory VENV=$(LATEST) VERSIONS='--upgrade --upgrade-strategy eager' test
 
-# Clients of the server that agree with nobody on versions: an environment each, of 1 GB together.
-CLIENTS := .venv-clients
-PYTHON_WYOMING ?= python3.12
-$(CLIENTS)/%/.installed: tests/server/clients/%.txt
-	@echo "installing what tests/server/clients/through_$*.py runs into $(CLIENTS)/$*"
-	@$(if $(filter wyoming,$*),$(PYTHON_WYOMING),$(PYTHON)) -m venv $(CLIENTS)/$*
-	@$(CLIENTS)/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
-	@touch $@
-
-test-clients: $(VENV)/.dev $(foreach client,livekit pipecat wyoming,$(CLIENTS)/$(client)/.installed) ## let LiveKit, Pipecat and Home Assistant's proxy speak through the server (needs Python 3.12)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/server/test_clients.py $(PYTEST_ARGS)
-
 test-slow: $(VENV)/.dev ## run the tests that take long or need gigabytes of memory
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
+
+test-ray: $(VENV)/.ray ## run the tests on a Ray cluster of this machine, whose actors and drivers they kill
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow tests/jobs/test_ray.py $(PYTEST_ARGS)
 
 # The emulator runs the machine code that Triton compiles for an AMD GPU, on the CPU. It is not part of this repository:
 # EMULATOR is the folder of its pytest plugin, TINYGRAD_REPO the checkout that it needs.
@@ -144,5 +140,5 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(PY) -m mypy
 
 clean: ## remove the virtual environment and everything generated
-	rm -rf $(VENV) $(LATEST) $(CLIENTS) build dist demo-output bench/results *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) build dist demo-output bench/results *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,10 +23,8 @@ WARM_UP, SPANS = 10, 7  # replays before the first span, and how many are timed
 
 @dataclass(frozen=True)
 class Load:
-    """Work of a step.
-
-    rows: 1 without guidance, else twice the requests; context: tokens of each row so far; text: bytes of each text.
-    """
+    """What a step has to do. rows: 1 without guidance, else twice the requests; context: tokens of each row so far;
+    text: bytes of each text."""
 
     rows: int
     context: int
@@ -137,7 +135,7 @@ class QuickCapture:
 
 
 def without(ops: Any, op: str) -> Any:
-    """Return the op set, one op of which does nothing."""
+    """The op set, one op of which does nothing."""
 
     class Without:
         name = ops.name

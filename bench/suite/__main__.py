@@ -27,7 +27,6 @@ options
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="bench.suite",
         description="Times every kernel and stage of Dia-1.6B on every backend.",
@@ -50,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def pytest_arguments(options: argparse.Namespace, saved: Path, verdicts: Path) -> list[str]:
-    """Return the command. saved, verdicts: files that pytest is to write."""
+    """saved, verdicts: files that pytest is to write."""
     given = [
         str(FOLDER), "-q", "--no-header", "-p", "no:cacheprovider",
         f"--benchmark-json={saved}", "--benchmark-storage=.", "--benchmark-columns=median,iqr,min,rounds",
@@ -67,7 +66,7 @@ def pytest_arguments(options: argparse.Namespace, saved: Path, verdicts: Path) -
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run pytest and write suite.json, suite.md and the plots. Raises InputError."""
+    """Runs pytest and writes suite.json, suite.md and the plots. Raises InputError."""
     import importlib.util
 
     import pytest
@@ -107,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def earlier(path: Path) -> dict[str, Any]:
-    """Return the suite.json of another run. Raises InputError if it is none."""
+    """The suite.json of another run. Raises InputError if it is none."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         table.medians(found)
@@ -119,14 +118,14 @@ def earlier(path: Path) -> dict[str, Any]:
 
 
 def regressed(compared: Sequence[dict[str, Any]]) -> bool:
-    """Return True if a median is slower than allowed, or there is none to compare."""
+    """Whether a median is slower than allowed, or there is none to say so."""
     if not compared:
         print("nothing was measured in both runs: whether anything is slower is not known", file=sys.stderr)
     return not compared or any(item["slower"] for item in compared)
 
 
 def draw(run: dict[str, Any], folder: Path) -> None:
-    """Draw the plots, where matplotlib is installed; a run is not lost for want of one."""
+    """The plots, where matplotlib is installed; a run is not lost for want of one."""
     from bench import plots
 
     try:

@@ -1,4 +1,4 @@
-"""Results of a run of the suite, for people and for programs."""
+"""What a run of the suite found, for people and for programs."""
 
 import json
 from collections.abc import Mapping
@@ -18,10 +18,8 @@ def write(folder: Path, run: Run) -> None:
 
 
 def markdown(run: Run) -> str:
-    """Return a table: a row for each op or stage at a shape, backends side by side.
-
-    Before it stands what is wrong or raised, behind it what was not measured, and an earlier run.
-    """
+    """A row for each op or stage at a shape, backends side by side; before it what is wrong or raised, behind it what
+    was not measured, and an earlier run."""
     without = {
         (item["group"], item["backend"]): item["outcome"]
         for item in run["verdicts"]
@@ -54,7 +52,7 @@ def medians(run: Run) -> dict[tuple[str, str], float]:
 
 
 def compared(before: Run, run: Run, percent: float | None) -> list[dict[str, Any]]:
-    """Compare what both runs measured. slower: a median is more than so many percent above the earlier one."""
+    """What was measured in both runs. slower: whether the median is more than so many percent above the earlier one."""
     old, most = medians(before), float("inf") if percent is None else 1 + percent / 100
     return [
         {"group": key[0], "backend": key[1], "before": old[key], "now": now, "slower": now > old[key] * most}

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,9 @@ from dia_fast.generation.sampling_params import SamplingParams, random_seed
 
 if TYPE_CHECKING:
     from dia_fast.api import Dia
-    from dia_fast.jobs.runner import Batch
+    from dia_fast.jobs.items import Item
+    from dia_fast.jobs.runner import Batch, Spoken
+    from dia_fast.utils.progress import ItemBar
 
 DESCRIPTION = """\
 Speaks many scripts, several at a time, and writes one audio file for each and a manifest.
@@ -48,6 +52,8 @@ examples:
     dia-fast batch scripts.jsonl spoken --model {OFFICIAL_MODEL}
   other voices for all, as FLAC; 32 at a time, with at most 20 GB for keys and values
     dia-fast batch scripts.jsonl spoken-2 --model ... --seed 2 --format flac --batch-size 32 --memory 20GB
+  on the machines of a Ray cluster; this process alone writes
+    dia-fast batch scripts.jsonl spoken --model {OFFICIAL_MODEL} --ray 10.0.0.1:6379
   what failed, and why
     grep '"failed"' spoken/manifest.jsonl
 """
@@ -75,6 +81,19 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--memory", metavar="BYTES", help="for keys and values, as in 4GB (default: up to half of what is free)"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary; failures are told")
+    cluster = parser.add_argument_group("Ray", 'Spread the items over a cluster; needs the extra "ray".')
+    cluster.add_argument(
+        "--ray", metavar="ADDRESS", help='HOST:PORT, ray://HOST:PORT, "auto", or "local" for one on this machine alone'
+    )
+    cluster.add_argument(
+        "--actors", type=int, metavar="N", help="engines (default: one a GPU; without GPUs as many as CPUs allow)"
+    )
+    cluster.add_argument(
+        "--cpus-per-actor", type=float, default=1.0, metavar="N", help="which each reserves, and its threads (1)"
+    )
+    cluster.add_argument(
+        "--gpus-per-actor", type=float, metavar="N", help="which each reserves (default: 1 where there are GPUs)"
+    )
     add_model(parser)
     add_sampling(parser)
     return parser
@@ -89,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     args.seed = random_seed() if args.seed == -1 else args.seed or 0
     params_from(args, SamplingParams())
     engine_limits(args.batch_size, args.memory)
+    if args.ray is None and (args.actors is not None or args.gpus_per_actor is not None):
+        raise InputError("--actors and --gpus-per-actor are for --ray ADDRESS")
     if args.model is None and not args.dry_run:
         raise InputError(f"no model: name one with --model, as in --model {OFFICIAL_MODEL}, or --model demo")
     made_with = {"model": args.model, "codec": args.codec, "revision": args.revision, "dtype": args.dtype}
@@ -127,26 +148,9 @@ def _dry_run(batch: "Batch", *, told_model: bool) -> int:
 
 
 def _run(batch: "Batch", args: argparse.Namespace) -> int:
-    from dia_fast.api import Dia
     from dia_fast.generation.inputs import FRAMES_PER_SECOND
     from dia_fast.jobs.runner import Totals
-    from dia_fast.model.fused_weights import parameter_count
     from dia_fast.utils.progress import ItemBar
-
-    def load() -> "Dia":
-        dia = Dia.from_pretrained(
-            args.model,
-            device=args.device,
-            dtype=args.dtype,
-            backend=args.backend,
-            codec=args.codec,
-            revision=args.revision,
-            local_files_only=args.offline,
-            max_batch=args.batch_size,
-            memory=args.memory,
-        )
-        set_threads(args.threads, parameter_count(dia.config))
-        return dia
 
     hidden = args.quiet or not sys.stderr.isatty()
     with ItemBar(len(batch.items), batch.before, FRAMES_PER_SECOND, hidden=hidden) as bar:
@@ -159,7 +163,10 @@ def _run(batch: "Batch", args: argparse.Namespace) -> int:
                 bar.ended("\n".join(remarks) or None)
 
         try:
-            totals = batch.run(load, begun=bar.restart, stepped=bar.stepped, ended=ended)
+            if args.ray is None:
+                totals = batch.run(lambda: _load(vars(args)), begun=bar.restart, stepped=bar.stepped, ended=ended)
+            else:
+                totals = batch.run_on(_on_ray(args, bar), ended=ended)
         except KeyboardInterrupt:
             bar.tell("dia-fast: what is done stays; the same command goes on from here")
             raise
@@ -173,6 +180,44 @@ def _run(batch: "Batch", args: argparse.Namespace) -> int:
             f"({totals.seconds / seconds:.2f}x realtime)"
         )
     return 1 if totals.failed or totals.partial else 0
+
+
+def _load(options: Mapping[str, Any], default_threads: int | None = None) -> "Dia":
+    """The model as the command line names it."""
+    from dia_fast.api import Dia
+    from dia_fast.model.fused_weights import parameter_count
+
+    dia = Dia.from_pretrained(
+        options["model"],
+        device=options["device"],
+        dtype=options["dtype"],
+        backend=options["backend"],
+        codec=options["codec"],
+        revision=options["revision"],
+        local_files_only=options["offline"],
+        max_batch=options["batch_size"],
+        memory=options["memory"],
+    )
+    set_threads(default_threads if options["threads"] is None else options["threads"], parameter_count(dia.config))
+    return dia
+
+
+def _on_ray(args: argparse.Namespace, bar: "ItemBar") -> "Callable[[Sequence[Item]], Generator[Spoken, None, None]]":
+    """What speaks items on the actors of a cluster. The actors get the options of the model, and nothing else."""
+    from dia_fast.jobs.ray_pool import PoolOptions, speak_on_ray
+
+    names = ("model", "device", "dtype", "backend", "codec", "revision", "offline", "batch_size", "memory", "threads")
+    load = partial(_load, {name: getattr(args, name) for name in names}, max(1, int(args.cpus_per_actor)))
+    options = PoolOptions(args.ray, args.actors, args.cpus_per_actor, args.gpus_per_actor)
+
+    def told(message: str) -> None:
+        if not args.quiet:
+            bar.tell(f"dia-fast: {message}")
+
+    def speak(items: "Sequence[Item]") -> "Generator[Spoken, None, None]":
+        return speak_on_ray(items, load, options, begun=bar.restart, stepped=bar.stepped, told=told)
+
+    return speak
 
 
 def _failure(line: int, identity: str | None, error: str) -> str:

@@ -8,15 +8,18 @@ the same bytes as one that was not.
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dia_fast.audio.audio import Audio, load_audio
+import numpy as np
+
+from dia_fast.audio.audio import Audio, Samples, load_audio
 from dia_fast.errors import DiaFastError, InputError
 from dia_fast.generation.inputs import params_for
 from dia_fast.generation.long_form import Script, Voice, cut, longest_prompt, speak_all
+from dia_fast.generation.outcome import Outcome
 from dia_fast.generation.prompts import MIN_SECONDS, encode_prompt
 from dia_fast.jobs.items import Failed, Item
 from dia_fast.jobs.manifest import Manifest, done_entry, failed_entry
@@ -87,12 +90,43 @@ class Batch:
         stepped: Callable[[int], None] | None = None,
         ended: "Callable[[Totals, dict[str, Any]], None] | None" = None,
     ) -> Totals:
-        """Speaks what is pending, as many segments at a time as the engine takes; then sorts the manifest.
+        """Speak what is pending in this process, as many segments at a time as the engine takes.
 
-        load: called if anything is pending. begun: called once the model is loaded; stepped: after each step with the
-        number of requests that it was for; ended: after each item that was done or failed, with its entry in the
-        manifest. Raises InputError where the folder cannot be used, or another process is using it. Ctrl-C is raised
-        after everything was left as a later run needs it.
+        Args:
+            load: Called if anything is pending.
+            begun: Called once the model is loaded.
+            stepped: Called after each step with the number of requests that it was for.
+            ended: As in `run_on`.
+
+        Raises:
+            InputError: As in `run_on`.
+        """
+
+        def speak(items: Sequence[Item]) -> Generator[Spoken, None, None]:
+            dia = load()
+            dia.codec  # noqa: B018 - a codec that cannot be loaded is no fault of an item
+            if begun is not None:
+                begun()
+            return speak_items(dia, items, stepped)
+
+        return self.run_on(speak, ended=ended)
+
+    def run_on(
+        self,
+        speak: Callable[[Sequence[Item]], Generator["Spoken", None, None]],
+        *,
+        ended: "Callable[[Totals, dict[str, Any]], None] | None" = None,
+    ) -> Totals:
+        """Write what `speak` makes of the pending items, in whatever order it comes; then sort the manifest.
+
+        Ctrl-C is raised after everything was left as a later run needs it.
+
+        Args:
+            speak: Called once, if anything is pending.
+            ended: Called after each item that was done or failed, with its entry in the manifest.
+
+        Raises:
+            InputError: The folder cannot be used, or another process is using it.
         """
         totals = Totals()
 
@@ -117,57 +151,93 @@ class Batch:
                 for failed in self.failed:
                     close(failed_entry(failed.line, failed.id, failed.error))
                 if self.pending:
-                    dia = load()
-                    dia.codec  # noqa: B018 - a codec that cannot be loaded is no fault of an item
-                    if begun is not None:
-                        begun()
-                    self._speak(dia, close, stepped)
+                    items = {item.id: item for item in self.pending}
+                    with contextlib.closing(speak(self.pending)) as made:
+                        for spoken in made:
+                            close(self._entry(items[spoken.id], spoken))
             self.manifest.sort([(item.line, item.id) for item in self.items])
         return totals
 
-    def _speak(
-        self, dia: "Dia", close: Callable[[dict[str, Any]], None], stepped: Callable[[int], None] | None
-    ) -> None:
-        engine = dia.engine
-        items = {item.id: item for item in self.pending}
-
-        def after_step() -> None:
-            if stepped is not None:
-                stepped(engine.stats.running)
-
-        for script in speak_all(engine, self._scripts(dia, close), engine.state.sizes.batch, after_step):
-            item = items[script.name]
-            try:
-                if script.error is not None:
-                    raise script.error
-                close(self._save(dia, item, script))
-            except Exception as error:
-                close(failed_entry(item.line, item.id, _said(error)))
-
-    def _scripts(self, dia: "Dia", close: Callable[[dict[str, Any]], None]) -> Iterator[Script]:
-        prompts: dict[str, Tensor] = {}
-        rate = dia.codec.frames_per_second
-        for item in self.pending:
-            try:
-                params_for(dia.config, item.params)
-                voice = None if item.prompt is None else Voice(_encoded(dia, item, prompts), item.prompt_text or "")
-                segments = cut(item.text, dia.config, voice, rate) if item.split else [item.text]
-                script = Script(dia.config, segments, item.params, voice, item.id, rate)
-            except Exception as error:
-                close(failed_entry(item.line, item.id, _said(error)))
-                continue
-            yield script
-
-    def _save(self, dia: "Dia", item: Item, script: Script) -> dict[str, Any]:
+    def _entry(self, item: Item, spoken: "Spoken") -> dict[str, Any]:
         """Writes the sound of an item; returns its entry."""
-        sound = script.sound(dia.codec)
-        if not len(sound):
-            entry = failed_entry(item.line, item.id, "; ".join(script.remarks))
-            return {**entry, "outcome": script.outcome.described()}
-        audio = Audio(sound, dia.codec.sample_rate)
-        path = self.folder / item.file
-        audio.save(path)
-        return done_entry(item, audio.duration, path.stat().st_size, script.outcome)
+        if spoken.outcome is None:
+            return failed_entry(item.line, item.id, spoken.error)
+        if not len(spoken.samples):
+            entry = failed_entry(item.line, item.id, spoken.error)
+            return {**entry, "outcome": spoken.outcome.described()}
+        try:
+            audio = Audio(spoken.samples, spoken.sample_rate)
+            path = self.folder / item.file
+            audio.save(path)
+            return done_entry(item, audio.duration, path.stat().st_size, spoken.outcome)
+        except Exception as error:
+            return failed_entry(item.line, item.id, _said(error))
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """What became of an item.
+
+    Attributes:
+        id: Of the item.
+        samples: `[n]` float32.
+        sample_rate: Of the samples, in Hz.
+        outcome: None if there is no sound because of an error.
+        error: Why there is no sound.
+    """
+
+    id: str
+    samples: Samples
+    sample_rate: int
+    outcome: Outcome | None
+    error: str = ""
+
+
+def speak_items(
+    dia: "Dia", items: Iterable[Item], stepped: Callable[[int], None] | None = None
+) -> Generator[Spoken, None, None]:
+    """Speak items, as many segments at a time as the engine takes; yield each as it ends, whatever the order.
+
+    Args:
+        stepped: As in `Batch.run`.
+    """
+    engine, failed = dia.engine, list[Spoken]()
+
+    def after_step() -> None:
+        if stepped is not None:
+            stepped(engine.stats.running)
+
+    for script in speak_all(engine, _scripts(dia, items, failed), engine.state.sizes.batch, after_step):
+        while failed:
+            yield failed.pop(0)
+        try:
+            if script.error is not None:
+                raise script.error
+            samples = script.sound(dia.codec)
+        except Exception as error:
+            yield _without_sound(script.name, error)
+        else:
+            yield Spoken(script.name, samples, dia.codec.sample_rate, script.outcome, "; ".join(script.remarks))
+    yield from failed
+
+
+def _scripts(dia: "Dia", items: Iterable[Item], failed: list[Spoken]) -> Iterator[Script]:
+    prompts: dict[str, Tensor] = {}
+    rate = dia.codec.frames_per_second
+    for item in items:
+        try:
+            params_for(dia.config, item.params)
+            voice = None if item.prompt is None else Voice(_encoded(dia, item, prompts), item.prompt_text or "")
+            segments = cut(item.text, dia.config, voice, rate) if item.split else [item.text]
+            script = Script(dia.config, segments, item.params, voice, item.id, rate)
+        except Exception as error:
+            failed.append(_without_sound(item.id, error))
+            continue
+        yield script
+
+
+def _without_sound(name: str, error: Exception) -> Spoken:
+    return Spoken(name, np.zeros(0, np.float32), 0, None, _said(error))
 
 
 def _is_done(entry: dict[str, Any] | None, item: Item, folder: Path) -> bool:

@@ -341,7 +341,7 @@ def test_two_runs_do_not_share_a_folder(batch: Run, tmp_path: Path, capfd: pytes
         (["in.jsonl", "out", "--batch-size", "33"], "--batch-size must be from 1 to 32"),
         (["in.jsonl", "out", "--memory", "much"], "memory must be a number of bytes"),
         (["in.jsonl", "out", "--seed", "-2"], "seed must be"),
-        (["in.jsonl", "out", "--model", ""], "--model must be a Hub repository"),
+        (["in.jsonl", "out", "--model", ""], "--model must be a path"),
     ],
 )
 def test_bad_commands(

@@ -47,7 +47,7 @@ class PackedWeight:
         return result[:rows].mul_(self._scale)
 
     def unpack(self) -> Tensor:
-        """Return the matrix `[features, hidden]` in float32, as it is multiplied."""
+        """The matrix `[features, hidden]` in float32, as it is multiplied."""
         weight: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
         return weight * self._scale
 
@@ -56,7 +56,7 @@ class PackedWeight:
 
 
 def pack(weight: Tensor) -> Tensor | PackedWeight:
-    """Return the weight of a projection, `[features, hidden]`, as the other ops multiply it fastest.
+    """The weight of a projection, `[features, hidden]`, as the other ops multiply it fastest.
 
     On an x86 CPU a 16-bit weight becomes a `PackedWeight`, a copy. Everything else comes back as it is: float32, other
     devices and processors, and weights with an infinity or a NaN, which fp16 would hide.
@@ -72,7 +72,7 @@ def pack(weight: Tensor) -> Tensor | PackedWeight:
 
 
 def _padded(x: Tensor) -> Tensor:
-    """Return x in float32, with rows of zeros behind it up to a count that keeps the order of summation."""
+    """x in float32, with rows of zeros behind it up to a count that keeps the order of summation."""
     rows, counts = x.shape[0], row_counts()
     count = counts[bisect_left(counts, rows)]
     if count == rows:
@@ -84,7 +84,7 @@ def _padded(x: Tensor) -> Tensor:
 
 @functools.cache
 def row_counts() -> tuple[int, ...]:
-    """Return the numbers of rows whose products are summed in one and the same order, ascending; none without FBGEMM.
+    """The numbers of rows whose products are summed in one and the same order, ascending; none without FBGEMM.
 
     FBGEMM cuts the rows into blocks, by a table for each instruction set, and its kernels for the smallest blocks have
     orders of their own. Which counts avoid those is found out by trying: the same row, multiplied in all positions.

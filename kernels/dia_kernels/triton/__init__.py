@@ -21,7 +21,7 @@ name = "triton"
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Return the weight as it is: kernels stream it in that layout."""
+    """The weight as it is: kernels stream it in that layout."""
     return weight
 
 

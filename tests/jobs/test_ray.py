@@ -1,0 +1,131 @@
+"""`dia-fast batch --ray` on a cluster of this machine: killed anywhere, it ends with the bytes of a run without Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.front import make_codec, make_model, tree
+
+pytest.importorskip("ray", reason="needs the extra ray: make test-ray")
+import psutil
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).resolve().parents[2]
+ITEMS = 60
+
+
+def started(home: Path, folder: str, *more: str) -> "subprocess.Popen[str]":
+    command = [
+        sys.executable,
+        "-m",
+        "dia_fast",
+        "batch",
+        str(home / "in.jsonl"),
+        str(home / folder),
+        "--batch-size",
+        "2",
+    ]
+    command += ["--model", str(home / "model"), "--codec", str(home / "codec"), "--max-new-tokens", "60", *more]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+
+def done(folder: Path) -> dict[str, int]:
+    """Of each item that is done, when its file was written."""
+    try:
+        lines = (folder / "manifest.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    return {line: 1 for line in lines if '"status": "done"' in line}
+
+
+def wait_for(folder: Path, count: int, process: "subprocess.Popen[str]") -> None:
+    while len(done(folder)) < count:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+
+
+def of_ray(after: float) -> list[psutil.Process]:
+    """Processes of Ray that began after a moment, zombies aside."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline", "create_time", "status"]):
+        words = " ".join(process.info["cmdline"] or [])
+        is_ray = "raylet" in words or "gcs_server" in words or words.startswith("ray::")
+        if is_ray and process.info["create_time"] >= after and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def left(after: float) -> list[str]:
+    """Processes of Ray that are still there; the agents of one that was killed notice it after a minute."""
+    end = time.monotonic() + 150
+    while of_ray(after) and time.monotonic() < end:
+        time.sleep(0.2)
+    return [f"{process.status()} {' '.join(process.cmdline())[:200]}" for process in of_ray(after)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("ray")
+    make_model(folder / "model")
+    make_codec(folder / "codec")
+    items = [{"id": f"i{number}", "text": f"[S1] Number {number}. [S2] Yes."} for number in range(ITEMS)]
+    (folder / "in.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    alone = started(folder, "alone")
+    said = alone.communicate()[1]
+    assert alone.returncode == 0, said
+    return folder
+
+
+def test_an_actor_and_then_the_driver_are_killed(home: Path) -> None:
+    begun = time.time()
+    first = started(home, "out", "--ray", "local", "--actors", "2")
+    wait_for(home / "out", 5, first)
+    actors = [process for process in of_ray(begun) if "_Speaker" in " ".join(process.cmdline())]
+    assert len(actors) == 2
+    actors[0].send_signal(signal.SIGKILL)
+    wait_for(home / "out", len(done(home / "out")) + 10, first)
+    first.kill()
+    assert "was lost with" in (first.communicate()[1] or "")
+    assert left(begun) == [], "Ray outlives a driver that was killed"
+    before = {path.name: path.stat().st_mtime_ns for path in (home / "out").glob("*.wav")}
+    assert 15 <= len(before) < ITEMS
+    second = started(home, "out", "--ray", "local", "--actors", "1")
+    said = second.communicate()[1]
+    assert second.returncode == 0, said
+    assert f"actor 1: {ITEMS - len(before)} items" in said or f"actor 1: {ITEMS - len(before) + 1} items" in said
+    assert tree(home / "out") == tree(home / "alone")
+    again = [name for name, stamp in before.items() if (home / "out" / name).stat().st_mtime_ns != stamp]
+    assert len(again) <= 1, "only the item whose line had not been written is done again"
+    assert left(begun) == []
+
+
+def test_an_interruption_ends_the_cluster(home: Path) -> None:
+    begun = time.time()
+    process = started(home, "interrupted", "--ray", "local", "--actors", "1")
+    wait_for(home / "interrupted", 3, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "the same command goes on from here" in said
+    assert "Traceback" not in said
+    assert left(begun) == []
+
+
+def test_a_model_that_cannot_be_loaded_is_told(home: Path) -> None:
+    begun = time.time()
+    (home / "damaged").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (home / "damaged" / name).write_bytes((home / "model" / name).read_bytes())
+    (home / "damaged" / "model.safetensors").write_bytes(b"nothing")
+    process = started(home, "none", "--model", str(home / "damaged"), "--ray", "local")
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 2 and "dia-fast: error:" in said and "safetensors" in said
+    assert left(begun) == []
