@@ -98,6 +98,22 @@ def assert_equal_up_to_rounding(ours: Tensor, plain: Sequence[Tensor], name: str
     assert difference <= allowed, f"{name}: {difference:.3e} off, {difference / allowed:.2f} x what is allowed"
 
 
+def assert_same_numbers(ours: Sequence[float], plain: Sequence[Sequence[float]], name: str = "numbers") -> None:
+    """As `assert_equal_up_to_rounding`, each number by itself; plain: several evaluations in float32 of all of them."""
+    for at, found in enumerate(ours):
+        column = [torch.tensor([float(row[at])], dtype=torch.float32) for row in plain]
+        assert_equal_up_to_rounding(torch.tensor([float(found)], dtype=torch.float64), column, f"{name} {at}")
+
+
+def exponential_bound(largest: float) -> float:
+    """The largest relative error of `exp(x)` in float32 for `|x|` up to `largest`, as 2 to the power of `x * log2(e)`.
+
+    The rounded product is off by a share of `x` itself, which the power makes a share of the result; ten more roundings
+    are left to the power and what follows it.
+    """
+    return (largest + 10) * 2.0**-23
+
+
 def sum_bound(terms: int, magnitude: Tensor | float) -> Tensor | float:
     """The largest error of a sum of float32 products in any order: proven (Higham 2002, section 3.1).
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dia_kernels import reference
 from dia_kernels.triton.paged_attention import attention_workspace
 from dia_kernels.triton.rope_attention import SPLIT, rope_attention
+from tests.helpers.tolerance import assert_as_good_as, nudged
 from tests.kernels import executor
 from tests.kernels.paged_cases import (
     Cache,
@@ -212,6 +213,7 @@ def test_a_sequence_of_steps_through_one_workspace(device: torch.device) -> None
     heads, kv_heads, head_dim, steps = 2, 1, 16, 20
     pages = poisoned((4, kv_heads, 16, head_dim), torch.float32, device)
     plain_pages, v_pages, plain_v_pages = pages.clone(), pages.clone(), pages.clone()
+    exact_pages, exact_v_pages = pages.double(), pages.double()
     table = torch.tensor([[3, 0]], dtype=torch.int32, device=device)
     cos, sin = angles(steps, head_dim, device)
     workspace = attention_workspace(1, heads, head_dim, 32, device)
@@ -220,8 +222,16 @@ def test_a_sequence_of_steps_through_one_workspace(device: torch.device) -> None
         at = torch.tensor([step], dtype=torch.int32, device=device)
         out = poisoned((1, heads * head_dim), torch.float32, device)
         rope_attention(qkv, cos, sin, pages, v_pages, table, at, out, workspace)
+        wide = (qkv.double(), cos.double(), sin.double(), exact_pages, exact_v_pages, table, at)
+        exact = reference.rope_attention(*wide, torch.empty_like(out, dtype=torch.float64))
+        moved = [
+            reference.rope_attention(
+                nudged(qkv, n), cos, sin, plain_pages.clone(), plain_v_pages.clone(), table, at, torch.empty_like(out)
+            )
+            for n in range(1, 8)
+        ]
         plain = reference.rope_attention(qkv, cos, sin, plain_pages, plain_v_pages, table, at, torch.empty_like(out))
-        torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-6)
+        assert_as_good_as(out, [plain, *moved], exact)
     assert_untouched(pages[[1, 2]])
 
 
