@@ -36,15 +36,15 @@ REPEATED = {"linear_residual with a constant": "residual unordered with another 
 
 @dataclass(frozen=True)
 class Case:
-    """One launch: call(ops, tensors) makes it. settled: tensors that no launch in front writes."""
+    """One launch: call(ops, tensors) makes it. ready: tensors that no launch in front writes."""
 
     name: str
     tensors: dict[str, Tensor]
     call: Callable[[Any, dict[str, Tensor]], object]
-    settled: Sequence[str]
+    ready: Sequence[str]
 
 
-def _attention(positions: Sequence[int], kind: str, settled: bool) -> Case:
+def _attention(positions: Sequence[int], kind: str, kv_ready: bool) -> Case:
     rows, kv, group, dim, page, room = len(positions), 2, 4, 16, 16, 18 if kind == "cross" else 9
     t = {
         "k": torch.randn(rows * room, kv, page, dim).to(DTYPE),
@@ -54,16 +54,16 @@ def _attention(positions: Sequence[int], kind: str, settled: bool) -> Case:
         "out": torch.full((rows, kv * group * dim), torch.nan, dtype=DTYPE),
     }
     t |= attention_workspace(rows, kv * group, dim, room * page, "cpu")._asdict()
-    still = ("k", "v", "table", "lengths", "cos", "sin") if settled else ("cos", "sin")
-    label = f"{kind}{', settled' if settled else ''}{', all rows empty' if max(positions) <= 0 else ''}"
+    still = ("k", "v", "table", "lengths", "cos", "sin") if kv_ready else ("cos", "sin")
+    label = f"{kind}{', kv_ready' if kv_ready else ''}{', all rows empty' if max(positions) <= 0 else ''}"
     if kind == "cross":
         t["q"] = torch.randn(rows, kv * group * dim).to(DTYPE)
         return Case(f"cross_attention{label[5:]}", t, lambda ops, t: ops.cross_attention(
-            t["q"], t["k"], t["v"], t["table"], t["lengths"], t["out"], _workspace(t), settled), still)  # fmt: skip
+            t["q"], t["k"], t["v"], t["table"], t["lengths"], t["out"], _workspace(t), kv_ready), still)  # fmt: skip
     angle = torch.rand(room * page, dim // 2) * 6
     t |= {"qkv": torch.randn(rows, (group + 2) * kv * dim).to(DTYPE), "cos": angle.cos(), "sin": angle.sin()}
     return Case(f"rope_attention{label[4:]}", t, lambda ops, t: ops.rope_attention(
-        t["qkv"], t["cos"], t["sin"], t["k"], t["v"], t["table"], t["lengths"], t["out"], _workspace(t), settled,
+        t["qkv"], t["cos"], t["sin"], t["k"], t["v"], t["table"], t["lengths"], t["out"], _workspace(t), kv_ready,
     ), still)  # fmt: skip
 
 
@@ -128,8 +128,8 @@ def cases() -> Iterator[Case]:
     """Every kernel of a step: rows of several lengths, empty ones among them, and nothing but empty ones."""
     torch.manual_seed(0)
     for kind in ("rope", "cross"):
-        for settled in (True, False):
-            yield _attention((5, 130, -1) if kind == "rope" else (5, 270, 0), kind, settled)
+        for kv_ready in (True, False):
+            yield _attention((5, 130, -1) if kind == "rope" else (5, 270, 0), kind, kv_ready)
         yield _attention((-1, -1) if kind == "rope" else (0, 0), kind, True)
     for rows in (2, 16):
         yield from _projections(rows)
@@ -163,7 +163,7 @@ def problems(case: Case, target: str, seed: int = 0, edit: Callable[[str], str] 
         raise NotImplementedError(f"{case.name}: {declared} parameters in the code, {len(parameters)} given")
     x, y, z = (*compiled.grid, 1, 1)[:3]
     begins_early = "griddepcontrol.wait" in text
-    front = [order.index(n) + 1 for n in order if n not in case.settled] if begins_early else []
+    front = [order.index(n) + 1 for n in order if n not in case.ready] if begins_early else []
     launch = Launch(
         edit(text), (x, y, z), compiled.result.metadata.num_warps, max(compiled.result.metadata.shared, 2),
         [*parameters, 0, 0], memory, {n + 1: name for n, name in enumerate(order)}, front, seed,

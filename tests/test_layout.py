@@ -1,4 +1,4 @@
-"""The shape of the tree: which way imports point, how long functions get, what a document links to."""
+"""The shape of the tree: which way imports point, how long functions get, what documents link to, how names read."""
 
 import ast
 import re
@@ -340,3 +340,128 @@ def test_documents_agree_on_the_version() -> None:
 def test_packages_are_marked_as_typed() -> None:
     assert (ROOT / "dia_fast" / "py.typed").is_file()
     assert (ROOT / "kernels" / "dia_kernels" / "py.typed").is_file()
+
+
+# A word that names must not hold, and the one that readers of the field know. Plurals count too.
+SAY = {
+    "anatomy": "ablation",
+    "coming": "prefetch",
+    "flying": "prefetch, or in_flight",
+    "forced": "prompt_codes",
+    "gauge": "metrics",
+    "grid": "delayed_codes",
+    "joint": "stream_parity",
+    "lane": "batch_idx, or table_idx",
+    "owner": "table_row, or Sequence",
+    "packing": "fused_weights",
+    "park": "swap_out",
+    "parked": "swapped",
+    "piece": "segment",
+    "placement": "device",
+    "prepack": "fused_weights, or cpu_weights",
+    "reading": "segment, or script",
+    "rule": "default_config",
+    "setting": "params, options, or config",
+    "settled": "kv_ready",
+    "slot": "batch_idx, or slot_mapping",
+}
+# Where one of them has its usual meaning: a GPU's launch grid and lanes, the lines behind a plot, a token's slot in a
+# page, as in `slot_mapping`.
+USUAL = {
+    "grid": ("dia_kernels", "dia_fast.diagnostics"),
+    "lane": ("dia_kernels",),
+    "slot": ("dia_kernels", "dia_fast.diagnostics.launches"),
+}
+# Names as a whole that stand for three things in a model with a batch, a block table and delayed codes.
+VAGUE = {"row": "step, batch row or table_row", "rows": "delayed_codes, steps or batch rows", "run": "Sequence"}
+VAGUE_IN = ("dia_fast.api", "dia_fast.engine", "dia_fast.generation", "dia_fast.jobs.items")
+ROWS_OF_A_TABLE = {"dia_fast.engine.batch_rows"}
+
+
+def words(name: str) -> set[str]:
+    """The words of a name, in lower case and in the singular."""
+    found = re.findall(r"[a-z]+|[A-Z][a-z]+|[A-Z]+(?![a-z])", name)
+    return {word.lower() for word in found} | {word.lower().removesuffix("s") for word in found}
+
+
+def names_of_class(node: ast.ClassDef) -> Iterator[tuple[int, str]]:
+    """(line, name) of the public methods, their parameters, the fields, and the attributes that methods set."""
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            yield item.lineno, item.target.id
+    for item in ast.walk(node):
+        is_set = isinstance(item, ast.Attribute) and isinstance(item.ctx, ast.Store)
+        if is_set and isinstance(item.value, ast.Name) and item.value.id == "self":
+            yield item.lineno, item.attr
+    yield from names_of(node.body, inside=True)
+
+
+def names_of(body: list[ast.stmt], inside: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, name) of what statements make public; kernels count, whose parameters the launchers name."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_kernel = any(ast.unparse(item).startswith("triton.jit") for item in node.decorator_list)
+            if is_kernel or not node.name.startswith("_") or node.name in ("__init__", "__call__"):
+                yield node.lineno, node.name
+                given = node.args
+                every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                yield from ((item.lineno, item.arg) for item in every if item is not None)
+        elif isinstance(node, ast.ClassDef):
+            if not node.name.startswith("_"):
+                yield node.lineno, node.name
+                yield from names_of_class(node)
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and not inside:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from ((node.lineno, item.id) for item in targets if isinstance(item, ast.Name))
+
+
+def unusual(source: str, module: str) -> list[str]:
+    """The public names of a module that hold a word of the left column, and what to say."""
+    found = []
+    for line, name in [(1, module), *names_of(ast.parse(source).body)]:
+        if name.startswith("_") and not name.startswith("__"):
+            continue
+        if name in VAGUE and module.startswith(VAGUE_IN) and module not in ROWS_OF_A_TABLE:
+            found.append(f"{module}:{line} {name}: say {VAGUE[name]}")
+        parts = words(name.replace("slot_mapping", ""))
+        found += [
+            f"{module}:{line} {name}: say {SAY[word]}"
+            for word in sorted(SAY.keys() & parts)
+            if not module.startswith(USUAL.get(word, ("-",)))
+        ]
+    return found
+
+
+def test_public_names_use_the_words_of_the_field() -> None:
+    found = []
+    for path in python_files():
+        module = module_name(path)
+        if module.startswith(("dia_fast", "dia_kernels")):
+            found += unusual(path.read_text(encoding="utf-8"), module)
+        elif module.startswith("bench"):
+            found += unusual("", module)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "allowed"),
+    [
+        ("dia_fast.engine.scheduler", "def park(sequence): ...", False),
+        ("dia_fast.engine.scheduler", "def swap_out(sequence, *, lanes=3): ...", False),
+        ("dia_fast.engine.scheduler", "def _park(lane): ...", True),
+        ("dia_fast.engine.scheduler", "def submit(row): ...", False),
+        ("dia_fast.checkpoint.layouts", "def cut(rows): ...", True),
+        ("dia_fast.engine.metrics", "class Stats:\n    parked: int", False),
+        ("dia_fast.engine.metrics", "class Stats:\n    def set(self):\n        self.forced_codes = 1", False),
+        ("dia_fast.engine.metrics", "class Stats:\n    def set(self):\n        self._slots = slots = 1", True),
+        ("dia_fast.training.options", "class TrainSettings: ...", False),
+        ("dia_fast.text.segmentation", "PIECE_SECONDS = 12.0", False),
+        ("dia_fast.model.packing", "", False),
+        ("dia_fast.model.kv_cache", "def slot_mapping(table_row): ...", True),
+        ("dia_kernels.triton.sample", "@triton.jit\ndef _sample(x_ptr, SETTLED: tl.constexpr): ...", False),
+        ("dia_kernels.launcher", "def run(kernel, grid): ...", True),
+        ("bench.anatomy", "", False),
+    ],
+)
+def test_the_check_of_names_itself(module: str, source: str, allowed: bool) -> None:
+    assert (not unusual(source, module)) == allowed

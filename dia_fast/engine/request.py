@@ -46,7 +46,7 @@ class Request:
     PARAMS: ClassVar[type[SamplingParams]] = SamplingParams
 
     def __post_init__(self) -> None:
-        settings = self.PARAMS(
+        params = self.PARAMS(
             max_new_tokens=self.max_new_tokens,
             guidance_scale=self.guidance_scale,
             temperature=self.temperature,
@@ -54,7 +54,7 @@ class Request:
             top_p=self.top_p,
             seed=self.seed,
         )
-        object.__setattr__(self, "_settings", settings)
+        object.__setattr__(self, "_params", params)
         for name in ("prompt", "delayed_codes"):
             codes = getattr(self, name)
             if codes is not None and (not isinstance(codes, Tensor) or codes.dtype == torch.bool or codes.is_complex()):
@@ -66,8 +66,8 @@ class Request:
 
     @property
     def params(self) -> SamplingParams:
-        """The checked settings, made once: the scheduler asks for them in every step."""
-        return self._settings  # type: ignore[attr-defined]
+        """The checked parameters, made once: the scheduler asks for them in every step."""
+        return self._params  # type: ignore[attr-defined]
 
 
 class AnyRequest(Request):

@@ -190,16 +190,16 @@ class DiaModel(OneProcess, nn.Module):
         for i, layer in enumerate(self._decoder_layers()):
             keys, values = s.pool.keys[i], s.pool.values[i]
             ops.rms_norm_linear(s.x, layer.self_norm, layer.qkv, eps, s.qkv)
-            # All that attention reads but q and the new token is settled: `embed_codes` lets no launch begin early.
+            # All that attention reads but q and the new token is ready: `embed_codes` lets no launch begin early.
             ops.rope_attention(
-                s.qkv, stack.cos, stack.sin, keys, values, s.table, s.positions, s.attended, s.workspace, settled=True
+                s.qkv, stack.cos, stack.sin, keys, values, s.table, s.positions, s.attended, s.workspace, kv_ready=True
             )  # fmt: skip
             ops.linear_residual(s.attended, layer.o, s.x)
             ops.rms_norm_linear(s.x_cond, layer.cross_norm, layer.cross_q, eps, s.cross_q)
             keys, values = s.cross_pool.keys[i], s.cross_pool.values[i]
             ops.cross_attention(
                 s.cross_q, keys, values, s.cross_table, s.text_lengths, s.cross_attended, s.cross_workspace,
-                settled=True, **rotation,
+                kv_ready=True, **rotation,
             )  # fmt: skip
             ops.linear_residual(s.cross_attended, layer.cross_o, s.x, layer.uncond_cross if s.guided else None)
             ops.rms_norm_glu(s.x, layer.mlp_norm, layer.gate_up, eps, s.gated)
@@ -235,29 +235,29 @@ class DiaModel(OneProcess, nn.Module):
 
     @isolated()
     def prefill(
-        self, rows: Tensor, s: DecodeState, table_idx: int, text_length: int, *, guided: bool, first: int = 0
+        self, delayed_codes: Tensor, s: DecodeState, table_idx: int, text_length: int, *, guided: bool, first: int = 0
     ) -> None:
         """Compute the keys and values of steps `first` and following of a request, of its unconditional row too.
 
-        rows: `[steps, channels]` delayed codes. The text of `text_length` ids, the steps before `first` and the
+        delayed_codes: `[steps, channels]`. The text of `text_length` ids, the steps before `first` and the
         pages must be there. A prompt cut in other places gives the same values, but not to the bit.
         """
-        table_rows, total = s.table_rows(table_idx, guided), first + rows.shape[0]
+        table_rows, total = s.table_rows(table_idx, guided), first + delayed_codes.shape[0]
         slot_mapping = torch.cat([s.blocks.slot_mapping(table_row, total, first) for table_row in table_rows])
         text = _Past(s.cross_pool, s.cross_blocks.pages_of([table_idx]), self._lengths(text_length, 1))
         past = _Past(s.pool, s.blocks.pages_of(table_rows), self._lengths(total, len(table_rows)))
-        self._decode_codes(rows.to(self.device), text, guided, past, slot_mapping, first)
+        self._decode_codes(delayed_codes.to(self.device), text, guided, past, slot_mapping, first)
 
     @isolated()
     def forward_logits(
-        self, text_ids: Sequence[Sequence[int]], rows: Tensor, guidance: bool = True
+        self, text_ids: Sequence[Sequence[int]], delayed_codes: Tensor, guidance: bool = True
     ) -> tuple[Tensor, Tensor | None]:
         """Teacher forcing: predict what follows each of the given codes.
 
-        text_ids: one text per request; rows: `[batch, steps, channels]` delayed codes, from step 0.
+        text_ids: one text per request; delayed_codes: `[batch, steps, channels]`, from step 0.
         Returns `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32; without guidance uncond is None.
         """
-        config, total = self.config.decoder, rows.shape[1]
+        config, total = self.config.decoder, delayed_codes.shape[1]
         shape = cross_pages(self.config)
         size = (len(text_ids), total, config.num_channels, config.vocab_size)
         branches = [torch.empty(size, device=self.device, dtype=torch.float32) for _ in range(2 if guidance else 1)]
@@ -267,7 +267,7 @@ class DiaModel(OneProcess, nn.Module):
             blocks.grow(0, len(ids))
             self.store_text(ids, pool, blocks.slot_mapping(0, len(ids)))
             text = _Past(pool, blocks.table, self._lengths(len(ids), 1))
-            x = self._decode_codes(rows[request].to(self.device), text, guidance)
+            x = self._decode_codes(delayed_codes[request].to(self.device), text, guidance)
             logits = _linear(self._normed(x, self.decoder.norm, config.norm_eps), self.decoder.head)
             for branch, part in zip(branches, logits.split(total), strict=True):
                 branch[request] = part.view(size[1:])
@@ -295,7 +295,7 @@ class DiaModel(OneProcess, nn.Module):
 
     def _decode_codes(
         self,
-        rows: Tensor,
+        delayed_codes: Tensor,
         text: "_Past",
         guided: bool,
         past: "_Past | None" = None,
@@ -304,14 +304,14 @@ class DiaModel(OneProcess, nn.Module):
     ) -> Tensor:
         """The decoder over steps of one request, its unconditional copy behind it: `[n or 2 * n, hidden]`.
 
-        rows: `[n, channels]`, delayed codes from step `first` on; text: its keys and values; past: where those of
+        delayed_codes: `[n, channels]`, from step `first` on; text: its keys and values; past: where those of
         self-attention go, at `slot_mapping`, `[n or 2 * n]`, and where the steps before `first` are.
         """
         ops, stack, config = self.ops, self.decoder, self.config.decoder
-        total, branches = rows.shape[0], 2 if guided else 1
+        total, branches = delayed_codes.shape[0], 2 if guided else 1
         positions = torch.arange(first, first + total, dtype=torch.int32, device=self.device).repeat(branches)
         starts = torch.arange(branches + 1, dtype=torch.int32, device=self.device) * total
-        x = self._embed(rows).repeat(branches, 1)
+        x = self._embed(delayed_codes).repeat(branches, 1)
         for i, layer in enumerate(self._decoder_layers()):
             layer_past = past and _LayerPast(
                 past.pool.keys[i], past.pool.values[i], past.table, past.lengths, slot_mapping
@@ -331,10 +331,10 @@ class DiaModel(OneProcess, nn.Module):
             self._mlp(x, layer, config.norm_eps)
         return x
 
-    def _embed(self, rows: Tensor) -> Tensor:
+    def _embed(self, delayed_codes: Tensor) -> Tensor:
         """Sum of the table rows of all channels, in float32 and in channel order, rounded once: `[n, hidden]`."""
         channels, vocab = self.config.decoder.num_channels, self.config.decoder.vocab_size
-        index = rows.long() + torch.arange(channels, device=self.device, dtype=torch.int64) * vocab
+        index = delayed_codes.long() + torch.arange(channels, device=self.device, dtype=torch.int64) * vocab
         total = self.decoder.embedding[index[:, 0]].float()
         for channel in range(1, channels):
             total += self.decoder.embedding[index[:, channel]]

@@ -55,13 +55,13 @@ def add_voices(app: FastAPI, service: Service) -> None:
         """Keep a recording as a voice. Needs `--uploads`."""
         require_uploads(service.options)
         data = await audio_sample.read()
-        return _object(await service.aside(voices.add, name, data, ref_text, seed))
+        return _object(await service.in_thread(voices.add, name, data, ref_text, seed))
 
     @app.delete("/v1/audio/voices/{name}", tags=["voices"])
     async def delete_voice(name: str) -> VoiceDeleted:
         """Forget a recording. Needs `--uploads`."""
         require_uploads(service.options)
-        await service.aside(voices.delete, name)
+        await service.in_thread(voices.delete, name)
         return VoiceDeleted(id=name)
 
 

@@ -168,7 +168,7 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._preparing, self._prepare, dia, body, text, voice)
 
-    async def aside(self, work: Callable[..., Any], *args: Any) -> Any:
+    async def in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
         """Do what takes time in a thread."""
         self.check_open()
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work, *args)

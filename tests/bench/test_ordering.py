@@ -40,7 +40,7 @@ def without_barriers(text):
     return re.sub(r"bar.sync[^;]*;", "", text)
 
 named = {case.name: case for case in cases()}
-rope, empty = named["rope_attention, settled"], named["rope_attention, settled, all rows empty"]
+rope, empty = named["rope_attention, kv_ready"], named["rope_attention, kv_ready, all rows empty"]
 linear = named["linear_residual, 2 rows"]
 print(json.dumps({
     "wait first": problems(rope, "sm_90", edit=wait_first),

@@ -9,16 +9,16 @@ from typing import Any
 class WeakMethod:
     """A function bound to an object that it does not keep alive. Attributes are those of a bound method."""
 
-    def __init__(self, function: Callable[..., Any], owner: Any) -> None:
-        self.__func__, self._owner = function, weakref.ref(owner)
+    def __init__(self, function: Callable[..., Any], instance: Any) -> None:
+        self.__func__, self._instance = function, weakref.ref(instance)
         self.__name__, self.__doc__ = function.__name__, function.__doc__
 
     @property
     def __self__(self) -> Any:
-        owner = self._owner()
-        if owner is None:
+        instance = self._instance()
+        if instance is None:
             raise ReferenceError(f"the object that {self.__name__} belongs to is gone: keep it for the call")
-        return owner
+        return instance
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -29,7 +29,7 @@ class WeakMethod:
         return self.__func__(self.__self__, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WeakMethod":
-        # The owner is being copied, or this is a copy of the method alone.
+        # The instance is being copied, or this is a copy of the method alone.
         return WeakMethod(self.__func__, memo.get(id(self.__self__), self.__self__))
 
     def __reduce__(self) -> tuple[Any, ...]:

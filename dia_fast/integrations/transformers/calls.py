@@ -32,7 +32,7 @@ class NotOurs(Exception):
 
 
 @dataclass(frozen=True)
-class Settings:
+class CallParams:
     """What the prepared processors and criteria say."""
 
     max_length: int
@@ -42,10 +42,10 @@ class Settings:
     top_p: float
 
 
-def read_settings(
+def read_params(
     processors: Iterable[Any], criteria: Iterable[Any], generation: GenerationConfig, config: DiaConfig
-) -> Settings:
-    """Settings from transformers' own objects, which hold what `generate` made of all its arguments.
+) -> CallParams:
+    """CallParams from transformers' own objects, which hold what `generate` made of all its arguments.
 
     Raises NotOurs for a processor or a criterion that the engine has no counterpart of.
     """
@@ -72,7 +72,7 @@ def read_settings(
         kept = guidance.guidance_top_k
         if kept is not None and kept > decoder.vocab_size:
             raise NotOurs(f"top_k, which is more than the vocabulary's {decoder.vocab_size}")
-    return Settings(
+    return CallParams(
         max_length=tokens["max_length"],
         guidance_scale=None if guidance is None else guidance.guidance_scale,
         temperature=0.0 if not generation.do_sample else 1.0 if temperature is None else temperature.temperature,
@@ -146,21 +146,21 @@ def read_delayed_codes(rows: Tensor, mask: Tensor, known: int, config: DiaConfig
 def make_requests(
     texts: Sequence[Sequence[int]],
     delayed_codes: Sequence[Tensor],
-    settings: Settings,
+    params: CallParams,
     known: int,
     seeds: Sequence[int | None],
 ) -> list[Request]:
-    """A request for each text. Raises NotOurs for settings outside the engine's range."""
+    """A request for each text. Raises NotOurs for parameters outside the engine's range."""
     try:
         return [
             Request(
                 ids,
                 delayed_codes=codes,
-                max_new_tokens=settings.max_length - known,
-                guidance_scale=settings.guidance_scale,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
+                max_new_tokens=params.max_length - known,
+                guidance_scale=params.guidance_scale,
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
                 seed=seed,
             )
             for ids, codes, seed in zip(texts, delayed_codes, seeds, strict=True)
@@ -170,7 +170,7 @@ def make_requests(
 
 
 def assemble(
-    start: Tensor, spoken: Sequence[Generation], pads: Sequence[int], settings: Settings, config: DiaConfig
+    start: Tensor, spoken: Sequence[Generation], pads: Sequence[int], params: CallParams, config: DiaConfig
 ) -> Tensor:
     """What transformers' sampling loop returns: `[batch * channels, rows]` int64 on the device of `start`.
 
@@ -178,7 +178,7 @@ def assemble(
     """
     channels = config.decoder.num_channels
     ends = [late + len(item.delayed_codes) for late, item in zip(pads, spoken, strict=True)]
-    total = min(max(ends), settings.max_length)
+    total = min(max(ends), params.max_length)
     codes = torch.full((len(spoken), total, channels), config.decoder.pad_token_id, dtype=torch.int64, device="cpu")
     for row, late, item in zip(codes, pads, spoken, strict=True):
         row[late : late + len(item.delayed_codes)] = item.delayed_codes[: total - late]

@@ -14,10 +14,10 @@ from dia_fast.utils.warn import warn
 
 # Inputs that the engine takes; every other one of `forward` asks for something that only the model itself can do.
 INPUTS = {"inputs", "input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"}
-# Arguments of `generate` itself that say nothing about the result, or that are settings.
+# Arguments of `generate` itself that say nothing about the result, or that are sampling parameters.
 _HARMLESS = {"self", "generation_config", "use_model_defaults", "streamer", "kwargs"}
 
-_SETTINGS = frozenset(vars(GenerationConfig()))
+_PARAMS = frozenset(vars(GenerationConfig()))
 
 
 class FallbackWarning(UserWarning):
@@ -31,7 +31,7 @@ def asks_for_more(arguments: inspect.BoundArguments) -> str | None:
         if name not in INPUTS | _HARMLESS and _is_set(value):
             return name
     for name, value in given.get("kwargs", {}).items():
-        if name not in INPUTS and name not in _SETTINGS and value is not None:
+        if name not in INPUTS and name not in _PARAMS and value is not None:
             return name
     return None
 
@@ -41,7 +41,7 @@ def _is_set(value: Any) -> bool:
     return value is not None and value is not False and not (isinstance(value, list) and not value)
 
 
-def asks_for_more_in_settings(config: GenerationConfig) -> str | None:
+def asks_for_more_in_config(config: GenerationConfig) -> str | None:
     """The first setting about the model's own loop and cache, or about more results than the engine has, or None."""
     for name in ("compile_config", "cache_implementation", "prefill_chunk_size", "low_memory"):
         if getattr(config, name, None):

@@ -290,7 +290,7 @@ def _sample(
     if call is None:
         return own(**model_kwargs)
     try:
-        reason = fallback.asks_for_more_in_settings(generation_config) or ("synced_gpus" if synced_gpus else None)
+        reason = fallback.asks_for_more_in_config(generation_config) or ("synced_gpus" if synced_gpus else None)
         if reason is not None:
             raise calls.NotOurs(reason)
         rows = _speak(self, call, *arguments, streamer, model_kwargs)
@@ -314,7 +314,7 @@ def _speak(
     """The rows that the engine makes of a prepared call. Raises NotOurs."""
     state: State = self.__dict__[STATE]
     config = state.config
-    settings = calls.read_settings(processors, criteria, generation, config)
+    params = calls.read_params(processors, criteria, generation, config)
     batch, known = start.shape[0] // config.decoder.num_channels, start.shape[1]
     if call.texts is None or call.texts.ndim != 2 or call.texts.is_floating_point():
         raise calls.NotOurs("encoder_outputs")
@@ -322,14 +322,14 @@ def _speak(
     texts = calls.read_texts(call.texts[:batch], None if mask is None else mask[:batch])
     masks = given["decoder_delay_mask"], given["decoder_attention_mask"]
     delayed_codes, pads = calls.read_delayed_codes(*masks, known, config)
-    seeds = _seeds(call.seed, batch, sampled=settings.temperature > 0)
-    requests = calls.make_requests(texts, delayed_codes, settings, known, seeds)
+    seeds = _seeds(call.seed, batch, sampled=params.temperature > 0)
+    requests = calls.make_requests(texts, delayed_codes, params, known, seeds)
     with state.lock:
-        model = state.model_for(self, max(map(len, texts)), settings.max_length)
+        model = state.model_for(self, max(map(len, texts)), params.max_length)
         engine = state.engine_for(model, requests)
     heard = None if streamer is None else loop.Columns(streamer, known, pads, config.decoder.pad_token_id)
     spoken = loop.speak(engine, requests, heard)
-    rows = calls.assemble(start, spoken, pads, settings, config)
+    rows = calls.assemble(start, spoken, pads, params, config)
     if heard is not None:
         heard.end(rows)
     return rows

@@ -63,7 +63,7 @@ def rope_attention(
     positions: Tensor,
     out: Tensor,
     workspace: object = None,
-    settled: bool = False,
+    kv_ready: bool = False,
 ) -> Tensor:
     """One decode step of causal self-attention: rotate q and k, write k and v to their page, attend `0..position`.
 
@@ -72,7 +72,7 @@ def rope_attention(
     block_table: `[rows, max_pages]` int32; positions: `[rows]` int32, the new token's index: the row attends to
     `positions[row] + 1` tokens. At -1 the row is inert: nothing is written and its `out` is 0.
     out: `[rows, heads * head_dim]`. q and k are rotated in fp32 and rounded once to their dtype; scores, softmax
-    and the weighted sum are accumulated in fp32. settled: the caller's word that nothing but qkv comes from
+    and the weighted sum are accumulated in fp32. kv_ready: the caller's word that nothing but qkv comes from
     a launch that may still run when this one begins (see docs/kernels.md): a kernel may then read the rest early.
     """
     kv_heads, page_size, head_dim = k_pages.shape[1:]
@@ -98,7 +98,7 @@ def cross_attention(
     lengths: Tensor,
     out: Tensor,
     workspace: object = None,
-    settled: bool = False,
+    kv_ready: bool = False,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     positions: Tensor | None = None,
@@ -107,7 +107,7 @@ def cross_attention(
 
     q, out: `[batch, heads * head_dim]`; k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`;
     block_table: `[batch, max_pages]` int32; lengths: `[batch]` int32, tokens of text; at 0 `out` is 0.
-    settled: as for `rope_attention`, nothing but q.
+    kv_ready: as for `rope_attention`, nothing but q.
     cos, sin: `[max_positions, head_dim / 2]` float32, and positions: `[batch]` int32, below 0 for inert rows: q is
     rotated in fp32 and rounded once to its dtype, as the first generation of Dia does (whose k were rotated when they
     were stored). Without them there is no RoPE.

@@ -51,7 +51,7 @@ def _cross_attention(
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
     USE_PDL: tl.constexpr,
-    SETTLED: tl.constexpr,
+    KV_READY: tl.constexpr,
 ):
     row_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -60,7 +60,7 @@ def _cross_attention(
     begin = split * SPLIT
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        if not SETTLED:
+        if not KV_READY:
             tl.extra.cuda.gdc_wait()
     g = tl.arange(0, BLOCK_G)
     d, paired, angle, used = head_axis(HEAD_DIM, BLOCK_D)
@@ -74,7 +74,7 @@ def _cross_attention(
         return  # see `paged`
     live = t < length
     k, v = load_tile(k_ptr, v_ptr, page, live, kv_head, d, used, KV_HEADS, PAGE, HEAD_DIM, SPLIT)
-    if USE_PDL and SETTLED:
+    if USE_PDL and KV_READY:
         tl.debug_barrier()
         tl.extra.cuda.gdc_wait()
     if length <= 0:
@@ -117,7 +117,7 @@ def cross_attention(
     lengths: torch.Tensor,
     out: torch.Tensor,
     workspace: object = None,
-    settled: bool = False,
+    kv_ready: bool = False,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
@@ -135,5 +135,5 @@ def cross_attention(
     if cos is not None or sin is not None or positions is not None:
         _check_rotation(rows, k_pages.shape[3], cos, sin, positions)
     cache = (k_pages, v_pages, block_table, lengths, out)
-    paged.run("cross_attention", _cross_attention, SPLIT, (q, cos, sin, positions), cache, workspace, settled)
+    paged.run("cross_attention", _cross_attention, SPLIT, (q, cos, sin, positions), cache, workspace, kv_ready)
     return out

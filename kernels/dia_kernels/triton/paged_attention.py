@@ -10,7 +10,7 @@ row's result is the same to the bit whatever its neighbours are.
 
 Programs beyond the end of their row return at once: registers that they held would be missing for the weights of the
 launches behind. The first program of each row waits for the launch in front even where the row is empty. A launch of
-which no program waited could end before the one in front of it, and `settled` relies on launches ending in order.
+which no program waited could end before the one in front of it, and `kv_ready` relies on launches ending in order.
 """
 
 from typing import Any, NamedTuple
@@ -102,11 +102,11 @@ def run(
     inputs: tuple[torch.Tensor | None, ...],
     cache: tuple[torch.Tensor, ...],
     workspace: object,
-    settled: bool,
+    kv_ready: bool,
 ) -> None:
     """Launches a decode attention: one program per row, kv head and split of the longest row the block table can hold.
 
-    inputs: the kernel's own tensors; cache: k_pages, v_pages, block_table, lengths or positions, out. settled: whether
+    inputs: the kernel's own tensors; cache: k_pages, v_pages, block_table, lengths or positions, out. kv_ready: whether
     the cache may be read while launches before this one still run.
     """
     k_pages, _, block_table, _, out = cache
@@ -146,18 +146,18 @@ def run(
         BLOCK_D=triton.next_power_of_2(head_dim),
         enable_fp_fusion=True,
         **chosen,
-        **options(launch.architecture(out.device), settled),
+        **options(launch.architecture(out.device), kv_ready),
     )
 
 
-def options(arch: str, settled: bool) -> dict[str, Any]:
+def options(arch: str, kv_ready: bool) -> dict[str, Any]:
     """Arguments that depend on the target: family, programmatic dependent launch, size of the matrix instruction."""
     if arch.startswith("sm_") and int(arch[3:]) >= 90:
-        return {"TARGET": "cuda", "USE_PDL": True, "SETTLED": settled, "launch_pdl": True}
+        return {"TARGET": "cuda", "USE_PDL": True, "KV_READY": kv_ready, "launch_pdl": True}
     families = {"sm_": "cuda", "gfx9": "gfx9", "gfx": "gfx"}
     family = next((name for prefix, name in families.items() if arch.startswith(prefix)), "interpreter")
     matrix = {"matrix_instr_nonkdim": 16} if family == "gfx9" else {}
-    return {"TARGET": family, "USE_PDL": False, "SETTLED": False, **matrix}
+    return {"TARGET": family, "USE_PDL": False, "KV_READY": False, **matrix}
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def _rope_attention(
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
     USE_PDL: tl.constexpr,
-    SETTLED: tl.constexpr,
+    KV_READY: tl.constexpr,
 ):
     row_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -60,7 +60,7 @@ def _rope_attention(
     begin = split * SPLIT
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        if not SETTLED:
+        if not KV_READY:
             tl.extra.cuda.gdc_wait()
     g = tl.arange(0, BLOCK_G)
     d, paired, angle, used = head_axis(HEAD_DIM, BLOCK_D)
@@ -77,7 +77,7 @@ def _rope_attention(
     cos = tl.load(cos_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=turned, other=0.0)
     sin = tl.load(sin_ptr + position.to(tl.int64) * (HEAD_DIM // 2) + angle, mask=turned, other=0.0)
     new_page = tl.load(table_ptr + position // PAGE, mask=position >= 0, other=0).to(tl.int64)
-    if USE_PDL and SETTLED:
+    if USE_PDL and KV_READY:
         tl.debug_barrier()
         tl.extra.cuda.gdc_wait()
     if position < 0:
@@ -140,7 +140,7 @@ def rope_attention(
     positions: torch.Tensor,
     out: torch.Tensor,
     workspace: object = None,
-    settled: bool = False,
+    kv_ready: bool = False,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.rope_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
 
@@ -157,5 +157,5 @@ def rope_attention(
         raise ValueError(f"positions: {positions.dtype} {tuple(positions.shape)}, needs int32 [{rows}]")
     launch.require_contiguous(qkv=qkv, cos=cos, sin=sin, positions=positions)
     cache = (k_pages, v_pages, block_table, positions, out)
-    paged.run("rope_attention", _rope_attention, SPLIT, (qkv, cos, sin), cache, workspace, settled)
+    paged.run("rope_attention", _rope_attention, SPLIT, (qkv, cos, sin), cache, workspace, kv_ready)
     return out

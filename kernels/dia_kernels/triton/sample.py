@@ -197,12 +197,12 @@ def sample(
         raise TypeError(f"logits: float32 needed, got {logits.dtype}")
     if vocab > 16384:
         raise ValueError(f"logits: vocab {vocab} is above 16384, the largest row one program keeps in registers")
-    settings = {
+    params = {
         "step": step, "seed": seed, "guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k,
         "top_p": top_p,
     }  # fmt: skip
     per_code = {"out": (out, (batch, channels)), "status": (status, (batch, channels))}
-    per_request = {name: (tensor, (batch,)) for name, tensor in settings.items()}
+    per_request = {name: (tensor, (batch,)) for name, tensor in params.items()}
     launch.require({"logits": (logits, logits.shape), **per_code, **per_request})
     config = launch.configuration("sample", _default_config, logits.dtype, logits.device, vocab=vocab)
     if config["DIGIT"] not in (1, 2, 4, 8):
