@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-voice eval-voice test test-isa test-latest test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures serve \
+.PHONY: help demo demo-voice eval-voice test test-isa test-latest test-clients test-load test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures serve \
 	package-test lint clean
 
 help: ## list the targets
@@ -83,6 +83,22 @@ test-latest: ## run the test suite with the newest release of each dependency, i
 	@$(MAKE) --no-print-directory VENV=$(LATEST) VERSIONS='--upgrade --upgrade-strategy eager' $(LATEST)/.dev
 	@$(LATEST)/bin/python -m tests.versions
 	@$(MAKE) --no-print-directory VENV=$(LATEST) VERSIONS='--upgrade --upgrade-strategy eager' test
+
+# Clients of the server that agree with nobody on versions: an environment each, of 1 GB together.
+CLIENTS := .venv-clients
+PYTHON_WYOMING ?= python3.12
+$(CLIENTS)/%/.installed: tests/server/clients/%.txt
+	@echo "installing what tests/server/clients/through_$*.py runs into $(CLIENTS)/$*"
+	@$(if $(filter wyoming,$*),$(PYTHON_WYOMING),$(PYTHON)) -m venv $(CLIENTS)/$*
+	@$(CLIENTS)/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+test-clients: $(VENV)/.dev $(foreach client,livekit pipecat wyoming,$(CLIENTS)/$(client)/.installed) ## let LiveKit, Pipecat and Home Assistant's proxy speak through the server (needs Python 3.12)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/server/test_clients.py $(PYTEST_ARGS)
+
+LOAD_ARGS ?=
+test-load: $(VENV)/.dev ## let 200 clients use a server for 5 minutes; some leave, some are hostile (LOAD_ARGS=)
+	$(PY) -m bench.serving_http --schemathesis $(LOAD_ARGS)
 
 test-slow: $(VENV)/.dev ## run the tests that take long or need gigabytes of memory
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
