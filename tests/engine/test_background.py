@@ -19,6 +19,7 @@ from dia_fast.engine import DeadlineExceeded, Engine, Request
 from dia_fast.generation import streaming
 from dia_fast.model.decode_state import Sizes
 from tests.helpers.cheap_model import CheapModel, alone_cheaply
+from tests.helpers.codecs import assert_same_sound
 from tests.helpers.front import TEXT, make_dia
 from tests.helpers.schedules import POSITIONS, assert_same
 
@@ -114,9 +115,9 @@ def test_a_stream_goes_on_while_its_consumer_plays(dia: Dia, monkeypatch: pytest
         needed = 9 + 9 + dia.codec.decode_context_frames + 16  # the second chunk, and the delay pattern
         assert needed + 15 < steps < needed + 22 + 6
         made += [chunk.samples for chunk in stream]
-        np.testing.assert_allclose(np.concatenate(made), expected, rtol=0, atol=2e-6)
+        assert_same_sound(np.concatenate(made), expected, dia.codec)
         whole = ours.generate(TEXT, seed=8, max_new_tokens=200)
-        np.testing.assert_allclose(whole.samples, expected, rtol=0, atol=2e-6)
+        assert_same_sound(whole.samples, expected, dia.codec)
         thread = ours.engine._driver
     assert thread is not None and not thread.is_alive()
 

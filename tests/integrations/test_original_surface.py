@@ -29,6 +29,7 @@ from dia_fast.text.tokenizer import TextWarning, encode_text
 from dia_kernels import get_ops, reference
 from tests.helpers.codecs import imported_dac, save_official
 from tests.helpers.front import make_codec
+from tests.helpers.tolerance import EVALUATIONS, nudged
 
 TEXT = "[S1] Did you hear that? [S2] Hear what?"
 CPU = torch.device("cpu")
@@ -171,7 +172,10 @@ def test_values_at_the_edges_mean_what_they_mean_in_the_original(
         given, one * (params.guidance_scale or 0.0), one * params.temperature,
         torch.tensor([params.top_k], dtype=torch.int32), one * params.top_p, eos=1024,
     ).double()  # fmt: skip
-    assert (got[0] / got[0].sum(-1, keepdim=True) - wanted).abs().max() <= 1e-5
+    moved = [reference_weights(nudged(logits, seed), scale, temperature, top_p, 45) for seed in range(1, EVALUATIONS)]
+    # Weights are whole numbers of 2^-30; the best has 1.
+    allowed = 4 * max((item - wanted).abs().max() for item in moved) + 2.0**-23 + 1028 * 2.0**-30
+    assert (got[0] / got[0].sum(-1, keepdim=True) - wanted).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("scale", [-2.0, 0.25, 0.999, 150.0])

@@ -27,6 +27,7 @@ from dia_fast.model.config import DiaConfig
 from dia_fast.model.model import DiaModel
 from dia_fast.training import Example, batch_loss, build_batch
 from dia_kernels import get_ops, reference
+from tests.helpers.tolerance import EVALUATIONS, assert_equal_up_to_rounding, assert_same_numbers, nudged, of_weights
 
 CONFIG = replace(tiny_config({}, {"max_position_embeddings": 384}), first_generation=True)
 DELAY = CONFIG.delay_pattern
@@ -135,15 +136,19 @@ def models(eos_gain: float = 1.0) -> tuple[Plain, DiaModel]:
 CONFIG_TRANSFORMERS = replace(CONFIG, first_generation=False)  # the same tensors
 
 
+def made(logits: Tensor | None) -> Tensor:
+    assert logits is not None
+    return logits
+
+
 def test_logits() -> None:
     plain, model = models()
     texts, rows = random_texts(CONFIG, [5, 40, 128]), random_grid(CONFIG, 3, 300)
-    cond, uncond = model.forward_logits(texts, rows)
-    assert uncond is not None
+    found = of_weights(model, lambda: torch.stack([*map(made, model.forward_logits(texts, rows))]))
     for item, text in enumerate(texts):
-        for ours, conditional in ((cond, True), (uncond, False)):
+        for branch, conditional in enumerate((True, False)):
             expected = plain.logits(rows[item], text, conditional)
-            assert float((ours[item] - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+            assert_equal_up_to_rounding(expected, [both[branch, item] for both in found], f"text {item}")
 
 
 def test_the_generations_differ() -> None:
@@ -193,6 +198,11 @@ def test_greedy_codes(eos_gain: float, lengths: list[int], frames: list[int], sc
         assert any(not result.truncated for result in results)
 
 
+def nudged_pair(logits: Tensor, seed: int) -> Tensor:
+    """Logits as they are for seed 0, else moved by a rounding."""
+    return nudged(logits, seed) if seed else logits
+
+
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
@@ -215,8 +225,13 @@ def test_probabilities(
         first_generation=True,
     ).double()  # fmt: skip
     got /= got.sum(-1, keepdim=True)
-    expected = probabilities(guided(single[0], single[1], scale, eos), temperature, top_k, top_p, eos)
-    assert float((got[0] - expected).abs().max()) <= 1e-6
+    expected, *moved = (
+        probabilities(guided(*nudged_pair(single, seed), scale, eos), temperature, top_k, top_p, eos)
+        for seed in range(EVALUATIONS)
+    )
+    # Weights are whole numbers of 2^-30; the best has 1.
+    allowed = 4 * max(float((item - expected).abs().max()) for item in moved) + 2.0**-23 + 1028 * 2.0**-30
+    assert float((got[0] - expected).abs().max()) <= allowed
 
 
 def test_the_damped_end_of_speech() -> None:
@@ -236,14 +251,18 @@ def test_training_computes_what_inference_does() -> None:
     """Two examples of different length: positions meet in cross-attention, so that padding must not shift them."""
     _, model = models()
     pairs = list(zip(random_texts(CONFIG, [20, 7]), random_prompts(CONFIG, [40, 25]), strict=True))
-    losses = [batch_loss(model, build_batch([Example(*item)], CONFIG)) for item in pairs]
+
+    def totals() -> Tensor:
+        losses = [batch_loss(model, build_batch([Example(*item)], CONFIG)).total for item in pairs]
+        return torch.stack((losses[0], losses[0] + losses[1])).detach()
+
+    found = [item.tolist() for item in of_weights(model, totals)]
     both = batch_loss(model, build_batch([Example(*item) for item in pairs], CONFIG))
-    assert abs(float(both.total) - sum(float(loss.total) for loss in losses)) < 1e-4 * float(both.total)
     text, codes = pairs[0]
     batch = build_batch([Example(text, codes)], CONFIG)
     cond, _ = model.forward_logits([text], batch.delayed_codes, guidance=False)
     total = F.cross_entropy(cond[0].flatten(0, 1), batch.labels[0].flatten(), ignore_index=-100, reduction="sum")
-    assert abs(float(losses[0].total) - float(total)) < 1e-4 * float(total)
+    assert_same_numbers([float(total), float(both.total)], found, "loss")
 
 
 def test_files(tmp_path: Path) -> None:
