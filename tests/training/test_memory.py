@@ -68,7 +68,10 @@ def fused(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def peak(loss: Callable[..., Tensor], rows: int, dtype: torch.dtype, moved: int = 0) -> tuple[int, Tensor]:
-    """Peak of forward and backward beyond the inputs, in bytes, and the gradient of x. moved: by a rounding, see `nudged`."""
+    """Peak of forward and backward beyond the inputs, in bytes, and the gradient of x.
+
+    moved: 0, or the seed of inputs that are moved by a rounding.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, HIDDEN, generator=generator).to(dtype).requires_grad_(True)
     weight = (torch.randn(CHANNELS * VOCAB, HIDDEN, generator=generator) * HIDDEN**-0.5).to(dtype).requires_grad_(True)
