@@ -41,6 +41,7 @@ from dia_fast.generation.long_form import Script, make_scripts, speak_scripts
 from dia_fast.generation.prompts import AudioPrompt, encode_prompts, prompt_for_each
 from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams
 from dia_fast.model.config import DiaConfig
+from dia_fast.model.cpu_weights import check_product
 from dia_fast.model.device import choose_device, choose_dtype, choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
@@ -101,6 +102,7 @@ class Dia(OneProcess):
         max_batch: int = MAX_BATCH,
         memory: Memory = None,
         background: bool = False,
+        pack: bool | str = True,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> "Dia":
@@ -115,8 +117,10 @@ class Dia(OneProcess):
         `generate_codes`. max_batch: most texts spoken at once, 1 to 32; more wait. memory: for keys and
         values, in bytes or as in `"4GB"`; by default what `max_batch` texts can need, at most half of what is free at
         first use. A GPU sets it aside then; on a CPU it is taken as it is used. background: make the steps in a thread
-        of their own, so that a stream goes on, up to 10 s ahead, while what it gave is played. revision: branch, tag or
-        commit on the Hub. local_files_only: stay offline.
+        of their own, so that a stream goes on, up to 10 s ahead, while what it gave is played. pack: on a CPU, lay
+        16-bit weights out for the product that this processor is fast with, or for the one of this name (`dia-fast
+        doctor` lists them); False leaves them as tensors, for `DiaModel.state_dict` and training. revision: branch, tag
+        or commit on the Hub. local_files_only: stay offline.
         Raises InputError for an argument, CheckpointError for a checkpoint that cannot be used.
         """
         if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
@@ -125,9 +129,10 @@ class Dia(OneProcess):
         engine_limits(max_batch, memory)
         place = choose_device(device)
         kind = choose_dtype(dtype, place)
+        check_product(pack, kind, place)
         ops = choose_ops(backend, place)
         checkpoint = open_checkpoint(os.fspath(name_or_path), revision=revision, local_files_only=local_files_only)
-        model = DiaModel(checkpoint.config, ops).load(checkpoint.load(kind, place)).pack(progress=True)
+        model = DiaModel(checkpoint.config, ops).load(checkpoint.load(kind, place)).pack(pack, progress=True)
         if isinstance(codec, str | os.PathLike):
             from dia_fast.audio.codec import codec_for
 

@@ -32,9 +32,6 @@ class CompiledOps:
     def attention_workspace(self, *args: Any) -> None:
         return None
 
-    def pack(self, weight: Any) -> Any:
-        return weight
-
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op.startswith("_"):
             raise AttributeError(op)

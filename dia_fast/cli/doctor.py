@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     facts = doctor.environment(device)
+    if device.type == "cpu":
+        facts["cpu product"] = doctor.cpu_product(dtype)
     backend, why = doctor.backend_choice(device)
     if not args.json:
         for key, value in facts.items():

@@ -20,14 +20,16 @@ from dia_fast.audio.codec import load_codec
 from dia_fast.checkpoint.loading import Checkpoint
 from dia_fast.engine import Generation, Request, generate
 from dia_fast.errors import NumericError
+from dia_fast.model import cpu_weights
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.device import choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_kernels import reference
 from dia_kernels.ops import triton_obstacle
+from dia_kernels.reference import packed
 
-_NO_KERNELS = ("philox", "sample_weights", "attention_workspace", "pack", "PackedWeight")
+_NO_KERNELS = ("philox", "sample_weights", "attention_workspace", "PackedWeight")
 STEPS = 86  # of a check of a model: a second
 OPS = tuple(op for op in reference.__all__ if op not in _NO_KERNELS)
 
@@ -256,6 +258,13 @@ def environment(device: torch.device) -> dict[str, str]:
     else:
         facts["device"] = f"{device} (torch sees {torch.cuda.device_count()} GPUs)"
     return facts
+
+
+def cpu_product(dtype: torch.dtype) -> str:
+    """The product that multiplies the matrices of a model in `dtype` on this processor, why, and the others."""
+    chosen, why = cpu_weights.choose(dtype)
+    others = [name for name in packed.PRODUCTS if name != chosen and packed.runs_here(name)]
+    return f"{chosen}: {why}" + (f"; {cpu_weights.VARIABLE} can ask for {', '.join(others)}" if others else "")
 
 
 def backend_choice(device: torch.device) -> tuple[str, str]:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.model.cpu_weights import pack_matrices, refuse_packed
+from dia_fast.model.cpu_weights import choose, pack_matrices, refuse_packed
 from dia_fast.model.decode_state import DecodeState, cross_pages
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.kv_cache import BlockTable, PagePool
@@ -114,14 +114,23 @@ class DiaModel(OneProcess, nn.Module):
         return self
 
     @isolated()
-    def pack(self, *, progress: bool = False) -> "DiaModel":
-        """Lays the matrices out as the op set multiplies them fastest, where that is another way than they lie.
+    def pack(self, product: bool | str = True, *, progress: bool = False) -> "DiaModel":
+        """Lays the matrices out as this processor multiplies them fastest, where that is another way than they lie.
 
-        On an x86 CPU 16-bit inference needs it to be fast. Afterwards the matrices are no tensors any more: the model
-        only infers, `state_dict`, `load`, `finalize`, `to` and training raise InputError. Memory stays at one copy.
-        progress: draw a bar where somebody may be looking.
+        On an x86 CPU 16-bit inference needs it to be fast; on a GPU, and under other ops than torch's, nothing is done.
+        Afterwards the matrices are no tensors any more: the model only infers, `state_dict`, `load`, `finalize`, `to`
+        and training raise InputError. Memory stays at one copy.
+
+        Args:
+            product: True for what the table in `dia_fast.model.cpu_weights` says, the name of a product, False to do
+                nothing.
+            progress: draw a bar where somebody may be looking.
+
+        Raises:
+            InputError: for a product that is unknown or does not run here.
         """
-        self.packed |= pack_matrices(self, self.ops.pack, progress)
+        if self.device.type == "cpu" and self.ops.name == "torch" and not self.packed:
+            self.packed = pack_matrices(self, choose(self.dtype, product).product, progress)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> "DiaModel":

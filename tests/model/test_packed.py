@@ -10,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dia_fast import Dia
 from dia_fast.engine import Request, generate
 from dia_fast.errors import InputError
+from dia_fast.model import cpu_weights
+from dia_fast.model.cpu_weights import PLAIN, TABLE, check_product, choose
 from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops, reference
-from dia_kernels import triton as kernels
 from dia_kernels.reference import PackedWeight, packed
+from dia_kernels.reference.packed import FbgemmHalf
 from tests.engine.test_engine import CONFIG, random_model, random_request
 from tests.kernels.support import assert_within_budget, poisoned, random
 
@@ -29,8 +32,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def pack(weight: Tensor) -> PackedWeight:
-    result = reference.pack(weight)
+FBGEMM = "fbgemm-fp16"
+CASES = [(name, dtype) for name, (_, dtypes) in packed.PRODUCTS.items() if packed.runs_here(name) for dtype in dtypes]
+each_case = pytest.mark.parametrize(("product", "dtype"), CASES, ids=[f"{n}-{str(d)[6:]}" for n, d in CASES])
+
+
+def pack(weight: Tensor, product: str = FBGEMM) -> PackedWeight:
+    result = packed.pack(weight, product)
     assert isinstance(result, PackedWeight)
     return result
 
@@ -75,20 +83,81 @@ def test_what_cannot_be_packed_comes_back_as_it_is() -> None:
         tensor[3, 4] = value
     others = (weight.float(), weight[0], weight[:0], weight.to("meta"), weight.view(torch.int16))
     for tensor in (*spoiled, *others):
-        assert reference.pack(tensor) is tensor
-    assert kernels.pack(weight) is weight
+        assert packed.pack(tensor, FBGEMM) is tensor
 
 
-def test_without_fbgemm_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random((8, 16), torch.bfloat16, CPU, 1)
+def test_a_product_that_does_not_run_here_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = "onednn"
     try:
-        assert reference.pack(weight) is weight
+        assert choose(torch.bfloat16, isa="avx2").product == PLAIN
     finally:
         torch.backends.quantized.engine = before
     monkeypatch.setattr(packed, "row_counts", lambda: ())
-    assert reference.pack(weight) is weight
+    monkeypatch.setattr(packed, "_onednn_runs", lambda: False)
+    for isa in TABLE:
+        assert choose(torch.bfloat16, isa=isa).product == PLAIN
+    assert not random_model(dtype=torch.bfloat16).pack().packed
+    with pytest.raises(InputError, match="does not run on this processor"):
+        choose(torch.bfloat16, FBGEMM)
+
+
+def test_the_table_names_products_that_take_the_dtype() -> None:
+    for choices in TABLE.values():
+        for kind, product in choices.items():
+            assert getattr(torch, kind) in packed.PRODUCTS[product][1]
+
+
+@pytest.mark.parametrize(
+    ("told", "limit", "isa"),
+    [
+        ({"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx2"}, "", "amx"),
+        ({"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx2"}, "AVX512_CORE_BF16", "avx512_bf16"),
+        ({"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx2"}, "AVX512_CORE_VNNI", "avx512"),
+        ({"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx2"}, "AVX2_VNNI", "avx2"),
+        ({"avx512_bf16", "avx512f", "avx2"}, "ALL", "avx512_bf16"),
+        ({"avx512f", "avx2"}, "DEFAULT", "avx512"),
+        ({"avx2"}, "", "avx2"),
+        ({"sse4_2"}, "", "other"),
+    ],
+)
+def test_the_instruction_set_is_the_best_that_is_there_and_allowed(
+    monkeypatch: pytest.MonkeyPatch, told: set[str], limit: str, isa: str
+) -> None:
+    monkeypatch.setattr(cpu_weights, "_features", lambda: told)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert cpu_weights.instruction_set() == isa
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert cpu_weights.instruction_set() == "other"
+
+
+def test_a_product_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(torch.bfloat16, FBGEMM).product == FBGEMM
+    monkeypatch.setenv(cpu_weights.VARIABLE, FBGEMM)
+    assert choose(torch.bfloat16, isa="amx") == (FBGEMM, f"{cpu_weights.VARIABLE} says so")
+    assert choose(torch.bfloat16, PLAIN).product == PLAIN, "an argument goes before the environment"
+    assert choose(torch.bfloat16, False).product == PLAIN
+    assert choose(torch.float32).product == PLAIN, "the variable is about the weights that it fits"
+    monkeypatch.setenv(cpu_weights.VARIABLE, "mkl")
+    for dtype, product, wrong in (
+        (torch.bfloat16, "avx9", "'avx9' .* is unknown; use one of plain, fbgemm-fp16"),
+        (torch.bfloat16, True, "'mkl' .*says so"),
+        (torch.float32, FBGEMM, "takes weights in bfloat16 and float16, not in float32"),
+    ):
+        with pytest.raises(InputError, match=wrong):
+            choose(dtype, product)
+    with pytest.raises(InputError, match="pack must be True, False or the name"):
+        check_product(3, torch.bfloat16, CPU)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a product of CPUs, but the model goes to cuda"):
+        check_product(FBGEMM, torch.bfloat16, torch.device("cuda"))
+
+
+def test_from_pretrained_packs_as_it_is_told() -> None:
+    plain = Dia.from_pretrained("demo", device="cpu", dtype="bf16", codec=None, pack=False)
+    assert not plain.model.packed and plain.model.state_dict()
+    packed_one = Dia.from_pretrained("demo", device="cpu", dtype="bf16", codec=None, pack=FBGEMM)
+    assert isinstance(packed_one.model.decoder.layers[0].qkv, FbgemmHalf)
 
 
 def norm_linear(x: Tensor, weight: Tensor | PackedWeight, norm: Tensor) -> Tensor:
@@ -119,11 +188,13 @@ Op = Callable[[Tensor, Tensor | PackedWeight, Tensor], Tensor]
 
 
 @each_op
-@each_dtype
+@each_case
 @pytest.mark.parametrize(("hidden", "features"), [(40, 34), (1100, 18)])
-def test_every_number_of_rows_gives_the_same_bits(op: Op, dtype: torch.dtype, hidden: int, features: int) -> None:
+def test_every_number_of_rows_gives_the_same_bits(
+    op: Op, product: str, dtype: torch.dtype, hidden: int, features: int
+) -> None:
     x, norm = random((200, hidden), dtype, CPU, 1), random((hidden,), dtype, CPU, 2)
-    weight = pack(random((features, hidden), dtype, CPU, 3))
+    weight = pack(random((features, hidden), dtype, CPU, 3), product)
     alone = torch.cat([op(row[None], weight, norm) for row in x])
     for rows in (*range(1, 65), 127, 128, 129, 200):
         assert torch.equal(op(x[:rows], weight, norm), alone[:rows]), f"{rows} rows"
@@ -146,8 +217,8 @@ def test_the_number_of_threads_does_not_matter(dtype: torch.dtype) -> None:
 
 
 @each_op
-@each_dtype
-def test_packed_products_are_no_worse_than_plain_ones(op: Op, dtype: torch.dtype) -> None:
+@each_case
+def test_packed_products_are_no_worse_than_plain_ones(op: Op, product: str, dtype: torch.dtype) -> None:
     x, norm = random((7, 330), dtype, CPU, 1), random((330,), dtype, CPU, 2)
     weight = random((48, 330), dtype, CPU, 3, 330**-0.5)
     exact = op(x.double(), weight.double(), norm.double()) if op is residual else None
@@ -158,28 +229,30 @@ def test_packed_products_are_no_worse_than_plain_ones(op: Op, dtype: torch.dtype
             gate, up = exact.chunk(2, -1)
             exact = gate / (1 + torch.exp(-gate)) * up
         exact = exact.view(7, 2, -1) if op is logits else exact
-    assert_within_budget(op(x, pack(weight), norm), op(x, weight, norm), exact)
+    assert_within_budget(op(x, pack(weight, product), norm), op(x, weight, norm), exact)
 
 
 @each_op
-def test_a_row_of_nan_stays_alone(op: Op) -> None:
-    x, norm = random((5, 80), torch.bfloat16, CPU, 1), random((80,), torch.bfloat16, CPU, 2)
-    weight = pack(random((18, 80), torch.bfloat16, CPU, 3))
+@each_case
+def test_a_row_of_nan_stays_alone(op: Op, product: str, dtype: torch.dtype) -> None:
+    x, norm = random((5, 80), dtype, CPU, 1), random((80,), dtype, CPU, 2)
+    weight = pack(random((18, 80), dtype, CPU, 3), product)
     clean = op(x, weight, norm)
     x[2] = torch.nan
     result = op(x, weight, norm)
     assert result[2].isnan().all() and torch.equal(result[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
-def test_strided_activations_are_read_as_they_lie() -> None:
-    x, weight = random((6, 2, 40), torch.bfloat16, CPU, 1), pack(random((18, 40), torch.bfloat16, CPU, 2))
+@each_case
+def test_strided_activations_are_read_as_they_lie(product: str, dtype: torch.dtype) -> None:
+    x, weight = random((6, 2, 40), dtype, CPU, 1), pack(random((18, 40), dtype, CPU, 2), product)
     assert torch.equal(weight.linear(x[:, 1]), weight.linear(x[:, 1].clone()))
     assert torch.equal(weight.linear(x[:, 1].float()), weight.linear(x[:, 1].clone()))
 
 
-@each_dtype
-def test_a_request_gets_the_same_codes_alone_and_in_a_batch(dtype: torch.dtype) -> None:
-    model = random_model(dtype=dtype).pack()
+@each_case
+def test_a_request_gets_the_same_codes_alone_and_in_a_batch(product: str, dtype: torch.dtype) -> None:
+    model = random_model(dtype=dtype).pack(product)
     assert model.packed
     requests = [random_request(seed=seed, guidance_scale=scale) for seed, scale in ((1, 3.0), (2, None), (3, 2.0))]
     for request, together in zip(requests, generate(model, requests), strict=True):

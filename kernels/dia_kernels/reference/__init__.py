@@ -14,7 +14,7 @@ from dia_kernels.reference.linear import (
     rms_norm_glu,
     rms_norm_linear,
 )
-from dia_kernels.reference.packed import PackedWeight, pack
+from dia_kernels.reference.packed import PackedWeight
 from dia_kernels.reference.sampling import philox, sample, sample_weights
 
 name = "torch"
@@ -27,7 +27,6 @@ __all__ = [
     "embed_codes",
     "glu",
     "linear_residual",
-    "pack",
     "philox",
     "ragged_attention",
     "rms_norm",

@@ -1,13 +1,13 @@
-"""Weights laid out for FBGEMM's half-precision product: what makes 16-bit inference fast on an x86 CPU.
+"""Weights laid out for one product of a CPU library: what makes inference fast on an x86 CPU.
 
-Most CPUs have no 16-bit matrix product worth the name: torch's reads a few gigabytes of bf16 weights per second.
-FBGEMM, which comes with torch on x86, keeps weights in fp16, widens them in registers and sums products in float32: for
-the few rows of a decode step that runs at the speed of the memory.
+Each class is one product. All of them promise that a row's bits do not depend on the other rows, nor on their number.
+Which one a processor should have is the caller's business: `dia_fast.model.cpu_weights` has the table.
 """
 
 import functools
 import math
 from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,19 +16,44 @@ from torch import Tensor
 _MOST_ROWS = 128  # of one call, at most; more are multiplied in several
 _MAPPED = 10 << 20  # float32 elements that malloc always maps by themselves: freed, they leave no hole in the heap
 _TOP = 15  # a packed weight's largest magnitude is in [2^14, 2^15); fp16 ends just below 2^16
+_ONEDNN_ROWS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 96, _MOST_ROWS)
+_PROBE_FEATURES = 64  # rows of random numbers that a probe repeats to the size of a weight
 
 
 class PackedWeight:
-    """A matrix `[features, hidden]` in the layout of FBGEMM, as fp16 times a power of two.
+    """A matrix `[features, hidden]` in the layout of one product."""
+
+    shape: torch.Size
+
+    def linear(self, x: Tensor) -> Tensor:
+        """`x @ weight.T`, summed in float32. A row's bits do not depend on the other rows.
+
+        x: `[rows, hidden]` of a float dtype. Returns `[rows, features]`, in float32 where the product does not round.
+        """
+        raise NotImplementedError
+
+    def unpack(self) -> Tensor:
+        """The matrix `[features, hidden]` in float32, as it is multiplied."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self.shape)})"
+
+
+class FbgemmHalf(PackedWeight):
+    """fp16 times a power of two, for FBGEMM: it widens weights in registers and multiplies in float32.
+
+    For a few rows that runs at the speed of the memory on every processor with AVX2. FBGEMM comes with torch on x86.
 
     The power brings the largest magnitude into [2^14, 2^15). Below, fp16 has 11 bits of mantissa down to 2^-14 and then
     steps of 2^-24, so a bf16 weight (8 bits) is represented exactly unless it is smaller than 2^-31 of the largest, and
     then with an error below 2^-39 of it. An fp16 weight is exact unless its matrix holds something from 2^15 on.
     """
 
-    def __init__(self, weight: Tensor, largest: float) -> None:
-        """weight: on the CPU; it is copied. largest: the greatest magnitude in it, finite."""
+    def __init__(self, weight: Tensor) -> None:
+        """weight: on the CPU, finite; it is copied."""
         self.shape = weight.shape
+        largest = max(abs(float(extreme)) for extreme in weight.aminmax())
         # What is below 2^-105 throughout keeps a power whose inverse float32 can hold.
         self._scale = 2.0 ** max(math.frexp(largest)[1] - _TOP, -120)
         scratch = torch.empty(max(weight.numel(), _MAPPED), dtype=torch.float32, device="cpu")
@@ -36,72 +61,150 @@ class PackedWeight:
         self._packed: Any = torch.ops.quantized.linear_prepack_fp16(wide, None)
 
     def linear(self, x: Tensor) -> Tensor:
-        """`x @ weight.T` in float32, summed in float32 and not rounded. A row's bits do not depend on the other rows.
-
-        x: `[rows, hidden]` of a float dtype. Returns `[rows, features]`.
-        """
-        rows, most = x.shape[0], row_counts()[-1]
-        if rows > most:
-            return torch.cat([self.linear(part) for part in x.split(most)])
-        result: Tensor = torch.ops.quantized.linear_dynamic_fp16(_padded(x), self._packed)
+        """See `PackedWeight.linear`; float32."""
+        rows, counts = x.shape[0], row_counts()
+        if rows > counts[-1]:
+            return torch.cat([self.linear(part) for part in x.split(counts[-1])])
+        result: Tensor = torch.ops.quantized.linear_dynamic_fp16(_padded(x, counts, torch.float32), self._packed)
         return result[:rows].mul_(self._scale)
 
     def unpack(self) -> Tensor:
-        """The matrix `[features, hidden]` in float32, as it is multiplied."""
+        """See `PackedWeight.unpack`."""
         weight: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
         return weight * self._scale
 
-    def __repr__(self) -> str:
-        return f"PackedWeight({list(self.shape)})"
 
+class OnednnBfloat16(PackedWeight):
+    """bf16 in the blocked layout that oneDNN asks for. Activations and results are rounded to bf16, sums are float32.
 
-def pack(weight: Tensor) -> Tensor | PackedWeight:
-    """The weight of a projection, `[features, hidden]`, as the other ops multiply it fastest.
-
-    On an x86 CPU a 16-bit weight becomes a `PackedWeight`, a copy. Everything else comes back as it is: float32, other
-    devices and processors, and weights with an infinity or a NaN, which fp16 would hide.
+    It needs a processor with bf16 products (AVX-512 BF16, AMX); oneDNN emulates them on others, ten times slower. The
+    bits are those of torch's own bf16 product for many rows.
     """
-    narrow = weight.dtype in (torch.bfloat16, torch.float16)
-    if weight.device.type != "cpu" or not narrow or weight.ndim != 2 or not weight.numel():
-        return weight
-    if torch.backends.quantized.engine not in ("x86", "fbgemm") or not row_counts():
-        return weight
-    least, most = (float(extreme) for extreme in weight.aminmax())
-    largest = max(-least, most)
-    return PackedWeight(weight, largest) if math.isfinite(least) and math.isfinite(most) else weight
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight: bfloat16 on the CPU; it is copied."""
+        self.shape = weight.shape
+        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ONEDNN_ROWS[-1])
+        onednn_row_counts(*self.shape, torch.get_num_threads())  # found out now, not by the first step
+
+    def linear(self, x: Tensor) -> Tensor:
+        """See `PackedWeight.linear`; bfloat16."""
+        rows, counts = x.shape[0], onednn_row_counts(*self.shape, torch.get_num_threads())
+        if rows > counts[-1]:
+            return torch.cat([self.linear(part) for part in x.split(counts[-1])])
+        return _onednn(_padded(x, counts, torch.bfloat16), self._packed)[:rows]
+
+    def unpack(self) -> Tensor:
+        """See `PackedWeight.unpack`."""
+        return self._packed.to_dense().float()
 
 
-def _padded(x: Tensor) -> Tensor:
-    """x in float32, with rows of zeros behind it up to a count that keeps the order of summation."""
-    rows, counts = x.shape[0], row_counts()
+PRODUCTS: dict[str, tuple[type[Any], tuple[torch.dtype, ...]]] = {
+    "fbgemm-fp16": (FbgemmHalf, (torch.bfloat16, torch.float16)),
+    "onednn-bf16": (OnednnBfloat16, (torch.bfloat16,)),
+}
+"""For each product that has a layout of its own its class, and the dtypes of the weights that it takes."""
+
+
+def runs_here(product: str) -> bool:
+    """Can this processor, with this torch, run a product of `PRODUCTS`?"""
+    if product == "onednn-bf16":
+        return _onednn_runs()
+    return torch.backends.quantized.engine in ("x86", "fbgemm") and bool(row_counts())
+
+
+def pack(weight: Tensor, product: str) -> Tensor | PackedWeight:
+    """Returns the weight of a projection, `[features, hidden]`, in the layout of a product of `PRODUCTS`, as a copy.
+
+    What the product does not take comes back as it is: other dtypes and devices, and weights with an infinity or a NaN,
+    which fp16 would hide.
+    """
+    kind, dtypes = PRODUCTS[product]
+    if weight.device.type != "cpu" or weight.dtype not in dtypes or weight.ndim != 2 or not weight.numel():
+        return weight
+    if not all(math.isfinite(float(extreme)) for extreme in weight.aminmax()):
+        return weight
+    packed: PackedWeight = kind(weight)
+    return packed
+
+
+def _padded(x: Tensor, counts: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """x in another dtype, with rows of zeros behind it up to a count that keeps the order of summation."""
+    rows = x.shape[0]
     count = counts[bisect_left(counts, rows)]
     if count == rows:
-        return x.float()
-    wide = torch.zeros(count, x.shape[1], dtype=torch.float32, device="cpu")
+        return x.to(dtype).contiguous()
+    wide = torch.zeros(count, x.shape[1], dtype=dtype, device="cpu")
     wide[:rows] = x
     return wide
 
 
-@functools.cache
-def row_counts() -> tuple[int, ...]:
-    """The numbers of rows whose products are summed in one and the same order, ascending; none without FBGEMM.
+def _alike(multiply: Callable[[Tensor], Tensor], row: Tensor, counts: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of rows whose products are summed in one and the same order, ascending: the largest such group.
 
-    FBGEMM cuts the rows into blocks, by a table for each instruction set, and its kernels for the smallest blocks have
-    orders of their own. Which counts avoid those is found out by trying: the same row, multiplied in all positions.
+    Libraries cut the rows into blocks, and their kernels for some blocks have orders of their own. Which counts avoid
+    those is found out by trying: the same row, multiplied in all positions.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for count in counts:
+        results = multiply(row.repeat(count, 1)).float()
+        if bool((results == results[0]).all()):
+            groups.setdefault(results[0].numpy().tobytes(), []).append(count)
+    return max((tuple(group) for group in groups.values()), key=len, default=())
+
+
+def _probe(features: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A weight of random numbers that is soon made, and a row whose products with it cancel.
+
+    Each number has its negative somewhere else. The sums are therefore nothing but errors of summation, in which every
+    order shows, even where the results are rounded to few bits.
     """
     generator = torch.Generator().manual_seed(0)
-    weight, row = (
-        torch.randn(33, 1100, generator=generator, dtype=torch.float32, device="cpu"),
-        torch.randn(1, 1100, generator=generator, dtype=torch.float32, device="cpu"),
-    )
-    groups: dict[bytes, list[int]] = {}
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+
+    order = torch.randperm(hidden // 2 * 2, generator=generator, device="cpu")
+    half, row = numbers(min(features, _PROBE_FEATURES), hidden // 2), numbers(1, hidden // 2)
+    some, x = half.new_zeros(half.shape[0], hidden), row.new_zeros(1, hidden)
+    some[:, order], x[:, order] = torch.cat([half, -half], 1), torch.cat([row, row], 1)
+    return some.repeat(-(-features // _PROBE_FEATURES), 1)[:features].contiguous(), x
+
+
+@functools.cache
+def row_counts() -> tuple[int, ...]:
+    """The numbers of rows that FBGEMM's half-precision product sums in one order; none without FBGEMM.
+
+    FBGEMM's blocks of rows depend on the instruction set and not on the matrix.
+    """
+    weight, row = _probe(33, 1100, torch.float32)
     try:
         packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
-        for count in range(1, _MOST_ROWS + 1):
-            results = torch.ops.quantized.linear_dynamic_fp16(row.repeat(count, 1), packed)
-            if bool((results == results[0]).all()):
-                groups.setdefault(results[0].numpy().tobytes(), []).append(count)
+        return _alike(lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed), row, range(1, _MOST_ROWS + 1))
     except (AttributeError, RuntimeError):  # a torch without the operator, or a processor that FBGEMM does not serve
         return ()
-    most_common = max(groups.values(), key=len)
-    return tuple(most_common)
+
+
+@functools.cache
+def onednn_row_counts(features: int, hidden: int, threads: int) -> tuple[int, ...]:
+    """The numbers of rows that oneDNN's bf16 product sums in one order, of those that were tried.
+
+    oneDNN picks a kernel by all three sizes and by the threads that share them: each combination is tried once.
+    """
+    del threads  # the current number; a part of the key
+    weight, row = _probe(features, hidden, torch.bfloat16)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ONEDNN_ROWS[-1])
+    return _alike(lambda x: _onednn(x, packed), row, _ONEDNN_ROWS)
+
+
+@functools.cache
+def _onednn_runs() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and bool(onednn_row_counts(33, 1100, 1))
+    except (AttributeError, RuntimeError):  # a torch without oneDNN, or a processor that it does not serve
+        return False
+
+
+def _onednn(x: Tensor, packed: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return result

@@ -1,7 +1,5 @@
 """The op set in Triton. An op that has no kernel is absent: nothing here ever falls back to torch."""
 
-from torch import Tensor
-
 from dia_kernels.triton.codebook_logits import codebook_logits
 from dia_kernels.triton.cross_attention import cross_attention
 from dia_kernels.triton.embed_codes import embed_codes
@@ -20,11 +18,6 @@ from dia_kernels.triton.snake import snake, snake_residual
 name = "triton"
 
 
-def pack(weight: Tensor) -> Tensor:
-    """The weight as it is: kernels stream it in that layout."""
-    return weight
-
-
 __all__ = [
     "attention_workspace",
     "codebook_logits",
@@ -32,7 +25,6 @@ __all__ = [
     "embed_codes",
     "glu",
     "linear_residual",
-    "pack",
     "ragged_attention",
     "rms_norm",
     "rms_norm_glu",
