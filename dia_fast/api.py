@@ -77,6 +77,7 @@ class Dia(OneProcess):
         self._load_codec: dict[str, Any] = {"device": model.device, "ops": model.ops}
         self.defaults = SamplingParams()
         self._engine: Engine | None = None
+        self._prompt_codes: dict[bytes, Tensor] = {}
         self._limits = engine_limits(max_batch, memory)
         if not isinstance(background, bool):
             raise InputError(f"background must be True or False, not {shown(background)}")
@@ -180,7 +181,7 @@ class Dia(OneProcess):
 
     @property
     def engine(self) -> Engine:
-        """What all calls of this Dia run on, made now if it was not. Raises InputError if its memory holds nothing."""
+        """The engine that all calls share, made at first use. Raises InputError if its memory holds nothing."""
         with self._making:
             if self._engine is None:
                 check_device(self.device)
@@ -412,4 +413,4 @@ class Dia(OneProcess):
         return FRAMES_PER_SECOND if codec is None or isinstance(codec, str | os.PathLike) else codec.frames_per_second
 
     def _codes(self, prompts: list[AudioPrompt]) -> list[Tensor | None]:
-        return encode_prompts(self.config, prompts, lambda: self.codec)
+        return encode_prompts(self.config, prompts, lambda: self.codec, self._prompt_codes)

@@ -1,4 +1,4 @@
-"""What holds for every test: few threads, no network, the same random numbers in every run."""
+"""Common to every test: few threads, no network, the same random numbers in every run."""
 
 import builtins
 import os

@@ -238,7 +238,7 @@ def names_of(node: ast.stmt) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
 def test_places_in_the_code_exist(page: Path) -> None:
-    """Where a page sends its reader to a file, and to names in it, they are there."""
+    """Files, and names in them, that a page sends its reader to are there."""
     for path, names in PLACE.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
         if path.startswith("bench/results"):
             continue  # written by a command

@@ -465,3 +465,33 @@ def test_public_names_use_the_words_of_the_field() -> None:
 )
 def test_the_check_of_names_itself(module: str, source: str, allowed: bool) -> None:
     assert (not unusual(source, module)) == allowed
+
+
+# A first line says what a thing is or does; these words ask instead.
+ASKS = re.compile(r"(what|whatever|whether|who|whoever|whose|how|however|where|wherever|when|whenever|why)\b", re.I)
+
+
+def asking(source: str) -> list[tuple[int, str]]:
+    """(line, first line) of docstrings that begin with a question word."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and ASKS.match(text):
+                found.append((getattr(node, "lineno", 1), text.splitlines()[0]))
+    return found
+
+
+def test_docstrings_state_instead_of_asking() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text}"
+        for folder in ("dia_fast", "examples", "tests", ".ci")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, text in asking(path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_check_of_docstrings_itself() -> None:
+    assert asking('"""What a caller may pass."""') == [(1, "What a caller may pass.")]
+    assert not asking('def f():\n    """Whole frames only."""')

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Where one tensor of a layout lies: rows `first` to `last` (exclusive) of the fused weight `fused`.
+    """One tensor of a layout: rows `first` to `last` (exclusive) of the fused weight `fused`.
 
     shape: as stored. transposed: the stored tensor, its axes merged to `[in, out]`, is the transpose of those rows.
     """
@@ -79,7 +79,7 @@ def plain_names(tensors: Mapping[str, T]) -> dict[str, T]:
 
 
 def is_derived(name: str) -> bool:
-    """Whether a tensor is a buffer that the configuration determines, so that it may be there or not."""
+    """Tell whether a tensor is a buffer that the configuration determines, so that it may be there or not."""
     return name.endswith(_DERIVED)
 
 

@@ -59,7 +59,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """How many weights the model has."""
+        """The number of weights of the model."""
         return parameter_count(self.config)
 
     @property
@@ -264,7 +264,7 @@ def _check(tensors: dict[str, StoredTensor], parts: dict[str, TensorSlice], wher
 
 
 def not_finite(weight: Tensor) -> int:
-    """How many values are NaN or infinity. Where none is, which is told in one pass, nothing is allocated."""
+    """Count values that are NaN or infinity. Where none is, which one pass tells, nothing is allocated."""
     if not weight.numel() or all(bool(end.isfinite()) for end in weight.aminmax()):
         return 0
     return sum(int((~part.isfinite()).sum()) for part in weight.view(-1).split(tensor_files.CHUNK))

@@ -236,7 +236,7 @@ def _weights_of(content: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def load_pickle(path: Path) -> Any:
-    """What a `torch.save` file holds, as data only, mapped where its format allows.
+    """Read a `torch.save` file as data only, mapped where its format allows.
 
     Raises CheckpointError for a file that is damaged or that would run code. Its tensors are not checked yet.
     """
@@ -286,7 +286,7 @@ def _repeats(tensor: Tensor) -> bool:
 
 
 def _mapped_ranges(path: Path) -> list[tuple[int, int]]:
-    """Where the file is mapped. Only there may pages be dropped: elsewhere their contents would be lost."""
+    """Address ranges of the mapped file. Only there may pages be dropped: elsewhere their contents would be lost."""
     if sys.platform != "linux":
         return []
     ranges = []

@@ -203,7 +203,7 @@ def _load(options: Mapping[str, Any], default_threads: int | None = None) -> "Di
 
 
 def _on_ray(args: argparse.Namespace, bar: "ItemBar") -> "Callable[[Sequence[Item]], Generator[Spoken, None, None]]":
-    """What speaks items on the actors of a cluster. The actors get the options of the model, and nothing else."""
+    """Make the function that speaks items on the actors of a cluster, which get nothing but the model's options."""
     from dia_fast.jobs.ray_pool import PoolOptions, speak_on_ray
 
     names = ("model", "device", "dtype", "backend", "codec", "revision", "offline", "batch_size", "memory", "threads")

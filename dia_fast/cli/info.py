@@ -140,7 +140,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def generation(config: DiaConfig) -> str:
-    """Which rules a checkpoint is run by."""
+    """Name the generation by whose rules a checkpoint is run."""
     if config.first_generation:
         return "first (Dia-1.6B, April 2025): RoPE in cross-attention, sampling from the guided logits"
     return "second (Dia-1.6B-0626)"

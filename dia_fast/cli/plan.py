@@ -126,7 +126,7 @@ def _show_predicted(args: argparse.Namespace, workload: Any, device: Any, measur
 
 
 def _show_measured(args: argparse.Namespace, workload: Any, measured: dict[str, Any]) -> int:
-    """What there is to say of a GPU that has no published figures here."""
+    """Show the measurement of a GPU that has no published figures here."""
     from dia_fast.diagnostics.roofline import devices, report
 
     why = (
@@ -207,7 +207,7 @@ def _fit(made: Any) -> list[str]:
 
 
 def _timer(args: argparse.Namespace) -> Any:
-    """What measures on the GPU, or None without --measure. Raises InputError where there is none."""
+    """Make the timer of the GPU, or None without --measure. Raises InputError where there is no GPU."""
     if not args.measure:
         return None
     from dia_fast.diagnostics.roofline import measure

@@ -313,7 +313,7 @@ def _tell_demo_voice(text: str, *, quiet: bool) -> None:
 
 
 def at_once(args: argparse.Namespace, text: str) -> int:
-    """How many sequences run at a time: one, unless a text is cut into segments that do not wait for each other."""
+    """Count the sequences that run at a time: one, unless segments of a text need not wait for each other."""
     if args.max_batch is not None:
         return int(args.max_batch)
     if args.split == "none" or args.prompt_text is None:

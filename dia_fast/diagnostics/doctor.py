@@ -36,7 +36,7 @@ OPS = tuple(op for op in reference.__all__ if op not in _NO_KERNELS)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found out about one op.
+    """The finding about one op.
 
     outcome: "ok", "wrong" (ran, other numbers), "failed" (raised), "compiled" (not run) or "unchecked"; share: largest
     error as a share of what is allowed, 0 where nothing ran.

@@ -60,7 +60,7 @@ def decode(rows: int, dtype: torch.dtype, ops: Any = kernels, model: DiaModel | 
 def prefill(
     dtype: torch.dtype, ops: Any = kernels, config: DiaConfig | None = None, text: int = TEXT, frames: int = FRAMES
 ) -> None:
-    """What the encoder, an audio prompt of `frames` frames and the codec launch, once each. By default of Dia-1.6B."""
+    """Run the encoder, an audio prompt of `frames` frames and the codec once each. By default of Dia-1.6B."""
     config = config or DiaConfig()
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What callers of `Dia` may pass, checked and brought into one form."""
+"""Check the arguments of `Dia`'s methods and bring them into one form."""
 
 import difflib
 import math

@@ -23,6 +23,7 @@ from dia_fast.generation.inputs import (
     progress_of,
 )
 from dia_fast.generation.outcome import Outcome, Segment, attempt_seed, finish_reason, silence
+from dia_fast.generation.prompts import longest_prompt
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.model.config import DiaConfig
 from dia_fast.text.segmentation import LEAST_SECONDS, SEGMENT_SECONDS, continued, join_segments, speakers, split_script
@@ -52,11 +53,6 @@ class Voice:
 
     codes: Tensor
     text: str
-
-
-def longest_prompt(config: DiaConfig) -> int:
-    """Frames of the longest audio prompt that leaves positions for one new frame and the rows that complete it."""
-    return config.decoder.max_position_embeddings - max(config.delay_pattern) - 2
 
 
 def cut(
@@ -183,7 +179,7 @@ class Script:
 
     @property
     def outcome(self) -> Outcome:
-        """What became of it, once it is done."""
+        """The result of each segment, once the script is done."""
         parts = zip(self.segments, self.frames, self.truncated, self.seeds, strict=True)
         segments = []
         for text, frames, truncated, seeds in parts:

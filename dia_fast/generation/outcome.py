@@ -1,4 +1,4 @@
-"""What became of a text: one object for every door, and the seeds with which silence is tried again."""
+"""The outcome of a text: one object for every door, and the seeds with which silence is tried again."""
 
 import hashlib
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a text. warnings: what there is to remark, one sentence each."""
+    """The outcome of a text. warnings: remarks, one sentence each."""
 
     segments: tuple[Segment, ...]
     warnings: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def finish_reason(frames: int, truncated: bool) -> FinishReason:
-    """Why a segment ended. Without a frame it is silent, whatever ended it."""
+    """Name the reason why a segment ended. Without a frame it is silent, whatever ended it."""
     return "silent" if not frames else "length" if truncated else "end"
 
 

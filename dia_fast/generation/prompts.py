@@ -1,9 +1,10 @@
-"""What a caller may pass as the voice to speak in, turned into codes.
+"""Turn audio prompts, the voices to speak in, into codes.
 
 An audio prompt is a path, an `Audio`, a pair `(samples, sample_rate)`, or the codes themselves as an integer tensor
 `[frames, channels]`. Everything but codes goes through the codec.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,6 +26,12 @@ AudioPrompt: TypeAlias = str | os.PathLike[str] | Audio | tuple[Any, int] | Tens
 
 KINDS = "a path, an Audio, a pair (samples, sample_rate) or an integer tensor of codes [frames, channels]"
 MIN_SECONDS = 0.02  # two frames of the codec
+_KEPT = 64  # recordings whose codes are remembered
+
+
+def longest_prompt(config: DiaConfig) -> int:
+    """Frames of the longest audio prompt that leaves positions for one new frame and the steps that complete it."""
+    return config.decoder.max_position_embeddings - max(config.delay_pattern) - 2
 
 
 def prompt_for_each(prompt: "AudioPrompt | Sequence[AudioPrompt]", count: int, listed: bool) -> list[AudioPrompt]:
@@ -44,29 +51,36 @@ def prompt_for_each(prompt: "AudioPrompt | Sequence[AudioPrompt]", count: int, l
 
 @isolated()
 def encode_prompts(
-    config: DiaConfig, prompts: Sequence[AudioPrompt], codec: "Callable[[], Codec]"
+    config: DiaConfig,
+    prompts: Sequence[AudioPrompt],
+    codec: "Callable[[], Codec]",
+    known: dict[bytes, Tensor] | None = None,
 ) -> list[Tensor | None]:
-    """The codes of each prompt, as `encode_prompt` gives them; one that serves several texts is encoded once."""
-    decoder = config.decoder
-    # Positions must be left for one new frame and the rows that complete it.
-    room = decoder.max_position_embeddings - max(config.delay_pattern) - 2
-    codes = {
-        key: encode_prompt(prompt, codec, channels=decoder.num_channels, codes=decoder.eos_token_id, max_frames=room)
-        for key, prompt in {id(prompt): prompt for prompt in prompts}.items()
-    }
-    return [codes[id(prompt)] for prompt in prompts]
+    """Turn audio prompts into codes; equal sound is encoded once.
+
+    Args:
+        config: Of the model.
+        prompts: One for each text, or None.
+        codec: Called only when there is sound to encode.
+        known: Codes by digest of their sound, kept from call to call: those of the last 64 recordings.
+
+    Returns:
+        For each prompt `[frames, channels]` int64 codes on the CPU, or None.
+
+    Raises:
+        InputError: For a prompt that is none, or that leaves no room to speak.
+    """
+    known = {} if known is None else known
+    return [encode_prompt(config, prompt, codec, known) for prompt in prompts]
 
 
 def encode_prompt(
-    prompt: AudioPrompt, codec: "Callable[[], Codec]", *, channels: int, codes: int, max_frames: int
+    config: DiaConfig, prompt: AudioPrompt, codec: "Callable[[], Codec]", known: dict[bytes, Tensor]
 ) -> Tensor | None:
-    """The codes of one prompt, `[frames, channels]` int64 on the CPU, or None for None.
-
-    codec: called only when there is sound to encode. codes: valid ones are 0 to `codes - 1`. max_frames: the longest
-    prompt that leaves room to speak. Raises InputError naming what is wrong.
-    """
+    """Turn one audio prompt into codes; arguments, result and errors are those of `encode_prompts`."""
     if prompt is None:
         return None
+    channels, codes, max_frames = config.decoder.num_channels, config.decoder.eos_token_id, longest_prompt(config)
     if _is_codes(prompt):
         return checked_codes(prompt, channels, codes, max_frames)
     if not isinstance(prompt, str | os.PathLike | Audio | tuple):
@@ -79,7 +93,14 @@ def encode_prompt(
         if isinstance(prompt, Audio):
             prompt = (prompt.samples, prompt.sample_rate)
         samples = _from_samples(prompt, unit.sample_rate, longest)
-    return checked_codes(unit.encode(samples).cpu(), channels, codes, max_frames)
+    key = hashlib.sha256(samples.tobytes()).digest()
+    found = known.get(key)
+    if found is None:
+        found = checked_codes(unit.encode(samples).cpu(), channels, codes, max_frames)
+        while len(known) >= _KEPT:
+            known.pop(next(iter(known)), None)
+        known[key] = found
+    return found
 
 
 def _from_samples(pair: tuple[Any, ...], sample_rate: int, longest: float) -> np.ndarray:

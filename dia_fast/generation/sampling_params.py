@@ -1,4 +1,4 @@
-"""How to sample: the parameters of one generation, checked in one place for every door."""
+"""Sampling parameters of one generation, checked in one place for every door."""
 
 import secrets
 from collections.abc import Mapping
@@ -77,7 +77,7 @@ class SamplingParams:
 
     @property
     def guided(self) -> bool:
-        """Whether a second, unconditional row is computed."""
+        """True if a second, unconditional row is computed."""
         return self.guidance_scale is not None and self.guidance_scale != 1.0
 
     @property

@@ -54,7 +54,7 @@ class Stream(OneProcess, Generator[Audio, None, None]):
 
     @property
     def outcome(self) -> Outcome | None:
-        """What became of the text: None until the stream has ended."""
+        """The outcome of the text, None until the stream has ended."""
         return _outcome(self._script)
 
     def send(self, value: None) -> Audio:
@@ -79,7 +79,7 @@ class AsyncStream(OneProcess, AsyncGenerator[Audio, None]):
 
     @property
     def outcome(self) -> Outcome | None:
-        """What became of the text: None until the stream has ended."""
+        """The outcome of the text, None until the stream has ended."""
         return _outcome(self._made[0]) if self._made else None
 
     # Plain functions: a coroutine would put a frame of its own between the chunks and whoever waits for them.
@@ -271,7 +271,7 @@ class Chunks:
         return self._chunk(samples if self._join is None else self._join.add(samples), seed)
 
     def end_segment(self, seed: int | None) -> list[Audio]:
-        """What has waited for the end of this segment, or of the script. The next one begins."""
+        """Return the sound that waited for the end of this segment, or of the script. The next one begins."""
         self.sent, self.segments = 0, self.segments - 1
         if self._join is None:
             return []

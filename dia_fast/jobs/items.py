@@ -55,7 +55,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds for lines that do not say otherwise.
+    """Values for lines that do not name their own.
 
     params: their seed is what the items' seeds come from. made_with: model, codec and whatever else changes the
     sound, for the manifest. identity: what tells two versions of them apart, for the fingerprint only.

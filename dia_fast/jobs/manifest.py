@@ -1,4 +1,4 @@
-"""What a batch has done: a line of JSON for each item, appended as it ends, in the items' order at the end of a run."""
+"""The record of a batch: a line of JSON for each item, appended as it ends, in the items' order at the end of a run."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def _line(entry: dict[str, Any]) -> bytes:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether a last line is the beginning of one of ours, of whatever length, rather than somebody else's."""
+    """Tell whether a last line is the beginning of one of ours, of whatever length, rather than somebody else's."""
     begin = re.sub(rb"\d+", b"0", line, count=1)
     if not begin.startswith(_BEGINNING):
         return _BEGINNING.startswith(begin)

@@ -31,7 +31,7 @@ _REPORT_SECONDS = 0.5  # between two words of an actor about its steps
 
 @dataclass
 class ActorReport:
-    """What one actor has done: `steps` of all requests, `items`, and `seconds` of sound since it was ready."""
+    """Report of one actor: `steps` of all requests, `items`, and `seconds` of sound since it was ready."""
 
     name: str
     steps: int = 0
@@ -53,7 +53,7 @@ class ActorReport:
 
 @dataclass(frozen=True)
 class PoolOptions:
-    """How the cluster is used.
+    """Options of the use of a cluster.
 
     Attributes:
         address: Of a cluster, as `ray.init` takes it; `"local"` starts one on this machine and ends it afterwards.

@@ -18,12 +18,11 @@ import numpy as np
 from dia_fast.audio.audio import Audio, Samples, load_audio
 from dia_fast.errors import DiaFastError, InputError
 from dia_fast.generation.inputs import params_for
-from dia_fast.generation.long_form import Script, Voice, cut, longest_prompt, speak_all
+from dia_fast.generation.long_form import Script, Voice, cut, speak_all
 from dia_fast.generation.outcome import Outcome
-from dia_fast.generation.prompts import MIN_SECONDS, encode_prompt
+from dia_fast.generation.prompts import MIN_SECONDS, encode_prompts
 from dia_fast.jobs.items import Failed, Item
 from dia_fast.jobs.manifest import Manifest, done_entry, failed_entry
-from dia_fast.utils.files import sweep
 from dia_fast.utils.out_of_memory import out_of_memory
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
     from dia_fast.api import Dia
 
-_PROMPTS_KEPT = 64
 _RATE, _MOST_SECONDS = 44_100, 35.0  # of the official model
 
 
@@ -146,7 +144,6 @@ class Batch:
         with _held(self.folder):
             self._look()  # another run may have ended since
             totals.before = self.before
-            sweep(self.folder)
             with self.manifest:
                 for failed in self.failed:
                     close(failed_entry(failed.line, failed.id, failed.error))
@@ -176,7 +173,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Spoken:
-    """What became of an item.
+    """The result of an item.
 
     Attributes:
         id: Of the item.
@@ -222,12 +219,13 @@ def speak_items(
 
 
 def _scripts(dia: "Dia", items: Iterable[Item], failed: list[Spoken]) -> Iterator[Script]:
-    prompts: dict[str, Tensor] = {}
+    prompts: dict[bytes, Tensor] = {}
     rate = dia.codec.frames_per_second
     for item in items:
         try:
             params_for(dia.config, item.params)
-            voice = None if item.prompt is None else Voice(_encoded(dia, item, prompts), item.prompt_text or "")
+            [codes] = encode_prompts(dia.config, [item.prompt], lambda: dia.codec, prompts)
+            voice = None if codes is None else Voice(codes, item.prompt_text or "")
             segments = cut(item.text, dia.config, voice, rate) if item.split else [item.text]
             script = Script(dia.config, segments, item.params, voice, item.id, rate)
         except Exception as error:
@@ -241,32 +239,13 @@ def _without_sound(name: str, error: Exception) -> Spoken:
 
 
 def _is_done(entry: dict[str, Any] | None, item: Item, folder: Path) -> bool:
-    """Whether the manifest knows the item, as it is now, and its file is still there."""
+    """Tell whether the manifest knows the item, as it is now, and its file is still there."""
     if entry is None or entry["status"] != "done" or entry["fingerprint"] != item.fingerprint:
         return False
     try:
         return (folder / item.file).stat().st_size == entry["bytes"]
     except OSError:
         return False
-
-
-def _encoded(dia: "Dia", item: Item, known: "dict[str, Tensor]") -> "Tensor":
-    """The codes of an item's prompt; the last few recordings are remembered."""
-    assert item.prompt is not None
-    if item.prompt_digest not in known:
-        decoder = dia.config.decoder
-        codes = encode_prompt(
-            item.prompt,
-            lambda: dia.codec,
-            channels=decoder.num_channels,
-            codes=decoder.eos_token_id,
-            max_frames=longest_prompt(dia.config),
-        )
-        assert codes is not None
-        if len(known) == _PROMPTS_KEPT:
-            known.pop(next(iter(known)))
-        known[item.prompt_digest] = codes
-    return known[item.prompt_digest]
 
 
 def _said(error: Exception) -> str:

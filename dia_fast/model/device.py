@@ -1,4 +1,4 @@
-"""Where a model runs, by which ops and in which type, from what the caller said or from what the machine has."""
+"""Resolve device, ops and dtype of a model from the caller's arguments or from the machine."""
 
 from types import ModuleType
 

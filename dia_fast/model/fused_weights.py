@@ -1,4 +1,4 @@
-"""How the tensors of a checkpoint lie in the weights that the kernels stream.
+"""Map the tensors of a checkpoint to the fused weights that the kernels stream.
 
 Fused weights are `[out, in]`; what one launch reads is one tensor (q|k|v, gate|up, the k|v of cross-attention).
 """
@@ -78,14 +78,8 @@ def fused_slices(config: DiaConfig) -> dict[str, FusedSlice]:
     return found
 
 
-def transformers_shapes(config: DiaConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of the transformers layout."""
-    shapes = fused_shapes(config)
-    return {name: (last - first, *shapes[fused][1:]) for name, (fused, first, last) in fused_slices(config).items()}
-
-
 def parameter_count(config: DiaConfig) -> int:
-    """How many weights the model has."""
+    """Count the weights of the model."""
     return sum(math.prod(shape) for shape in fused_shapes(config).values())
 
 

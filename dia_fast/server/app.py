@@ -77,12 +77,12 @@ def guarded(app: FastAPI, service: Service) -> Guard:
 def _operations(app: FastAPI, service: Service) -> None:
     @app.get("/health", tags=["operations"])
     async def health() -> Status:
-        """Whether the process answers."""
+        """Answer that the process is alive."""
         return Status(status="ok")
 
     @app.get("/ready", tags=["operations"], responses={503: {"model": Status}})
     async def ready() -> JSONResponse:
-        """Whether requests are served: 503 while the model is loaded, and from the signal to stop on."""
+        """Answer if requests are served: 503 while the model is loaded, and from the signal to stop on."""
         return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
 
     @app.get("/metrics", tags=["operations"], response_class=Response)
@@ -129,7 +129,7 @@ def _speech(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/audio/text", tags=["speech"])
     async def text(body: TextRequest) -> TextReport:
-        """What is known about a text before it is spoken: its length in seconds, and what will sound bad."""
+        """Tell the expected length of a text in seconds, and what will sound bad in it."""
         return service.report(body.input, body.ref_text)
 
 

@@ -196,7 +196,7 @@ def media_type(form: Format, rate: int) -> str:
 
 
 def has_media() -> bool:
-    """Whether PyAV is installed: for aac, and for a speed other than 1."""
+    """Tell whether PyAV is installed: for aac, and for a speed other than 1."""
     try:
         import av  # noqa: F401
     except ImportError:

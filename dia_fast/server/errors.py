@@ -24,7 +24,7 @@ TYPES = {
 
 
 class ApiError(Exception):
-    """What ends a request: a status and the contents of the error object.
+    """The error that ends a request: a status and the contents of the error object.
 
     Args:
         status: HTTP status.

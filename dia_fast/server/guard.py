@@ -1,5 +1,4 @@
-"""What every request passes first: its id, the names it may come under, its key, the size of its body; and its line
-in the log."""
+"""Checks that every request passes first: id, names it may come under, key, size of the body; and its log line."""
 
 import asyncio
 import hashlib

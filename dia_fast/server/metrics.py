@@ -1,4 +1,4 @@
-"""What a server counts, in a registry of its own, as Prometheus reads it."""
+"""Metrics of a server in a registry of its own, for Prometheus."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ class Metrics:
         Gauge(name, about, registry=self.registry, namespace="dia_fast").set_function(value)
 
     def build_info(self, **labels: str) -> None:
-        """What runs here."""
+        """Export versions, model and device as labels."""
         gauge = Gauge("build_info", "always 1", list(labels), registry=self.registry, namespace="dia_fast")
         gauge.labels(**labels).set(1)
 

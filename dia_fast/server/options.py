@@ -1,4 +1,4 @@
-"""What the operator of a server chooses, checked."""
+"""Options of the operator of a server, checked."""
 
 import ipaddress
 import os
@@ -74,7 +74,7 @@ class Options:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """True if only this machine can reach the server."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:

@@ -1,4 +1,4 @@
-"""What goes over the wire: requests and responses of the HTTP interface."""
+"""Requests and responses of the HTTP interface."""
 
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ class SpeechRequest(SpeechOptions):
 
     @property
     def sse(self) -> bool:
-        """Whether events are asked for."""
+        """True if the caller asks for events."""
         return self.stream_format == "sse" or (self.stream_format is None and self.stream is True)
 
 
@@ -152,7 +152,7 @@ class TextRequest(BaseModel):
 
 
 class TextReport(BaseModel):
-    """What is known about a text before it is spoken."""
+    """Facts about a text before it is spoken."""
 
     bytes: int
     seconds: float = Field(description="about how long it takes to say")

@@ -152,12 +152,12 @@ class Service:
 
     @property
     def defaults(self) -> SamplingParams:
-        """How a request is sampled that says nothing; those of Dia's authors while the model is being loaded."""
+        """Sampling parameters of a request that names none; those of Dia's authors while the model is being loaded."""
         return SamplingParams() if self._dia is None else self._dia.defaults
 
     @property
     def is_demo(self) -> bool:
-        """Whether the demo voice of the package is served, which knows few words."""
+        """True if the demo voice of the package is served, which knows few words."""
         return self.options.demo
 
     # Requests
@@ -246,7 +246,7 @@ class Service:
         return random_seed() if seed in (None, -1) else int(seed or 0), params
 
     def report(self, text: str, prompt_text: str | None = None) -> TextReport:
-        """What is known about a text before it is spoken."""
+        """Tell facts about a text before it is spoken."""
         try:
             found = checked_text(text)
             told = text_warnings(found, max_length=1 << 17) if TAG.search(found) else text_warnings(f"[S1] {found}")

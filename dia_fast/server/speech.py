@@ -49,7 +49,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Workshop:
-    """What all utterances share."""
+    """State that all utterances share."""
 
     driver: Driver
     gate: Gate

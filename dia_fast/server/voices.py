@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dia_fast.audio.audio import Audio, load_audio
 from dia_fast.errors import InputError
-from dia_fast.generation.prompts import encode_prompt
+from dia_fast.generation.prompts import encode_prompts, longest_prompt
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.server.errors import ApiError
 from dia_fast.text.tokenizer import ABSURD_BYTES, checked_text
@@ -142,16 +142,12 @@ class Voices:
             told = f"what is said in it must be in {path.stem}.txt"
             raise InputError(f"{told}: {error.strerror or error}") from error
         more = self._more(path.with_suffix(".json"))
-        decoder = self._config.decoder
-        room = decoder.max_position_embeddings - max(self._config.delay_pattern) - 2
         codec = self._store.codec
-        longest = min(LONGEST, room / codec.frames_per_second)
+        longest = min(LONGEST, longest_prompt(self._config) / codec.frames_per_second)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             codes, _ = self._store.codes(path, longest)
-        checked = encode_prompt(
-            codes, lambda: codec, channels=decoder.num_channels, codes=decoder.eos_token_id, max_frames=room
-        )
+        [checked] = encode_prompts(self._config, [codes], lambda: codec)
         params = SamplingParams().given(
             **{name: more[name] for name in ("seed", "temperature") if more.get(name) is not None}
         )

@@ -146,7 +146,7 @@ class _Limit:
     size: int
 
     def holds(self, words: str) -> bool:
-        """Whether words fit in a segment of their own, with a tag and a space."""
+        """Tell whether words fit in a segment of their own, with a tag and a space."""
         return spoken_seconds(words) + spoken_seconds(" ") <= self.seconds and len(words.encode()) + 2 <= self.size
 
 
@@ -245,7 +245,7 @@ def _letter_cuts(
 
 
 def _joined(words: str, index: int) -> bool:
-    """Whether the code points before and after `index` belong to one visible character (a part of UAX 29)."""
+    """Tell whether the code points before and after `index` belong to one visible character (a part of UAX 29)."""
     before, after = words[index - 1], words[index]
     letters = 0  # two make a flag
     while index > letters and "\U0001f1e6" <= words[index - letters - 1] <= "\U0001f1ff":

@@ -94,7 +94,7 @@ def text_warnings(
     prompt_seconds: float = 0.0,
     least_seconds: float = SHORT_SECONDS,
 ) -> list[str]:
-    """What is known to sound bad about a text, one sentence each; an empty list if nothing is.
+    """List what is known to sound bad about a text, one sentence each.
 
     prompt_seconds: length of the audio prompt whose transcript the text begins with; that part is not spoken again.
     least_seconds: below which speech sounds unnatural.
@@ -135,7 +135,7 @@ def text_warnings(
 
 
 def _unspeakable(spoken: str) -> list[str]:
-    """What the model was not taught to read, one sentence each."""
+    """List what the model was not taught to read, one sentence each."""
     found = []
     if url := _URL.search(spoken):
         found.append(f"{url[0][:40]} is a web address, which is read badly: write it as it is said")

@@ -27,7 +27,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model learns from at a time, all on one device.
+    """Examples that the model learns from at a time, all on one device.
 
     text: `[batch, length]` int64, 0 where `text_mask` (bool, same shape) is False. rows: `[batch, steps, channels]`
     int64, the decoder's input; step_mask: `[batch, steps]` bool, False on the left of shorter items. labels: as rows,
@@ -45,7 +45,7 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
     def counts(self) -> Tensor:
-        """How many labels count in each channel: `[channels]` int64."""
+        """The number of labels that count in each channel: `[channels]` int64."""
         return (self.labels >= 0).sum((0, 1))
 
 

@@ -50,7 +50,7 @@ class Dataset:
 
 
 def default_cache() -> Path:
-    """Where codes are kept if nobody says otherwise: `dia-fast/codes` in the user's folder for caches."""
+    """Return the default folder of codes: `dia-fast/codes` in the user's folder for caches."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "dia-fast" / "codes"
 

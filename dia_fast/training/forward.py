@@ -93,7 +93,7 @@ class Forward:
         self.ops = gradient_ops(model.ops.name, model.device)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """What the heads read: `[batch, steps, hidden]` in `dtype`."""
+        """Compute the input of the heads: `[batch, steps, hidden]` in `dtype`."""
         memory = self._encode(batch.text, batch.text_mask)
         return self._decode(batch.delayed_codes, batch.step_mask, memory, batch.text_mask)
 

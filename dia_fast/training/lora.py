@@ -31,7 +31,7 @@ class LoRA(nn.Module):
         self.scale = scale
 
     def added(self, x: Tensor) -> Tensor:
-        """What the adapter adds to `x @ weight.T`, in the dtype of x."""
+        """Compute what the adapter adds to `x @ weight.T`, in the dtype of x."""
         return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
 
     def merged(self, weight: Tensor) -> Tensor:

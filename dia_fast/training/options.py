@@ -18,7 +18,7 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What a run learns from and how. Raises InputError, naming the option, for a value that cannot work.
+    """Options of a training run. Raises InputError, naming the option, for a value that cannot work.
 
     model: the checkpoint to begin with, and codec: see `Dia.from_pretrained`. data, eval_data: see `read_recordings`;
     without eval_data, `eval_share` of the data is held out. steps: optimizer steps, each of
@@ -112,7 +112,7 @@ class TrainOptions:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads and JSON holds."""
+        """Return a dict that `from_dict` reads and JSON can hold."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def _integer(self, name: str, least: int) -> None:

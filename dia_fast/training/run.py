@@ -25,7 +25,7 @@ from torch import Tensor
 from dia_fast.checkpoint.tensor_io import save_torch
 from dia_fast.errors import InputError, shown
 from dia_fast.training.options import FREE, TrainOptions
-from dia_fast.utils.files import LARGEST_TEXT, parse_json, read_json, read_regular, replacing, sweep
+from dia_fast.utils.files import LARGEST_TEXT, parse_json, read_json, read_regular, replacing
 
 _STATE = re.compile(r"step-(\d{8,})\.pt")
 
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def model(self) -> Path:
-        """Where the finished checkpoint goes."""
+        """The folder of the finished checkpoint."""
         return self.folder / "model"
 
     def begin(self, digest: str) -> None:
@@ -99,8 +99,6 @@ class Run:
             (self.folder / "states").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to {self.folder}: {error.strerror}") from error
-        for folder in (self.folder, self.folder / "states"):
-            sweep(folder)
         with replacing(self.folder / "run.json") as temporary:
             stored = {"options": self.options.to_dict(), "data": digest}
             temporary.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
@@ -144,7 +142,7 @@ class Run:
             self._path(old).unlink()
 
     def load(self, step: int) -> dict[str, Any]:
-        """What `save` wrote, on the CPU. Raises InputError if the file is damaged."""
+        """Read what `save` wrote, on the CPU. Raises InputError if the file is damaged."""
         path = self._path(step)
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

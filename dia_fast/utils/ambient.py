@@ -1,4 +1,4 @@
-"""What the caller has set in torch for its own work, kept out of ours: a result depends on arguments alone.
+"""Keep the caller's settings of torch out of our work: a result depends on arguments alone.
 
 Autocast, gradients, inference mode and the default device belong to a thread, and are put back when the block ends.
 The precision of matrix products belongs to the process: it is at its highest while any block is open. The default dtype

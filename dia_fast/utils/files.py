@@ -111,7 +111,7 @@ def read_json(path: Path, error: type[DiaFastError] = CheckpointError) -> Any:
 
 
 def parse_json(data: str | bytes, where: str, error: type[DiaFastError] = CheckpointError) -> Any:
-    """What a JSON text says. Raises `error` for a text that is not JSON, or that nests or counts beyond any use.
+    """Parse a JSON text. Raises `error` for a text that is not JSON, or that nests or counts beyond any use.
 
     where: the file, for messages. Integers must fit 64 bits, so that no later conversion overflows.
     """
@@ -388,7 +388,7 @@ class _Temporary:
         raise NotImplementedError
 
     def _make(self, folder: Path) -> Path:
-        """What the block gets, in the locked folder."""
+        """Make the path that the block gets, in the locked folder."""
         raise NotImplementedError
 
     def _commit(self) -> None:
@@ -402,7 +402,7 @@ class _Temporary:
         return self.error(f"{what}: {error.strerror or error}" if inside else f"{what}: {named}: {error.strerror}")
 
     def _folder_of(self, name: str) -> bool:
-        """Whether a path is one of ours."""
+        """Tell whether a path is one of ours."""
         ours = [str(self.path), str(self.target)] if hasattr(self, "target") else [str(self.path)]
         return name in ours or any(_TEMPORARY.fullmatch(part) for part in Path(name).parts)
 

@@ -44,7 +44,7 @@ FLOOR = 3e-4  # 70 dB below full scale; what is softer is silence
 
 @dataclass(frozen=True)
 class Plan:
-    """How a codec is trained.
+    """The plan of a codec's training.
 
     samples: weight of the L1 of samples. fewer: share of the clips that do with fewer than all codebooks. shortest: of
     the windows of spectrograms, in samples.
@@ -208,7 +208,7 @@ class Codebooks:
 
 
 class Distance:
-    """How far two waveforms are apart: L1 of mel spectrograms, logarithmic and plain, plus L1 of samples."""
+    """Distance of two waveforms: L1 of mel spectrograms, logarithmic and plain, plus L1 of samples."""
 
     def __init__(self, plan: Plan) -> None:
         self.samples, self.scales = plan.samples, []

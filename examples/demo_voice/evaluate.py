@@ -1,4 +1,4 @@
-"""How well the demo voice is understood: two offline recognisers hear held-out sentences; and the pitch of its voices.
+"""Intelligibility of the demo voice: two offline recognisers hear held-out sentences; and the pitch of its voices.
 
     python -m examples.demo_voice.evaluate RECORDINGS [--model FOLDER] [--count 100]
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import soxr
 
 from examples.demo_voice.sentences import COLORS, DIGITS, OPENINGS, PLACES, THINGS, words
 
@@ -78,8 +77,3 @@ grammar sentences;
        | please (open | close) <object> | <object> is in the {any_of(PLACES)};
 public <sentence> = ({any_of(OPENINGS)} [{any_of(OPENINGS)} | <core>] | <core>)+;
 """
-
-
-def at_recogniser_rate(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Resampled to `RATE`."""
-    return samples if rate == RATE else soxr.resample(samples, rate, RATE)

@@ -1,4 +1,4 @@
-"""What the demo voice can say: a closed vocabulary, sentences drawn from it, and which of them are kept for testing.
+"""Sentences of the demo voice: a closed vocabulary, sentences drawn from it, and those kept for testing.
 
 A sentence is held out if a hash of its words says so, whoever speaks it and wherever: no training recording has it.
 """
@@ -69,7 +69,7 @@ def sentences(turn: str) -> list[str]:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether this sentence is kept for testing."""
+    """Tell whether this sentence is kept for testing."""
     return zlib.crc32(" ".join(words(text)).encode()) % 100 < HELD_OUT
 
 

@@ -1,4 +1,4 @@
-"""Which GPU the benchmarks use and ask about, and the benchmark of the original package, without either."""
+"""Choice of the GPU by benchmarks, and the benchmark of the original package, without either."""
 
 import argparse
 from pathlib import Path

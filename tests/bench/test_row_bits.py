@@ -23,7 +23,7 @@ BASE = ptx.BUFFER
 
 
 def run(body: str, *memory: np.ndarray) -> dict[int, int]:
-    """What 32 threads write, 16-bit words by byte offset in the last buffer. Buffers are in %rd1, %rd2, ..."""
+    """Run 32 threads; return words by byte offset in the last buffer. Buffers are in %rd1, %rd2, ..."""
     threads = 32
     contents = [array.ravel().view(np.uint16) for array in memory]
     buffers = {n + 1: lambda at, array=array: array[at // 2] for n, array in enumerate(contents)}

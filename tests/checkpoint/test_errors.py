@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is named: the file, the tensor, the value. Nothing of a bad pickle is ever run."""
+"""Faults of a checkpoint are named: the file, the tensor, the value. Nothing of a bad pickle is ever run."""
 
 import json
 import os

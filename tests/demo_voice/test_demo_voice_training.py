@@ -1,4 +1,4 @@
-"""What makes the demo voice: its trainer for GPUs, here on a CPU, against `dia_fast.training`; and seeded speech."""
+"""The making of the demo voice: its trainer for GPUs, here on a CPU, against `dia_fast.training`; and seeded speech."""
 
 from contextlib import nullcontext
 from dataclasses import replace

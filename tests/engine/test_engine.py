@@ -217,7 +217,7 @@ def one_slot(model: DiaModel, guided: bool = True, pages: int = 64) -> DecodeSta
 
 
 def test_a_step_keeps_its_buffers_where_they_are() -> None:
-    """What a captured graph relies on."""
+    """A captured graph relies on it."""
     model = random_model()
     model.decoder.head[EOS] = 0
     state = one_slot(model)

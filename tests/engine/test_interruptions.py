@@ -198,7 +198,7 @@ def traced(on_line: Callable[[Line], None], only: CodeType | None = None) -> Ite
 
 
 def hits(make: Callable[[], Run]) -> Counter[Line]:
-    """How often each line is come by."""
+    """Count how often each line is come by."""
     found: Counter[Line] = Counter()
     run = make()
     with traced(lambda line: found.update([line])):
@@ -264,7 +264,7 @@ def runs() -> Iterator[Callable[[], Run]]:
 
 
 def raise_everywhere(full: bool) -> tuple[int, int]:
-    """How often something was raised, and at how many lines.
+    """Raise at every line; return how often, and at how many lines.
 
     full: both at the first, the middle and the last time that a line is come by; else one of them once. A tracer is
     also called when a `with` block ends, before what ends it: nothing else could raise there, so neither do we.

@@ -1,4 +1,4 @@
-"""Who is served when: limits, priorities, deadlines, fairness, and what listeners are told."""
+"""The order of service: limits, priorities, deadlines, fairness, and what listeners are told."""
 
 import threading
 from collections import Counter

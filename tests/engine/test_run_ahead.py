@@ -1,4 +1,4 @@
-"""How far the host runs ahead of a device, in the milliseconds of a virtual one: steps, results, chunks, pages."""
+"""The host's lead over a device, in the milliseconds of a virtual one: steps, results, chunks, pages."""
 
 from dataclasses import replace
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""What goes wrong in one request, or in a step, ends what it must and nothing else; memory comes back."""
+"""A fault in one request, or in a step, ends what it must and nothing else; memory comes back."""
 
 import gc
 import resource

@@ -1,4 +1,4 @@
-"""What cannot work, through both doors: refused before any work, in words that help, with nothing left behind."""
+"""Bad input through both doors: refused before any work, in words that help, with nothing left behind."""
 
 import math
 from collections.abc import Callable

@@ -180,7 +180,7 @@ def tell(script: Script, frames: int, *, truncated: bool = False) -> tuple[Tenso
 
 
 def parts(prompt: Tensor | None) -> list[int]:
-    """Which segments a prompt consists of."""
+    """The segments that a prompt consists of."""
     return [] if prompt is None else prompt[:, 0].unique_consecutive().tolist()
 
 

@@ -1,4 +1,4 @@
-"""What streams ask of the engine that a `Dia` keeps: threads that wait, requests that are dropped at any moment."""
+"""Demands of streams on the engine that a `Dia` keeps: threads that wait, requests that are dropped at any moment."""
 
 import gc
 import threading

@@ -1,4 +1,4 @@
-"""What the tests of the front door share: a tiny model and a tiny codec on disk, and a look at what a folder holds."""
+"""Helpers for tests of the front door: a tiny model and a tiny codec on disk, and a look at what a folder holds."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the tests of the engine share: a model small enough for thousands of steps, and requests told by a number."""
+"""Helpers for tests of the engine: a model small enough for thousands of steps, and requests told by a number."""
 
 from functools import lru_cache
 from typing import Any
@@ -61,7 +61,7 @@ def numbered_request(number: int, longest: int = 60, **settings: Any) -> Request
 
 @lru_cache
 def alone(number: int, longest: int = 60, dtype: torch.dtype = torch.float32) -> Generation:
-    """What a numbered request gives by itself."""
+    """The result of a numbered request by itself."""
     return generate(small_model(dtype), [numbered_request(number, longest)])[0]
 
 

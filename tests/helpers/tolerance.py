@@ -48,13 +48,13 @@ def nudged_weights(module: nn.Module, seed: int, dtype: torch.dtype | None = Non
 
 
 def evaluations(evaluate: Callable[..., Tensor], *inputs: Tensor, count: int = EVALUATIONS) -> list[Tensor]:
-    """What a function gives for its inputs as they are, and for inputs that are moved by a rounding."""
+    """Evaluate a function for its inputs as they are, and for inputs that are moved by a rounding."""
     moved = [[nudged(tensor, 100 * seed + n) for n, tensor in enumerate(inputs)] for seed in range(1, count)]
     return [evaluate(*arguments) for arguments in (inputs, *moved)]
 
 
 def of_weights(module: nn.Module, evaluate: Callable[[], Tensor], count: int = EVALUATIONS) -> list[Tensor]:
-    """What a module gives with its weights as they are, and with weights that are moved by a rounding."""
+    """Evaluate a module with its weights as they are, and with weights that are moved by a rounding."""
     found = [evaluate().clone()]
     for seed in range(1, count):
         with nudged_weights(module, seed):

@@ -225,7 +225,7 @@ def test_sound_in_and_out(dia: Dia, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["descript", "transformers"])
 def test_codecs_of_others(dia: Dia, kind: str, cache: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """What a caller passes is what encodes and decodes; it agrees with the native codec on the same weights."""
+    """The caller's codec encodes and decodes; it agrees with the native codec on the same weights."""
     native = load_codec(cache / "codec")
     other: Any
     if kind == "transformers":

@@ -91,7 +91,7 @@ def test_first_generation_is_not_the_second() -> None:
 
 @pytest.mark.parametrize("wrap", ["original", "compiled", "ours"])
 def test_a_module_may_be_assigned(wrap: str) -> None:
-    """What a program builds, loads and compiles itself."""
+    """A program may build, load and compile it itself."""
 
     class Theirs(nn.Module):
         def state_dict(self, *_: Any, **__: Any) -> Any:

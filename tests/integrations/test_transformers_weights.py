@@ -22,7 +22,6 @@ from dia_fast.integrations.transformers import (
     patch,
     refresh,
     unaccelerate,
-    weights,
 )
 from tests.helpers.tolerance import EVALUATIONS, assert_equal_up_to_rounding, assert_same_numbers, nudged_weights
 from tests.integrations.models import CONFIG, greedy, inputs, make_model, same_as_own, unaccelerated
@@ -41,10 +40,17 @@ def packed(model: Any) -> dict[str, Tensor]:
     return ours.state_dict()
 
 
+def shared_bytes(model: Any, packed: dict[str, Tensor]) -> tuple[int, int]:
+    """(bytes of the fused weights that are the model's own memory, bytes that are a copy)."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes = [(tensor.untyped_storage().data_ptr() in own, tensor.nbytes) for tensor in packed.values()]
+    return sum(size for mine, size in sizes if mine), sum(size for mine, size in sizes if not mine)
+
+
 def test_weights_are_there_once(model: DiaForConditionalGeneration) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     same_as_own(model, inputs(), **SHORT)
-    own, copied = weights.shared_bytes(model, packed(model))
+    own, copied = shared_bytes(model, packed(model))
     assert copied == 0 and own == sum(parameter.nbytes for parameter in model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     addresses = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
@@ -114,7 +120,7 @@ def test_changed_weights_are_noticed(model: DiaForConditionalGeneration, change:
             refresh(model)
     again = same_as_own(model, batch, **SHORT)
     assert torch.equal(first, again) == (change == "cast")
-    assert weights.shared_bytes(model, packed(model))[1] == 0
+    assert shared_bytes(model, packed(model))[1] == 0
 
 
 def test_the_memory_is_let_go_when_weights_move(model: DiaForConditionalGeneration) -> None:
@@ -135,7 +141,7 @@ def test_tied_weights_are_copied_and_followed() -> None:
         attention.q_proj.weight.mul_(-1)
     assert attention.k_proj.weight is attention.q_proj.weight
     same_as_own_with_ties(model)
-    assert weights.shared_bytes(model, packed(model))[1] == 3 * attention.q_proj.weight.nbytes
+    assert shared_bytes(model, packed(model))[1] == 3 * attention.q_proj.weight.nbytes
     assert len(first)
 
 
@@ -144,7 +150,7 @@ def same_as_own_with_ties(model: DiaForConditionalGeneration) -> Tensor:
 
 
 class Adapter(nn.Module):
-    """What an adapter library puts in the place of a linear layer."""
+    """The layer that an adapter library puts in the place of a linear one."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

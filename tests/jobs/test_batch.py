@@ -188,7 +188,7 @@ def test_only_what_changed_is_done_again(
     entries = manifest(tmp_path)
 
     def again(*options: str) -> set[str]:
-        """What another run writes."""
+        """The files that another run writes."""
         before = times(tmp_path)
         assert batch(lines, "-q", *options) == 0
         return {name for name, time in times(tmp_path).items() if before.get(name) != time}
@@ -216,7 +216,7 @@ def test_only_what_changed_is_done_again(
 
 
 def test_a_torn_manifest_goes_on_and_a_damaged_one_is_refused(
-    batch: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    batch: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [{"id": name, "text": TEXTS[0]} for name in "ab"]
     assert batch(lines, "-q") == 0
@@ -224,6 +224,7 @@ def test_a_torn_manifest_goes_on_and_a_damaged_one_is_refused(
     path = tmp_path / "out" / "manifest.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     (tmp_path / "out" / ".dia-fast-0123456789abcdef.part").write_bytes(b"half")
+    monkeypatch.setattr("dia_fast.utils.files._swept", set())  # as in a new process
     assert batch(lines, "-q") == 0
     assert tree(tmp_path / "out") == whole
     assert {name for name, time in times(tmp_path).items() if before[name] != time} == {"b.wav"}

@@ -1,4 +1,4 @@
-"""Which actor gets which items, and what becomes of those whose actor was lost: with a stand-in for Ray."""
+"""The items of each actor, and those whose actor was lost: with a stand-in for Ray."""
 
 import random
 import sys

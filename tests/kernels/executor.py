@@ -8,7 +8,7 @@ import torch
 
 
 def driver_installed() -> bool:
-    """Whether Triton already has a driver for CPU tensors (the emulator's pytest plugin installs one very early)."""
+    """Tell whether Triton has a driver for CPU tensors (the emulator's pytest plugin installs one early)."""
     triton = sys.modules.get("triton")
     if triton is None or triton.knobs.runtime.interpret:
         return False
@@ -19,7 +19,7 @@ def driver_installed() -> bool:
 
 
 def interpreted() -> bool:
-    """Whether kernels of this process are interpreted."""
+    """Tell whether kernels of this process are interpreted."""
     if importlib.util.find_spec("triton") is None:
         return False
     import triton
@@ -39,5 +39,5 @@ def choose() -> None:
 
 
 def device() -> torch.device:
-    """Where the kernel tests put their tensors."""
+    """The device of the kernel tests' tensors."""
     return torch.device("cuda" if torch.cuda.is_available() and not interpreted() else "cpu")

@@ -60,7 +60,7 @@ def clone(cache: Cache) -> Cache:
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    """Whether two tensors are equal, NaN and the sign of zero included."""
+    """Tell whether two tensors are equal, NaN and the sign of zero included."""
     raw = {2: torch.int16, 4: torch.int32}[left.element_size()]
     return torch.equal(left.contiguous().view(raw), right.contiguous().view(raw))
 

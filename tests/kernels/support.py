@@ -1,4 +1,4 @@
-"""What every kernel test uses: poisoned outputs, error budgets from data, dtypes and odd sizes."""
+"""Helpers for kernel tests: poisoned outputs, error budgets from data, dtypes and odd sizes."""
 
 import math
 from collections.abc import Iterator, Sequence

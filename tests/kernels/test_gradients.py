@@ -1,4 +1,4 @@
-"""What training differentiates: gradients by finite differences, and each kernel against fp64 and the reference."""
+"""Ops that training differentiates: gradients by finite differences, and each kernel against fp64 and the reference."""
 
 from collections.abc import Callable
 from types import ModuleType

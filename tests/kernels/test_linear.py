@@ -331,7 +331,7 @@ def test_rows_may_be_shared_among_programs(
 def test_how_much_of_x_is_read_at_once_changes_no_bit(
     op: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether there are fewer steps than that, as many or more; the last step is not full."""
+    """There are fewer steps than that, as many or more; the last step is not full."""
     inputs = make(3, 5 * 256 + 64, 18, dtype, extra=1)
     run = OPS[op][0]
     expected = run(inputs, Kernels)

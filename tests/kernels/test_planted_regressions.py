@@ -123,7 +123,7 @@ print(json.dumps(asdict({measure})))
 
 
 def in_a_process(measure: str, plant: str = "", **environment: str) -> Group:
-    """What `measure` returns in a new process that compiles, after `plant` was executed there."""
+    """Return what `measure` returns in a new process that compiles, after `plant` was executed there."""
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "DIA_KERNELS_TABLE")}
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), kept.get("PYTHONPATH", "")])
     run = subprocess.run(

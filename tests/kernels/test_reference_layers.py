@@ -19,7 +19,7 @@ THETA = 100.0
 
 
 def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """What an implementation that rounds only once gives: the strictest low-precision reference there is."""
+    """The result of an implementation that rounds only once: the strictest low-precision reference there is."""
     return exact.float().to(dtype)
 
 

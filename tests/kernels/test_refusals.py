@@ -1,4 +1,4 @@
-"""What the decode kernels refuse because they would compute something else, or write where they must not."""
+"""Calls that the decode kernels refuse because they would compute something else, or write where they must not."""
 
 import pytest
 import torch

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.tools.tiny_models import tiny_config
+from dia_fast.checkpoint.layouts import tensor_slices
 from dia_fast.errors import CheckpointError
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.model.fused_weights import fused_shapes, fused_slices, parameter_count, transformers_shapes
+from dia_fast.model.fused_weights import fused_shapes, fused_slices, parameter_count
 from tests.helpers.strategies import configs
 
 ENCODER = {
@@ -275,7 +276,7 @@ def test_pieces_cover_every_packed_row_once(config: DiaConfig) -> None:
         assert ranges[-1][1] == shapes[name][0]
 
 
-def test_pieces_are_the_tensors_of_transformers() -> None:
+def test_slices_are_the_tensors_of_transformers() -> None:
     import torch
     from transformers import DiaConfig as TransformersConfig
     from transformers import DiaForConditionalGeneration
@@ -283,4 +284,5 @@ def test_pieces_are_the_tensors_of_transformers() -> None:
     for config in (DiaConfig(), EXPECTED, replace(tiny_config(), delay_pattern=(0, *range(8)))):
         with torch.device("meta"):
             model = DiaForConditionalGeneration(TransformersConfig(**config.to_transformers()))
-        assert transformers_shapes(config) == {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        found = {name: part.shape for name, part in tensor_slices(config, "transformers").items()}
+        assert found == {name: tuple(t.shape) for name, t in model.state_dict().items()}

@@ -83,7 +83,7 @@ class Plain:
         return self._norm(x, "encoder.norm")
 
     def logits(self, rows: Tensor, text: list[int], conditional: bool) -> Tensor:
-        """What is predicted after each row, `[rows, channels, vocab]`."""
+        """The prediction after each row, `[rows, channels, vocab]`."""
         length = self.config.encoder.max_position_embeddings
         ids = F.pad(torch.tensor(text), (0, length - len(text)))
         real = ids != 0
@@ -112,7 +112,7 @@ def guided(cond: Tensor, uncond: Tensor, scale: float, eos: int) -> Tensor:
 
 
 def probabilities(scores: Tensor, temperature: float, top_k: int | None, top_p: float, eos: int) -> Tensor:
-    """What one code is drawn from. scores: `[codes, vocab]`, of `guided`."""
+    """The distribution that one code is drawn from. scores: `[codes, vocab]`, of `guided`."""
     scores = scores.double() / temperature  # in double: what it is compared with is float32
     beaten = scores.argmax(-1) != eos
     scores[beaten, eos] = -torch.inf

@@ -1,4 +1,4 @@
-"""What is drawn from, against transformers' logits processors on the same logits."""
+"""The distribution that is drawn from, against transformers' logits processors on the same logits."""
 
 import math
 

@@ -157,7 +157,7 @@ sounds = st.lists(
 @settings(max_examples=100)
 @given(sounds)
 def test_joints_do_not_click(shapes: list[tuple[int, float, float, int]]) -> None:
-    """Whatever the segments hold (a constant, noise): at a joint the sound is at zero and leaves it slowly."""
+    """At a joint the sound is at zero and leaves it slowly, whatever the segments hold (a constant, noise)."""
     segments = []
     for count, level, noise, seed in shapes:
         segment = level + noise * np.random.default_rng(seed).uniform(-1, 1, count)

@@ -1,4 +1,4 @@
-"""What the heads and their loss take at the full size of Dia-1.6B, measured: every storage that torch allocates."""
+"""Memory of the heads and their loss at the full size of Dia-1.6B, measured: every storage that torch allocates."""
 
 import weakref
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a prediction has to assume, because no data sheet says it: each with a best and a worst value and its source.
+"""Assumptions of a prediction that no data sheet settles: each with a best and a worst value and its source.
 
 The best values together give the low end of a predicted time, the worst ones the high end. None was measured by the
 authors. (A whole step of one request took 0.99 ms on a tuned H200.) `dia-fast plan --measure` shows what is wrong.

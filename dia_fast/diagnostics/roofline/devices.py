@@ -1,4 +1,4 @@
-"""What vendors publish about their GPUs, and reading the same from a user's file."""
+"""Published figures of GPUs, and reading the same from a user's file."""
 
 import difflib
 import math
@@ -48,7 +48,7 @@ class Device:
 
     @property
     def chained(self) -> bool:
-        """Whether kernels use programmatic dependent launch."""
+        """Tell whether kernels use programmatic dependent launch."""
         return self.target.startswith("sm_") and int(self.target[3:]) >= 90
 
     def peak(self, itemsize: int) -> float:
@@ -183,7 +183,7 @@ def read(path: Path) -> Device:
 
 
 def _base(path: Path, data: dict[str, Any]) -> Device:
-    """What the file's numbers are laid over: the device it is like, or nothing but the optional ones."""
+    """The values that the file's numbers replace: those of the device it is like, or the optional ones alone."""
     if "like" in data:
         like = _text(path, "like", data["like"])
         if like.lower().endswith(".json") or os.path.isfile(like):

@@ -1,4 +1,4 @@
-"""What compilers make of the kernels at the shapes of Dia-1.6B, as far as a prediction needs it.
+"""Figures of the compiled kernels at the shapes of Dia-1.6B, as far as a prediction needs them.
 
 `codegen.json` is written by `python -m bench.figures` from the reports of `bench.codegen`. Nothing in it is a time.
 """

@@ -37,7 +37,7 @@ class Timer(Protocol):
     device: torch.device
 
     def capture(self, work: Work) -> Work:
-        """What repeats the launches of `work`, without the host's time between them."""
+        """Return a function that repeats the launches of `work`, without the host's time between them."""
 
     def seconds(self, work: Work) -> float:
         """Time on the device from the start of `work` to its end.

@@ -31,7 +31,7 @@ SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked for. requests: at once; context: tokens of sound, text: bytes of text of each; graph: a CUDA graph
+    """A step to predict. requests: at once; context: tokens of sound, text: bytes of text of each; graph: a CUDA graph
     of the step, in which requests are padded to the next size that the engine captures."""
 
     config: DiaConfig
@@ -189,7 +189,7 @@ def _parts(
 
 
 def _per_program(item: Work, figure: Figure, device: Device, size: int) -> tuple[float, float]:
-    """How many latencies a program's loads of weights or of K and V take, 0 if unknown, and its warp instructions."""
+    """Latencies that a program's loads of weights or of K and V take, 0 if unknown, and its warp instructions."""
     if not item.features:
         return float(item.name in counted.ATTENTIONS), figure.instructions * figure.warps
     bytes_of_program = figure.block * item.width * size
@@ -233,7 +233,7 @@ def _turns(item: Work, occupancy: int, device: Device, worst: bool) -> float:
 
 
 def _serial(item: Work, device: Device, worst: bool) -> float:
-    """What nothing else hides: loads that depend on loads, the end of a program, the bisections."""
+    """Time that nothing else hides: loads that depend on loads, the end of a program, the bisections."""
     clocks = assumed.EPILOGUE.value(worst)
     if item.name == "sample":
         cached, trips, clocks = 2, 0, clocks + assumed.SAMPLING.value(worst)
@@ -248,7 +248,7 @@ def _serial(item: Work, device: Device, worst: bool) -> float:
 
 
 def _notes(made: Prediction) -> list[str]:
-    """What somebody who reads these numbers should know, sentence by sentence."""
+    """Remarks for readers of these numbers, sentence by sentence."""
     device, workload, step = made.device, made.workload, made.workload.step
     notes = [made.figures.stand_in] if made.figures.stand_in else []
     if step.padded > workload.requests:

@@ -1,4 +1,4 @@
-"""What others have reported for Dia-1.6B, beside what the memory of their GPU allows."""
+"""Reported speeds of Dia-1.6B, beside the bound that the memory of their GPU sets."""
 
 from dataclasses import dataclass
 

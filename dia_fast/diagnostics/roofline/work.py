@@ -1,4 +1,4 @@
-"""What each launch of a decode step moves and computes, by formula.
+"""Bytes and operations of each launch of a decode step, by formula.
 
 The bytes are those that `bench/traffic.py` counts in the interpreter, to the byte; a test compares the two. `weights`
 and `kv` cannot come from a cache that is smaller than they are; `other` is what else is touched once (activations,
@@ -57,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the kernels cut their work on one target, which decides what is read again.
+    """The tiles of the kernels on one target, which decide what is read again.
 
     block: rows of the weights per program, of a launch with so many rows of x; self_split, cross_split: tokens per
     program; reads_twice: whether a normed projection reads x once for the norm and once for the product.
@@ -99,7 +99,7 @@ class Work:
 
     @property
     def streamed(self) -> int:
-        """What has to come from memory."""
+        """Bytes that have to come from memory."""
         return self.weights + self.kv
 
 

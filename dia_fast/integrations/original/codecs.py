@@ -61,7 +61,7 @@ class _Transformers:
 
 
 class Encoded(NamedTuple):
-    """What `dac.DAC.encode` returns: `z` `[batch, hidden, frames]`, codes `[batch, codebooks, frames]` int64, latents
+    """Result of `dac.DAC.encode`: `z` `[batch, hidden, frames]`, codes `[batch, codebooks, frames]` int64, latents
     `[batch, codebooks * codebook_dim, frames]`, and the two losses of its training."""
 
     z: Tensor

@@ -57,7 +57,7 @@ Prompts: TypeAlias = AudioPrompt | list[AudioPrompt]
 
 
 class _Report:
-    """What is told of the steps while they are made. Call it with the number of steps so far.
+    """Report of the steps while they are made. Call it with the number of steps so far.
 
     count: texts; given: frames of the shortest prompt, from which the original counts its steps; verbose: print the
     original's lines; bar: what some forks are given, with tqdm's `update`, or None.
@@ -464,7 +464,7 @@ def _seed(given: Any) -> int:
 
 
 def _samples(audio: Any) -> np.ndarray:
-    """What soundfile can write of what a caller has. Raises InputError."""
+    """Turn a caller's sound into samples that soundfile can write. Raises InputError."""
     samples = np.asarray(audio.detach().cpu() if isinstance(audio, Tensor) else audio)
     if samples.ndim not in (1, 2) or 0 in samples.shape[1:] or samples.dtype.kind not in "fi":
         raise InputError(

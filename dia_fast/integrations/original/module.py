@@ -17,7 +17,7 @@ from dia_fast.utils.ambient import isolated
 
 
 class Keys(NamedTuple):
-    """What `load_state_dict` returns, as torch's does."""
+    """Result of `load_state_dict`, as torch's own."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -37,7 +37,7 @@ class OriginalModel(DiaModel):
 
     @property
     def loaded(self) -> bool:
-        """Whether there are weights."""
+        """True once there are weights."""
         return self.version > 0
 
     @isolated()

@@ -134,13 +134,13 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
     def _ours(self, fullname: str) -> bool:
-        """Whether a module that is nowhere is to be made: of a package that is ours itself, or one asked for."""
+        """Tell whether a module that is nowhere is to be made: of a package that is ours itself, or one asked for."""
         return fullname in self.also or "dia" in self.made
 
     def _real(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
     ) -> importlib.machinery.ModuleSpec | None:
-        """What Python finds without this finder."""
+        """Find a module without this finder."""
         self._busy = True  # finders of other tools ask the import system in their turn
         try:
             for finder in list(sys.meta_path):
@@ -213,7 +213,7 @@ def _copy_at(path: str) -> Any:
 
 
 def _is_copy(module: ModuleType, name: str) -> bool:
-    """Whether an imported module is a copy of the original's `model.py`."""
+    """Tell whether an imported module is a copy of the original's `model.py`."""
     kind = vars(module).get("Dia") if isinstance(module, ModuleType) else None
     return isinstance(kind, type) and kind.__module__ == name and not issubclass(kind, model.Dia) and all(
         hasattr(kind, method) for method in ("generate", "_load_dac_model")

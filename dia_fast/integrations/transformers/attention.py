@@ -35,7 +35,7 @@ def attention(
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether `attention` of these is the kernel's, and not torch's."""
+    """Tell whether `attention` of these is the kernel's, and not torch's."""
     graded = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
     return mask is None and query.shape[2] == key.shape[2] and not graded
 

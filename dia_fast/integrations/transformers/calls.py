@@ -33,7 +33,7 @@ class NotOurs(Exception):
 
 @dataclass(frozen=True)
 class CallParams:
-    """What the prepared processors and criteria say."""
+    """Sampling parameters read from transformers' processors and criteria."""
 
     max_length: int
     guidance_scale: float | None
@@ -172,7 +172,7 @@ def make_requests(
 def assemble(
     start: Tensor, spoken: Sequence[Generation], pads: Sequence[int], params: CallParams, config: DiaConfig
 ) -> Tensor:
-    """What transformers' sampling loop returns: `[batch * channels, rows]` int64 on the device of `start`.
+    """Assemble the result of transformers' sampling loop: `[batch * channels, rows]` int64 on the device of `start`.
 
     start: `[batch * channels, known]`, the rows before decoding.
     """

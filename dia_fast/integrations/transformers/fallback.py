@@ -1,4 +1,4 @@
-"""When a call goes the model's own way, and how that is said."""
+"""Calls that go the model's own way, and the warning about them."""
 
 import contextlib
 import inspect
@@ -37,7 +37,7 @@ def asks_for_more(arguments: inspect.BoundArguments) -> str | None:
 
 
 def _is_set(value: Any) -> bool:
-    """Whether an argument says something: None, False and an empty list do not."""
+    """Tell whether an argument says something: None, False and an empty list do not."""
     return value is not None and value is not False and not (isinstance(value, list) and not value)
 
 

@@ -72,7 +72,7 @@ def _up(number: int, step: int) -> int:
 
 
 def holds(there: Sizes, wanted: Sizes) -> bool:
-    """Whether an engine of these sizes has room for what would be made for others."""
+    """Tell whether an engine of these sizes has room for what would be made for others."""
     return all(
         getattr(there, name) >= getattr(wanted, name) for name in ("batch", "steps", "text", "pages", "text_pages")
     )

@@ -38,7 +38,7 @@ _CACHE_HOOK, _LOOP = "_prepare_cache_for_generation", "_sample"
 
 
 class State:
-    """What an accelerated model carries: the engine's model on its weights, made again when those have changed."""
+    """The state of an accelerated model: the engine's model on its weights, made again when those have changed."""
 
     def __init__(self, backend: str, share_memory: bool, replaced: list[str]) -> None:
         self.backend, self.share_memory, self.replaced = backend, share_memory, replaced
@@ -61,7 +61,7 @@ class State:
 
     @isolated()
     def obstacle(self, model: DiaForConditionalGeneration) -> str | None:
-        """Why the engine cannot stand in for the model as it is now, or None; brings the engine's model up to date."""
+        """Name what keeps the engine from standing in for the model now, or None; bring its weights up to date."""
         if self._watch is None or self._watch.changed(model) or self._rewritten(model):
             self.forget()
             self._obstacle = weights.foreign_module(model)
@@ -79,7 +79,7 @@ class State:
         return self._watch.obstacle(modules.FORWARDS) or weights.altered(model, self._ours.config)
 
     def _rewritten(self, model: DiaForConditionalGeneration) -> bool:
-        """Whether weights differ from those that were packed into a form of which nothing can be read back."""
+        """Tell whether weights differ from those that were packed into a form of which nothing can be read back."""
         return self._fingerprint is not None and self._fingerprint != weights.fingerprint(model)
 
     @property

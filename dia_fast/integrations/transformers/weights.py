@@ -172,13 +172,6 @@ def _adjacent(members: Sequence[nn.Parameter]) -> bool:
     return True
 
 
-def shared_bytes(model: DiaForConditionalGeneration, packed: dict[str, Tensor]) -> tuple[int, int]:
-    """(bytes of the packed weights that are the model's own memory, bytes that are a copy)."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    sizes = [(tensor.untyped_storage().data_ptr() in own, tensor.nbytes) for tensor in packed.values()]
-    return sum(size for mine, size in sizes if mine), sum(size for mine, size in sizes if not mine)
-
-
 class Watch:
     """Notices what has become of a model since it was packed: weights that lie elsewhere, other modules, hooks.
 
@@ -193,11 +186,11 @@ class Watch:
         self._state = _state(model)
 
     def changed(self, model: DiaForConditionalGeneration) -> bool:
-        """Whether parameters have been moved or replaced."""
+        """Tell whether parameters have been moved or replaced."""
         return self._rebuilt(model) or _state(model) != self._state
 
     def obstacle(self, patched: Collection[Any]) -> str | None:
-        """Why the engine would not compute what the model does, or None. patched: forward methods that are ours."""
+        """Name what makes the engine compute something else, or None. patched: forward methods that are ours."""
         top = self._top[0]()
         assert top is not None
         for name, module in (("", top), *((name, module) for name, module, _ in self._modules)):
@@ -220,7 +213,7 @@ class Watch:
 
 
 def _captures(hook: Any) -> bool:
-    """Whether a hook is one that transformers leaves behind after `output_attentions`; it changes nothing."""
+    """Tell whether a hook is one that transformers leaves behind after `output_attentions`; it changes nothing."""
     return str(getattr(hook, "__module__", "")) == "transformers.utils.output_capturing"
 
 

@@ -57,7 +57,7 @@ class _Files(StaticFiles):
 
 
 def _about(service: Service) -> dict[str, Any]:
-    """What the page cannot know: the model, its sampling, and what the operator allows."""
+    """Collect what the page cannot know: the model, its sampling, and what the operator allows."""
     options, defaults = service.options, service.defaults
     return {
         "version": dia_fast.__version__,
