@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
-import torch
-
 from dia_fast.errors import InputError
 from dia_fast.model.decode_state import DecodeState
 from dia_fast.model.model import DiaModel
+from dia_fast.utils.cuda_graphs import CudaGraphs
 from dia_fast.utils.warn import warn
 
 Capture: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
@@ -73,31 +72,6 @@ class Stepper:
             return None
         self._replays[view.batch, view.guided] = replay
         return replay
-
-
-class CudaGraphs:
-    """Captures steps as CUDA graphs, all of them in one memory pool, on the current device and stream.
-
-    A capture needs a stream that is not the device's default one; where that is current, one of its own is used.
-    """
-
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
-        stream, default = torch.cuda.current_stream(), torch.cuda.default_stream()
-        if stream == default:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(default)
-            with torch.cuda.stream(stream):
-                step()  # compiles and loads the kernels, which a capture cannot
-            default.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # What other threads do meanwhile, such as decoding sound, is no part of it and may go on. Without a stream here
-        # torch would capture on one that all engines share, of the device that was the first to capture.
-        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-            step()
-        return graph.replay
 
 
 def choose_capture(wanted: Capture | str | None, model: DiaModel) -> Capture | None:

@@ -1,9 +1,10 @@
 """Sound while it is being made: what `Dia.stream` and `Dia.astream` do.
 
 The delay pattern completes a frame 15 rows after it begins, and its samples depend on a few frames on either side of it
-(`Codec.decode_context_frames`). So a chunk is decoded once so many frames beyond its end are complete, together with
-just so many on either side, and the chunks joined are what one decode of all frames gives. Where two segments of a
-script meet, the last 10 ms of the first wait for the second, since they fade out only if more follows.
+(`Codec.decode_context_frames`). So a chunk is decoded once so many frames beyond its end are complete, and the chunks
+joined are what one decode of all frames gives. The codec keeps what the next chunk needs: no frame is computed twice.
+Where two segments of a script meet, the last 10 ms of the first wait for the second, since they fade out only if more
+follows.
 """
 
 import asyncio
@@ -240,6 +241,7 @@ class Chunks:
         self.size, self._first = self._frames(seconds), self._frames(min(first, seconds))
         self._ahead = self._frames(AHEAD_SECONDS)
         self.sent = 0  # frames of this segment
+        self._stream: Any = None  # of the codec, for this segment
         self._join = Joiner(round(FADE_SECONDS * codec.sample_rate)) if segments > 1 else None
 
     def _frames(self, seconds: float) -> int:
@@ -267,12 +269,14 @@ class Chunks:
 
     def decode(self, span: tuple[Tensor, int, int], seed: int | None) -> list[Audio]:
         """The sound that is certain now: one chunk, or none where it waits for what follows."""
-        samples = self.codec.decode_span(*span).cpu().numpy()
+        if self._stream is None:
+            self._stream = self.codec.stream()
+        samples = self._stream.decode_span(*span).numpy()
         return self._chunk(samples if self._join is None else self._join.add(samples), seed)
 
     def end_segment(self, seed: int | None) -> list[Audio]:
         """Return the sound that waited for the end of this segment, or of the script. The next one begins."""
-        self.sent, self.segments = 0, self.segments - 1
+        self.sent, self.segments, self._stream = 0, self.segments - 1, None
         if self._join is None:
             return []
         held = [self._join.end()]

@@ -8,7 +8,8 @@ belongs to the process too and cannot be set for a while without others noticing
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -18,6 +19,8 @@ from dia_fast.utils.out_of_memory import memory_errors
 _DEVICES = ("cpu", "cuda")
 _lock = threading.Lock()
 _open, _precision = 0, "highest"
+_convolving = 0
+_put_back: Callable[[], None] = lambda: None  # noqa: E731
 _here = threading.local()  # blocks that this thread has open
 
 
@@ -68,9 +71,46 @@ def _exact_products() -> Iterator[None]:
                 torch.set_float32_matmul_precision(_precision)
 
 
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Float32 convolutions in float32 while any block is open: on a GPU torch takes TF32 unless it is told not to.
+
+    They belong to the process, as matrix products do. Networks without convolutions are spared the price of asking.
+    """
+    global _convolving, _put_back
+    with _lock:
+        if not _convolving:
+            _put_back = _switch_tf32_off()
+        _convolving += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _convolving -= 1
+            if not _convolving:
+                _put_back()
+
+
+def _switch_tf32_off() -> Callable[[], None]:
+    """Returns what puts the caller's choice back."""
+    backend: Any = torch.backends.cudnn
+    try:
+        allowed = backend.allow_tf32
+    except RuntimeError:  # torch's newer switch has been used, and refuses to answer for the older one
+        precision, backend.conv.fp32_precision = backend.conv.fp32_precision, "ieee"
+        return lambda: setattr(backend.conv, "fp32_precision", precision)
+    if not allowed:
+        return lambda: None
+    backend.allow_tf32 = False
+    return lambda: setattr(backend, "allow_tf32", True)
+
+
 def _in_child() -> None:
     """After a fork: the blocks of other threads have gone with them."""
-    global _lock, _open
+    global _lock, _open, _convolving
+    if _convolving:
+        _put_back()
+        _convolving = 0
     _lock, there, _open = threading.Lock(), _open, getattr(_here, "open", 0)
     if there and not _open and _precision != "highest":
         torch.set_float32_matmul_precision(_precision)

@@ -17,7 +17,7 @@ import torch
 
 from dia_fast import Audio
 from dia_fast.audio.audio import growing_file
-from dia_fast.audio.codec import Codec
+from dia_fast.audio.codec.stage import CodecStream
 from dia_fast.cli import main
 from dia_fast.engine import batch_rows
 from dia_fast.errors import InputError
@@ -121,11 +121,11 @@ def test_a_reader_that_goes_away_ends_it_without_a_word(speak: list[str]) -> Non
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(speak: list[str], tmp_path: Path) -> None:
     code = (
-        "import os, signal\nfrom dia_fast.audio.codec import Codec\nreal = Codec.decode_span\n"
+        "import os, signal\nfrom dia_fast.audio.codec.stage import CodecStream\nreal = CodecStream.decode_span\n"
         "def decode(self, codes, start, stop):\n"
         "    if start: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return real(self, codes, start, stop)\n"
-        "Codec.decode_span = decode"
+        "CodecStream.decode_span = decode"
     )
     arguments = command(speak, "-o", str(tmp_path / "out.wav"), "--stream", "--chunk-seconds", "0.1", code=code)
     found = subprocess.run(arguments, capture_output=True, text=True, env=environment())
@@ -136,15 +136,15 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(speak: list[str], tmp_path: Pat
 def test_a_failure_leaves_the_old_file(
     speak: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path, real = tmp_path / "out.wav", Codec.decode_span
+    path, real = tmp_path / "out.wav", CodecStream.decode_span
     path.write_bytes(b"old")
 
-    def broken(self: Codec, codes: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def broken(self: CodecStream, codes: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         if start:
             raise ZeroDivisionError("planted")
         return real(self, codes, start, stop)
 
-    monkeypatch.setattr(Codec, "decode_span", broken)
+    monkeypatch.setattr(CodecStream, "decode_span", broken)
     assert main([*speak, "-o", str(path), "--stream", "--chunk-seconds", "0.1"]) == 1
     assert "ZeroDivisionError: planted" in capfd.readouterr().err
     assert tree(tmp_path) == {"out.wav": b"old"}

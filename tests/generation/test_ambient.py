@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,39 @@ def test_every_allocation_names_dtype_and_device(package: Any) -> None:
         and not {"dtype", "device"} <= {keyword.arg for keyword in node.keywords}
     ]
     assert not unnamed
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_the_codecs_float32_is_never_tf32(newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is the caller's choice for his own convolutions lost. newer: he has used the switch of torch 2.9."""
+    backend, seen = torch.backends.cudnn, []
+    if newer and not hasattr(backend, "conv"):
+        pytest.skip("this torch has no such switch")
+
+    def allowed() -> bool:
+        return bool(backend.conv.fp32_precision == "tf32" if newer else backend.allow_tf32)
+
+    codec = random_codec(CodecConfig(encoder_hidden_size=4, decoder_hidden_size=32))
+    real = torch.nn.functional.conv1d
+
+    def conv1d(*inputs: Any, **named: Any) -> Tensor:
+        seen.append(allowed())
+        return real(*inputs, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "conv1d", conv1d)
+    before = backend.allow_tf32
+    try:
+        for choice in (True, False):
+            if newer:
+                backend.conv.fp32_precision = "tf32" if choice else "ieee"
+            else:
+                backend.allow_tf32 = choice
+            codes = codec.encode(torch.zeros(2_000))
+            codec.decode(codes)
+            codec.stream().decode_span(codes, 0, len(codes))
+            until = time.monotonic() + 20  # the codec's thread may still be on its way out
+            while allowed() is not choice:
+                assert time.monotonic() < until
+        assert len(seen) > 20 and not any(seen)
+    finally:
+        backend.allow_tf32 = before

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from dia_fast import Audio, CheckpointError, Dia, InputError, TextWarning
+from dia_fast.audio.codec.incremental import IncrementalDecoder
+from dia_fast.audio.codec.stage import CodecStream
 from dia_fast.engine import Cancelled, Engine
 from dia_fast.generation.long_form import Script
 from dia_fast.generation.sampling_params import SamplingParams
@@ -114,7 +116,12 @@ def test_the_loop_never_computes_and_never_waits_for_a_lock(dia: Dia, monkeypatc
 
         monkeypatch.setattr(owner, name, call)
 
-    for owner, name in ((DiaModel, "decode_step"), (dia.codec, "decode_span"), (dia.codec, "encode")):
+    for owner, name in (
+        (DiaModel, "decode_step"),
+        (CodecStream, "decode_span"),
+        (IncrementalDecoder, "step"),
+        (dia.codec, "encode"),
+    ):
         watched(owner, name)
     for name in ("submit", "advance", "cancel"):
         watched(Engine, name)
@@ -130,7 +137,7 @@ def test_the_loop_never_computes_and_never_waits_for_a_lock(dia: Dia, monkeypatc
 
     run(serve())
     names = {name for name, _ in seen}
-    assert names == {"decode_step", "decode_span", "encode", "submit", "advance", "cancel", "engine", "making"}
+    assert names == {"decode_step", "decode_span", "step", "encode", "submit", "advance", "cancel", "engine", "making"}
     assert not [name for name, thread in seen if thread is threading.main_thread()]
 
 
@@ -205,14 +212,14 @@ def test_a_request_is_withdrawn_before_it_is_there_or_after(dia: Dia, order: tup
 
 def test_a_codec_that_fails_in_one_stream_leaves_the_other_alone(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = dia.generate(TEXT, seed=LONG).samples
-    real = dia.codec.decode_span
+    real = CodecStream.decode_span
 
-    def broken(codes: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    def broken(self: CodecStream, codes: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         if stop - start == 1:
             raise RuntimeError("planted")
-        return real(codes, start, stop)
+        return real(self, codes, start, stop)
 
-    monkeypatch.setattr(dia.codec, "decode_span", broken)
+    monkeypatch.setattr(CodecStream, "decode_span", broken)
 
     async def serve() -> list[Any]:
         streams = [dia.astream(TEXT, seed=LONG, chunk_seconds=seconds) for seconds in (6 * FRAME, FRAME)]

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dia_fast import Audio, Dia, InputError, TextWarning
 from dia_fast.audio.codec import Codec, CodecConfig, random_codec
+from dia_fast.audio.codec.incremental import IncrementalDecoder
+from dia_fast.audio.codec.stage import CodecStream
 from dia_fast.engine import Cancelled, Request, StepFailed
 from dia_fast.generation.streaming import Chunks, Joiner
 from dia_fast.model.model import DiaModel
@@ -46,10 +48,15 @@ def exact() -> Codec:
 
 @pytest.fixture
 def decoded(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The codes of every call of the codec from now on."""
+    """The codes of every piece that the codec decodes from now on."""
     calls: list[Tensor] = []
-    real = dia.codec.decode
-    monkeypatch.setattr(dia.codec, "decode", lambda codes: (calls.append(codes), real(codes))[1])
+    real = IncrementalDecoder.step
+
+    def step(self: IncrementalDecoder, *inputs: Tensor, inside: bool) -> Tensor:
+        calls.append(inputs[3][0])
+        return real(self, *inputs, inside=inside)
+
+    monkeypatch.setattr(IncrementalDecoder, "step", step)
     return calls
 
 
@@ -181,12 +188,11 @@ def test_what_breaks_off_has_no_last_chunk(exact: Codec, status: str) -> None:
     assert [span[1:] for span in iter(lambda: chunks.cut(handle), None)] == [(0, 5)]
 
 
-def test_the_codes_are_those_of_generate_and_the_context_is_exact(dia: Dia, decoded: list[Tensor]) -> None:
+def test_the_codes_are_those_of_generate_and_each_is_decoded_once(dia: Dia, decoded: list[Tensor]) -> None:
     [codes] = dia.generate_codes(TEXT, seed=LONG)
     list(dia.stream(TEXT, seed=LONG, chunk_seconds=10 * FRAME, first_chunk_seconds=1))
-    assert len(decoded) == -(-len(codes) // 10) == 8
-    for index, piece in enumerate(decoded):
-        assert torch.equal(piece, codes[max(0, 10 * index - CONTEXT) : 10 * index + 10 + CONTEXT])
+    assert len(codes) == 72 and [len(piece) for piece in decoded] == [10 + CONTEXT, *[10] * 6, 2]
+    assert torch.equal(torch.cat(decoded)[: len(codes)], codes)
 
 
 @pytest.mark.parametrize("size", [1, 12])
@@ -278,7 +284,6 @@ def test_a_failed_step_ends_the_stream_without_a_last_chunk(dia: Dia, monkeypatc
 
 def test_a_codec_that_fails_in_one_stream_leaves_the_other_alone(dia: Dia, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = whole(dia, seed=LONG)
-    real = dia.codec.decode_span
     chunks = dia.stream(TEXT, seed=LONG, chunk_seconds=0.2)
     made = [next(chunks)]
     other = dia.stream(TEXT, seed=8, chunk_seconds=FRAME)
@@ -287,10 +292,10 @@ def test_a_codec_that_fails_in_one_stream_leaves_the_other_alone(dia: Dia, monke
     def broken(*args: Any) -> Tensor:
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(dia.codec, "decode_span", broken)
-    with pytest.raises(RuntimeError, match="planted"):
-        next(other)
-    monkeypatch.setattr(dia.codec, "decode_span", real)
+    with monkeypatch.context() as broken_codec:
+        broken_codec.setattr(CodecStream, "decode_span", broken)
+        with pytest.raises(RuntimeError, match="planted"):
+            next(other)
     assert dia.engine.stats.running == 1
     assert_same_sound(joined([*made, *chunks]), expected, dia.codec)
     assert_nothing_left(dia)

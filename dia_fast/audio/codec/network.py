@@ -170,6 +170,7 @@ class Quantizer(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.quantizers = nn.ModuleList(Codebook(config) for _ in range(config.n_codebooks))
+        self._table_of: tuple[object, Tensor] | None = None
 
     def encode(self, z: Tensor) -> Tensor:
         """`[1, hidden, frames]` -> ids `[1, codebooks, frames]` int64."""
@@ -182,10 +183,27 @@ class Quantizer(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Ids `[1, codebooks, frames]` -> `[1, hidden, frames]`."""
-        z = self.quantizers[0](codes[:, 0])
-        for index in range(1, len(self.quantizers)):
-            z = z + self.quantizers[index](codes[:, index])
-        return z
+        dtype = cast("Codebook", self.quantizers[0]).codebook.weight.dtype
+        return self.gather_sum(codes.transpose(1, 2), dtype)
+
+    def gather_sum(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """Ids `[batch, frames, codebooks]` int64 -> `[batch, hidden, frames]`: for each frame a sum of table rows."""
+        table = self._table()
+        size = len(table) // len(self.quantizers)
+        ids = codes + torch.arange(0, len(table), size, dtype=torch.int64, device=codes.device)
+        z = functional.embedding_bag(ids.flatten(0, 1), table, mode="sum")
+        return z.unflatten(0, codes.shape[:2]).transpose(1, 2).to(dtype).contiguous()
+
+    def _table(self) -> Tensor:
+        """The vectors that the codebooks add, `[codebooks * size, hidden]`, in fp32 or wider; follows the weights."""
+        stages = list(cast("Iterable[Codebook]", self.quantizers))
+        weights = [(s.codebook.weight, s.out_proj.weight, cast("Tensor", s.out_proj.bias)) for s in stages]
+        key = [(part.data_ptr(), part.device, part.dtype, part._version) for parts in weights for part in parts]
+        if self._table_of is None or self._table_of[0] != key:
+            wide = torch.float64 if weights[0][0].dtype == torch.float64 else torch.float32
+            parts = [functional.linear(c.to(wide), w[..., 0].to(wide), b.to(wide)) for c, w, b in weights]
+            self._table_of = key, torch.cat(parts)
+        return self._table_of[1]
 
 
 class DacNetwork(nn.Module):
