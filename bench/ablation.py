@@ -1,4 +1,4 @@
-"""Where does the time of a decode step go? Leaves one op out at a time and says how much faster the step is then.
+"""Find where the time of a decode step goes: leave one op out at a time, and time the step without it.
 
     python -m bench.ablation [--rows 2] [--context 860] [--text 200] [--dtype bfloat16] [--json FILE]
 

@@ -17,7 +17,7 @@ BETTER = ("lower", "higher")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a figure says, and how much of a difference says nothing.
+    """Meaning of a figure, and the difference that counts.
 
     better: which way is better, `lower` or `higher`. share, amount: a figure is worse when it differs from the recorded
     one in the other direction by more than `share * recorded + amount`. source: where that allowance comes from.
@@ -30,12 +30,12 @@ class Kind:
     source: str
 
     def limit(self, recorded: float) -> float:
-        """The last value that is not worse."""
+        """Return the last value that is not worse."""
         allowed = self._allowed(recorded)
         return recorded + allowed if self.better == "lower" else recorded - allowed
 
     def verdict(self, recorded: float, now: float) -> str:
-        """`same`, `noise`, `better` or `WORSE`; NaN is worse."""
+        """Return `same`, `noise`, `better` or `WORSE`; NaN is worse."""
         if now == recorded:
             return "same"
         loss = now - recorded if self.better == "lower" else recorded - now
@@ -81,7 +81,7 @@ class Finding:
 
 
 def settle(runs: Sequence[Group]) -> Group:
-    """The medians of repeated measurements of one group, with twice the largest deviation from them as noise.
+    """Return the medians of repeated measurements of one group, with twice the largest deviation from them as noise.
 
     What the kinds allow already stays allowed: few quiet runs say little of a busy machine.
     """
@@ -151,7 +151,7 @@ def compare(name: str, recorded: Group, now: Group) -> list[Finding]:
 
 
 def write(path: Path, groups: Mapping[str, Group]) -> None:
-    """Writes the file whole or not at all; a subject is one line, so that a diff is read easily."""
+    """Write the file whole or not at all; a subject is one line, so that a diff is read easily."""
     parts = [f' "format": {FORMAT}']
     for name, group in groups.items():
         kinds = {kind: asdict(meaning) for kind, meaning in group.kinds.items()}
@@ -172,7 +172,7 @@ def _lines(table: Mapping[str, Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Group]:
-    """What `write` wrote. Raises InputError that says what is wrong with the file."""
+    """Read a baseline that `write` wrote. Raises InputError that says what is wrong with the file."""
     again = "python -m bench.check --update makes a new one"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -191,7 +191,7 @@ def read(path: Path) -> dict[str, Group]:
 
 
 def group_of(item: Mapping[str, Any]) -> Group:
-    """A group from its JSON. Raises one of AttributeError, KeyError, TypeError, ValueError if it is none."""
+    """Return a group from its JSON. Raises one of AttributeError, KeyError, TypeError, ValueError if it is none."""
     kinds = {name: Kind(**kind) for name, kind in item["kinds"].items()}
     for name, kind in kinds.items():
         if kind.better not in BETTER:

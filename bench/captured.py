@@ -23,8 +23,10 @@ WARM_UP, SPANS = 10, 7  # replays before the first span, and how many are timed
 
 @dataclass(frozen=True)
 class Load:
-    """What a step has to do. rows: 1 without guidance, else twice the requests; context: tokens of each row so far;
-    text: bytes of each text."""
+    """Work of a step.
+
+    rows: 1 without guidance, else twice the requests; context: tokens of each row so far; text: bytes of each text.
+    """
 
     rows: int
     context: int
@@ -135,7 +137,7 @@ class QuickCapture:
 
 
 def without(ops: Any, op: str) -> Any:
-    """The op set, one op of which does nothing."""
+    """Return the op set, one op of which does nothing."""
 
     class Without:
         name = ops.name

@@ -30,7 +30,7 @@ Measure = Callable[[str, Path], Group]  # group, folder for a checkpoint; raises
 
 
 def chosen(text: str) -> list[str]:
-    """The groups of `--only`, in the order of the gate. Raises argparse.ArgumentTypeError for others."""
+    """Return the groups of `--only`, in the order of the gate. Raises argparse.ArgumentTypeError for others."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in metrics.GROUPS]
     if unknown or not names:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, measure: Measure = metrics.in_a
 
 
 def check(options: argparse.Namespace, measured: Callable[[str], Group]) -> int:
-    """Compares, prints and returns the exit status. Raises DiaFastError if there is no baseline to compare with."""
+    """Compare, print and return the exit status. Raises DiaFastError if there is no baseline."""
     recorded = baseline.read(options.baseline)
     found: list[Finding] = []
     problems: list[str] = []
@@ -84,7 +84,7 @@ def check(options: argparse.Namespace, measured: Callable[[str], Group]) -> int:
 
 
 def update(options: argparse.Namespace, measured: Callable[[str], Group]) -> int:
-    """Records the chosen groups and prints what changed; the others stay as they are."""
+    """Record the chosen groups and print what changed; the others stay as they are."""
     try:
         recorded = baseline.read(options.baseline)
     except InputError:
@@ -102,7 +102,7 @@ def update(options: argparse.Namespace, measured: Callable[[str], Group]) -> int
 
 
 def changes(before: Group | None, after: Group) -> str:
-    """What is recorded otherwise now."""
+    """Return a sentence for everything that is recorded otherwise now."""
     if before is None:
         return f"{count(sum(map(len, after.values.values())), 'figure')} recorded for the first time"
     lines = [baseline.differences(before.versions | before.machine, after.versions | after.machine)]
@@ -123,7 +123,7 @@ def _measured(name: str, folder: Path, measure: Measure) -> Group:
 
 
 def _compared(name: str, recorded: Group, measured: Callable[[str], Group]) -> list[Finding]:
-    """The group's findings; if it varies and looks worse, those of the median of three measurements."""
+    """Return the group's findings; if it varies and looks worse, those of the median of three measurements."""
     runs = [measured(name)]
     found = baseline.compare(name, recorded, runs[0])
     if name in metrics.REPEATED and any(item.verdict == "WORSE" for item in found):
@@ -153,7 +153,7 @@ def table(found: Iterable[Finding]) -> str:
 
 
 def summary(found: Sequence[Finding]) -> list[str]:
-    """A line per group: how many figures have which verdict."""
+    """Return a line per group: how many figures have which verdict."""
     groups: dict[str, dict[str, int]] = {}
     for item in found:
         verdicts = groups.setdefault(item.group, {})
@@ -168,13 +168,14 @@ def _told(verdicts: Mapping[str, int]) -> str:
 
 
 def figure(value: float | None) -> str:
-    """A number for a table: whole and large ones with separators, others with four digits."""
+    """Return a number for a table: whole and large ones with separators, others with four digits."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it has to be."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 

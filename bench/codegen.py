@@ -1,4 +1,4 @@
-"""What Triton makes of every kernel, for every GPU, at the shapes of Dia-1.6B. No GPU is needed.
+"""Compile every kernel for every GPU at the shapes of Dia-1.6B, and report on the machine code. No GPU is needed.
 
     python -m bench.codegen                        # all targets, rows and dtypes; prints the tables
     python -m bench.codegen --targets sm_90 --rows 1 2 --dtypes bfloat16 --markdown tables.md --json report.json
@@ -66,6 +66,7 @@ class Line:
 
 
 def read(compiled: ahead.Compiled, target: str) -> Code:
+    """Return the machine code of a launch."""
     shared = compiled.result.metadata.shared
     if target.startswith("gfx"):
         return machine_code.read_amd(compiled.asm["amdgcn"], shared)
@@ -78,6 +79,7 @@ def _read_sass(cubin: bytes, shared: int) -> Code:
 
 
 def line(compiled: ahead.Compiled, target: str, dtype: str, rows: int) -> Line:
+    """Return the figures of a launch."""
     code, machine = read(compiled, target), MACHINES[target]
     warps = compiled.result.metadata.num_warps
     programs = 1
@@ -105,12 +107,12 @@ def line(compiled: ahead.Compiled, target: str, dtype: str, rows: int) -> Line:
 
 
 def is_streaming(item: Line) -> bool:
-    """Whether so many rows in this dtype are few enough for a kernel to keep up with the memory."""
+    """Return True if these rows in this dtype are few enough for a kernel to keep up with the memory."""
     return 0 < item.rows <= STREAM_ROWS[item.dtype]
 
 
 def violations(item: Line) -> list[str]:
-    """What is wrong with a compiled kernel; empty if nothing is."""
+    """Return the rules that a compiled kernel breaks, a sentence each."""
     where = f"{item.kernel} on {item.target}, {item.dtype}, {item.rows} rows"
     found = []
     if item.spills:
@@ -183,7 +185,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def markdown(lines: Iterable[Line]) -> str:
-    """A table per target and dtype. Row counts whose code is alike in all figures share a line."""
+    """Return a table per target and dtype. Row counts whose code is alike in all figures share a line."""
     groups: dict[tuple[str, str], dict[tuple[object, ...], list[int]]] = {}
     for item in lines:
         matrix = ", ".join(f"{count} {name}" for name, count in item.matrix.items()) or "-"
@@ -205,7 +207,7 @@ def markdown(lines: Iterable[Line]) -> str:
 
 
 def summary(lines: Iterable[Line]) -> str:
-    """The worst of every kernel on every target: over all dtypes and rows, streaming figures where they are judged."""
+    """Return a table of the worst of every kernel and target; streaming figures where they are judged."""
     groups: dict[tuple[str, str], list[Line]] = {}
     for item in lines:
         groups.setdefault((item.target, item.kernel), []).append(item)
@@ -228,6 +230,7 @@ def summary(lines: Iterable[Line]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=(__doc__ or "").splitlines()[0])
 
     def choice(flag: str, values: Sequence[str]) -> None:

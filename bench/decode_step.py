@@ -1,4 +1,4 @@
-"""How long does one decode step take, and how does that compare with transformers on the same weights?
+"""Time one decode step, beside transformers on the same weights.
 
     python -m bench.decode_step --model FOLDER [--against transformers] [--batch 8] [--steps 16] [--rounds 3]
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(model: DiaModel, theirs: Any, options: argparse.Namespace) -> int:
-    """Runs both sides in turns and prints what a step takes: the least, which disturbs little, and the median."""
+    """Run both sides in turns and print what a step takes: the least, which disturbs little, and the median."""
     requests = requests_for(model.config, options)
     sides = {"dia-fast": our_run(model, requests)}
     if theirs is not None:

@@ -1,4 +1,4 @@
-"""Where a benchmark runs and what its time is read from: the one thing that tests replace to run without a GPU."""
+"""The device that a benchmark runs on, and its clock: the one thing that tests replace to run without a GPU."""
 
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Device:
 
     @property
     def name(self) -> str:
-        """What a report calls it; nothing that identifies the machine."""
+        """Name of the device in reports; nothing that identifies the machine."""
         return describe_machine(self.torch)
 
     @property
@@ -40,7 +40,7 @@ class Device:
         return max(sizes, default=_LARGEST_CACHE)
 
     def now(self) -> "Moment":
-        """This moment in the device's own time: on a GPU an event behind all work queued so far. The host goes on."""
+        """Return this moment in the device's time: on a GPU an event behind all work queued. The host goes on."""
         if not self.gpu:
             return Moment(self, time.perf_counter())
         event = torch.cuda.Event(enable_timing=True)
@@ -55,7 +55,7 @@ class Device:
         return float(start.elapsed_time(end)) / 1e3
 
     def hold(self) -> None:
-        """Keeps a GPU busy while the host queues what is to be timed: no launch is waited for within a span."""
+        """Keep a GPU busy while the host queues what is to be timed: no launch is waited for within a span."""
         if self.gpu:
             torch.cuda._sleep(HOLD_CYCLES)
 
@@ -64,7 +64,7 @@ class Device:
             torch.cuda.synchronize(self.torch)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What repeats the launches of `work` as a graph, so that no host is in the figures. Raises as torch does."""
+        """Return a function that repeats the launches of `work` as a graph, without the host. Raises as torch does."""
         from dia_fast.engine.decode_graphs import CudaGraphs
 
         return CudaGraphs()(work)
@@ -85,7 +85,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the device itself reaches on the simplest of work: bytes read and operations of a product, per second."""
+    """Rates that the device reaches on the simplest of work: bytes read and operations of a product, per second."""
 
     bandwidth: float
     compute: float
@@ -128,5 +128,5 @@ def _bytes(size: str) -> int:
 
 
 def open_device(name: str | None) -> Device:
-    """The device to measure on: the one named, or the GPU if there is one. Raises InputError."""
+    """Return the device to measure on: the one named, or the GPU if there is one. Raises InputError."""
     return Device(choose_device(name))

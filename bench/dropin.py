@@ -1,4 +1,4 @@
-"""What does the drop-in cost beside the engine it stands on, and what is left of the engine's lead over transformers?
+"""Time the drop-in beside the engine that it stands on, and beside transformers.
 
     python -m bench.dropin [--model FOLDER] [--steps 100] [--rounds 5] [--batch 1] [--clock cpu|wall] [--copy]
 
@@ -30,7 +30,7 @@ MOST = 0.03  # of a call's time may be spent on being a drop-in
 
 
 def load(path: str | None, dtype: torch.dtype) -> Any:
-    """A model of transformers whose speech never ends by itself."""
+    """Return a model of transformers whose speech never ends by itself."""
     from transformers import DiaForConditionalGeneration
 
     if path is not None:
@@ -45,7 +45,7 @@ def load(path: str | None, dtype: torch.dtype) -> Any:
 
 
 def make_inputs(config: DiaConfig, batch: int, text: int) -> dict[str, torch.Tensor]:
-    """What the processor makes of texts of one length, without audio prompts."""
+    """Return the processor's inputs for texts of one length, without audio prompts."""
     from bench.tools.pairs import delayed_inputs, random_prompts, random_texts, text_inputs
 
     grid = delayed_inputs(config, random_prompts(config, [0] * batch))
@@ -53,7 +53,7 @@ def make_inputs(config: DiaConfig, batch: int, text: int) -> dict[str, torch.Ten
 
 
 def sides(model: Any, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-    """The calls to compare, each making the same rows."""
+    """Return the calls to compare, each making the same rows."""
     accelerate(model, share_memory=not options.copy)
     state = model.__dict__[patch.STATE]
     config = patch.weights.read_config(model)
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> int:
-    """Prints the medians, the cost of the drop-in, and its lead."""
+    """Print the medians, the cost of the drop-in, and its lead."""
     from bench.measure import describe_machine
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

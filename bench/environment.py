@@ -1,4 +1,4 @@
-"""What a report says about the machine: hardware, driver and versions; no name, no folder, no user.
+"""Describe the machine for a report: hardware, driver and versions; no name, no folder, no user.
 
     python -m bench.environment DEVICE
 

@@ -55,7 +55,7 @@ def _by_step(lines: Iterable[Line]) -> dict[tuple[str, str, int], list[Line]]:
 
 
 def compact(lines: Iterable[Line]) -> Table:
-    """target -> dtype -> launch -> rows that it computes -> the fields of `Figure`."""
+    """Return target -> dtype -> launch -> rows that it computes -> the fields of `Figure`."""
     steps = _by_step(line for line in lines if line["rows"])
     table: Table = {}
     for target in MACHINES:
@@ -75,7 +75,7 @@ def compact(lines: Iterable[Line]) -> Table:
 
 
 def name_launches(lines: Sequence[Line]) -> dict[str, Line]:
-    """Launches of one step by name. A report leaves out a launch that is like an earlier one in every figure."""
+    """Return the launches of one step by name. A report leaves out a launch that equals an earlier one."""
     by_kernel: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         by_kernel[line["kernel"]].append(line)
@@ -99,7 +99,7 @@ def name_launches(lines: Sequence[Line]) -> dict[str, Line]:
 
 
 def _figure(name: str, line: Line, rows: int) -> list[float]:
-    """The fields of `Figure`; block, in_flight and instructions per load follow from the shapes of the 1.6B model."""
+    """Return the fields of `Figure`; some of them follow from the shapes of the 1.6B model."""
     machine, size = MACHINES[line["target"]], SIZES[line["dtype"]]
     resident = max(1, round(line["occupancy"] * machine.warps / line["warps"]))
     if name not in work.PROJECTIONS:

@@ -123,7 +123,7 @@ def obstacle(part: Part, report: Report, results: Sequence[Result]) -> str | Non
 
 
 def run(parts: Sequence[Part], report: Report, budget: float, hidden: Mapping[Path, str] | None = None) -> int:
-    """Runs all parts, writing the report after each; returns the exit status. hidden: folders that it must not name."""
+    """Run all parts, write the report after each, and return the exit status. hidden: folders that it must not name."""
     hidden = {report.folder: "<report>"} | dict(hidden or {})
     runner = Runner(report.folder, budget, hidden=hidden)
     results = report.results = [Result(part.name) for part in parts]
@@ -165,6 +165,7 @@ def hidden_folders(options: argparse.Namespace, scratch: Path) -> dict[Path, str
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="bench.gpu",
         description=(__doc__ or "").splitlines()[0],

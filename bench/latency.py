@@ -1,4 +1,4 @@
-"""How long until the first sound of a stream, for several lengths of chunk, and what does streaming cost over all?
+"""Time the first sound of a stream for several chunk lengths, and the cost of streaming overall.
 
     python -m bench.latency [--model FOLDER] [--codec FOLDER] [--chunks 0.1 0.5 2] [--steps 200] [--rounds 3]
 
@@ -26,6 +26,7 @@ TEXT = "[S1] Did you hear that? [S2] Hear what? [S1] It was a bell, far away. [S
 
 
 def codec_for(options: argparse.Namespace) -> Codec:
+    """Return the codec that the options name, or one of random weights, small unless a model is named."""
     if options.codec:
         return load_codec(options.codec, device=options.device)
     return random_codec(CodecConfig() if options.model else CodecConfig(decoder_hidden_size=32), device=options.device)
@@ -48,6 +49,7 @@ def time_at_once(dia: Dia, steps: int) -> Taken:
 
 
 def time_stream(dia: Dia, steps: int, chunk_seconds: float) -> Taken:
+    """Time a stream of so many steps."""
     before, start, first = dia.engine.steps, now(), None
     for _ in dia.stream(
         TEXT, chunk_seconds=chunk_seconds, first_chunk_seconds=chunk_seconds, seed=0, max_new_tokens=steps
@@ -58,7 +60,7 @@ def time_stream(dia: Dia, steps: int, chunk_seconds: float) -> Taken:
 
 
 def report(dia: Dia, options: argparse.Namespace) -> None:
-    """Runs every way in turns and prints the medians as a table."""
+    """Run every way in turns and print the medians as a table."""
     taken: dict[float, list[Taken]] = {length: [] for length in [0.0, *options.chunks]}
     dia.generate(TEXT, seed=0, max_new_tokens=min(options.steps, 24))  # what is made at first use does not count
     for _ in range(options.rounds):

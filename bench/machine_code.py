@@ -1,4 +1,4 @@
-"""What a compiled kernel does, read off its machine code: SASS for NVIDIA, GCN assembly for AMD.
+"""Read a compiled kernel's machine code: SASS for NVIDIA, GCN assembly for AMD.
 
 Written for kernels that stream weights. A load is one of weights when it carries the streaming hint (`.EF` in SASS,
 `nt`, `slc` or `TH_LOAD_NT` in AMD's assembly); kernels/dia_kernels/triton/gemv.py gives it to nothing else. Triton
@@ -18,7 +18,7 @@ MULTIPLY_ADD = re.compile(r"v_(dual_)?fmac?_f32")
 
 @dataclass(frozen=True)
 class Machine:
-    """What of a GPU decides how many bytes it can keep on their way, and how many instructions it can issue meanwhile.
+    """Limits of a GPU that decide its bytes in flight, and the instructions it can issue meanwhile.
 
     units: SMs or CUs; bandwidth: bytes/s of memory; clock: Hz; lanes: of a warp; warps, registers (32-bit, per lane of
     a warp slot summed over the unit), shared (bytes), per unit; issue: warp instructions per clock and unit. On CDNA a

@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, the machine, the model under test and transformers on the same weights."""
+"""Parts that benchmarks share: clocks, the machine, the model under test and transformers on the same weights."""
 
 import argparse
 import statistics
@@ -37,24 +37,24 @@ class Seconds(NamedTuple):
 
 
 def now() -> Seconds:
-    """This moment, with all work of the GPU done."""
+    """Return this moment, with all work of the GPU done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return Seconds(time.perf_counter(), time.process_time())
 
 
 def least(spans: Sequence[Seconds]) -> Seconds:
-    """The shortest of each clock: the span that was disturbed least."""
+    """Return the shortest of each clock: the span that was disturbed least."""
     return Seconds(min(span.wall for span in spans), min(span.cpu for span in spans))
 
 
 def median(spans: Sequence[Seconds]) -> Seconds:
-    """The median of each clock."""
+    """Return the median of each clock."""
     return Seconds(statistics.median(span.wall for span in spans), statistics.median(span.cpu for span in spans))
 
 
 def step_times(run: Run) -> list[Seconds]:
-    """What each step after the warm-up took."""
+    """Return the times of the steps after the warm-up."""
     marks: list[Seconds] = []
     run(lambda: marks.append(now()))
     return [after.since(before) for before, after in zip(marks, marks[1:], strict=False)][WARM_UP:]
@@ -91,7 +91,7 @@ def their_run(theirs: Any, config: DiaConfig, requests: Sequence[Request]) -> Ru
 
 
 def use(device: torch.device) -> torch.device:
-    """The device, made the current one if it is a numbered GPU: launches, graphs, events and waiting go to that one."""
+    """Make a numbered GPU the current device, so that launches, graphs and events go there; return the device."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
@@ -117,7 +117,7 @@ def load(options: argparse.Namespace) -> tuple[DiaModel, Any]:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `load` and `describe` read."""
+    """Add the options that `load` and `describe` read."""
     parser.add_argument("--model", required=True, help="folder, file or Hub id; bench.make_checkpoint makes one")
     parser.add_argument("--against", choices=("transformers",))
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
@@ -163,7 +163,7 @@ def describe(model: DiaModel, options: argparse.Namespace) -> str:
 
 
 def describe_machine(device: torch.device) -> str:
-    """The model name of the processor, and how many threads torch uses; nothing that identifies the machine."""
+    """Return the model name of the processor, and how many threads torch uses; nothing that identifies the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

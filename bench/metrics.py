@@ -1,4 +1,4 @@
-"""What the regression gate measures: five groups of figures, each taken in a process of its own.
+"""Measure the figures of the regression gate: five groups, each taken in a process of its own.
 
     python -m bench.metrics GROUP FOLDER FILE
 
@@ -90,7 +90,7 @@ def traffic(
 
 
 def codegen(targets: Sequence[str] = TARGETS, rows: Sequence[int] = (2,)) -> Group:
-    """What Triton makes of every kernel in bf16 at the shapes of Dia-1.6B, by `bench.codegen`."""
+    """Return figures of the machine code of every kernel in bf16 at the shapes of Dia-1.6B, by `bench.codegen`."""
     from bench.codegen import report
 
     values: dict[str, dict[str, float]] = {}
@@ -157,7 +157,7 @@ def memory(folder: Path) -> Group:
 
 
 def ratio(folder: Path, steps: int = 16, rounds: int = 3, requests: Sequence[int] = (1, 4), text: int = 60) -> Group:
-    """How many steps are made in the processor time of one step of transformers, on the same bf16 weights."""
+    """Count the steps made in the processor time of one step of transformers, on the same bf16 weights."""
     from bench.decode_step import requests_for
     from bench.measure import describe_machine, least, load, our_run, step_times, their_run
 
@@ -207,7 +207,7 @@ GROUPS: dict[str, Callable[[Path], Group]] = {
 
 
 def in_a_process(name: str, folder: Path) -> Group:
-    """The figures of one group, taken in a new process with one thread. Raises InputError if that fails."""
+    """Return the figures of one group, taken in a new process with one thread. Raises InputError if that fails."""
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "DIA_KERNELS_TABLE")}
     paths = [str(ROOT), str(ROOT / "kernels"), kept.get("PYTHONPATH", "")]
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
@@ -243,7 +243,7 @@ def resident(field: str) -> int:
 
 
 def forget_peak() -> None:
-    """Starts `VmHWM` anew."""
+    """Start `VmHWM` anew."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,4 +1,4 @@
-"""Whether the kernels of a decode step, compiled for an NVIDIA GPU, are right in any order of warps and have no race.
+"""Run compiled kernels of a decode step in any order of warps, to find races and results that depend on it.
 
     python -m bench.ordering                         # small shapes, seconds; no GPU is needed
 
@@ -98,7 +98,7 @@ def _projections(rows: int) -> Iterator[Case]:
 
 
 def _ends() -> Iterator[Case]:
-    """What begins and ends a step."""
+    """Return the launches that begin and end a step."""
     batch, channels, vocab, hidden, capacity = 2, 3, 24, 32, 8
 
     def ints(*values: int) -> Tensor:
@@ -137,7 +137,7 @@ def cases() -> Iterator[Case]:
 
 
 def compiled_for(case: Case, target: str) -> ahead.Compiled:
-    """The launch of a case, compiled; its tensors are on the meta device, in the order of `case.tensors`."""
+    """Return the launch of a case, compiled; its tensors are on the meta device, in the order of `case.tensors`."""
     meta = {name: tensor.to("meta") for name, tensor in case.tensors.items()}
     with ahead.compiling(target) as compiled:
         case.call(kernels, meta)
@@ -150,7 +150,7 @@ def compiled_for(case: Case, target: str) -> ahead.Compiled:
 
 
 def problems(case: Case, target: str, seed: int = 0, edit: Callable[[str], str] = lambda text: text) -> list[str]:
-    """What is wrong with a case; empty if nothing is. edit: changes the PTX before it is run."""
+    """Return the faults of a case, a sentence each. edit: changes the PTX before it is run."""
     compiled = compiled_for(case, target)
     order = list(case.tensors)
     tensors = {name: tensor.clone() for name, tensor in case.tensors.items()}
@@ -198,6 +198,7 @@ def _differences(case: Case, got: Mapping[str, Tensor]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.ordering", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=("sm_90",), choices=TARGETS, help="default: sm_90")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="orders to try (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""How long does a decode step take, and that of the original package on the same weights?
+"""Time a decode step beside the original package on the same weights.
 
     python -m bench.original --model FOLDER [--steps 64] [--rounds 3] [--compile] [--requests 1]
 
@@ -39,7 +39,7 @@ SHORT = 16  # steps of the shorter call
 
 
 def load_original(options: argparse.Namespace) -> Any:
-    """The original's model, without its codec; the code that ends a sentence never wins. Raises InputError."""
+    """Return the original's model, without its codec; the code that ends a sentence never wins. Raises InputError."""
     if not installed("dia"):
         raise InputError("the original package is not installed: pip install git+https://github.com/nari-labs/dia.git")
     from dia.model import Dia
@@ -51,7 +51,7 @@ def load_original(options: argparse.Namespace) -> Any:
 
 
 def original_steps(call: Callable[[int], None], steps: int) -> Seconds:
-    """What one step takes on average. call: generates that many steps."""
+    """Return the mean time of a step. call: generates that many steps."""
     taken = []
     for count in (SHORT, SHORT + steps):
         start = now()
@@ -62,7 +62,7 @@ def original_steps(call: Callable[[int], None], steps: int) -> Seconds:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Runs both in turns and prints what a step takes. Raises InputError."""
+    """Run both in turns and print what a step takes. Raises InputError."""
     theirs = load_original(options)
     model, _ = load(options)
     ids = encode_text(TEXT)

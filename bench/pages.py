@@ -1,4 +1,4 @@
-"""How much memory do keys and values take while a request grows to the model's limit?
+"""Measure the memory of keys and values while a request grows to the model's limit.
 
     python -m bench.pages [--rows 3072] [--every 512] [--prompt 0] [--dtype bfloat16]
 

@@ -66,7 +66,7 @@ def requests(config: DiaConfig, steps: int, temperature: float) -> list[Request]
 
 
 def speak(model: DiaModel, asked: Sequence[Request], capture: Any) -> list[Tensor]:
-    """The rows of each request. capture: as in `Engine`."""
+    """Return the rows of each request. capture: as in `Engine`."""
     with Engine(model, max_batch=len(asked), capture=capture) as engine:
         handles = [engine.submit(request) for request in asked]
         while engine.step():
@@ -105,7 +105,7 @@ def forced_logits(model: DiaModel, request: Request, rows: Tensor) -> Tensor:
 
 @contextmanager
 def on(model: DiaModel, ops: ModuleType) -> Iterator[DiaModel]:
-    """The model on another op set, for so long."""
+    """Put the model on another op set, for so long."""
     own, model.ops = model.ops, ops
     try:
         yield model
@@ -114,7 +114,7 @@ def on(model: DiaModel, ops: ModuleType) -> Iterator[DiaModel]:
 
 
 def check_graphs(model: DiaModel, steps: int, capture: Any = "auto") -> tuple[str, str]:
-    """Whether a captured step gives the bits of the launches it was made of. Raises if it cannot be captured."""
+    """Compare a captured step with the launches it was made of, to the bit. Raises if it cannot be captured."""
     capture = choose_capture(capture, model)
     if capture is None:
         return "unchecked", f"with these ops there are no graphs on {model.device.type}"

@@ -46,9 +46,10 @@ class Part:
 
 @dataclass
 class Result:
-    """reason: in words. status: "ok", "failed", "timed out", "skipped" (cannot run here), "left out" (could, but what
-    it builds on is missing or wrong), "no time", "interrupted" or "not run".
+    """Outcome of a part.
 
+    status: "ok", "failed", "timed out", "skipped" (cannot run here), "left out" (could, but what it builds on is
+    missing or wrong), "no time", "interrupted" or "not run"; reason: in words;
     exit: the exit status, negative for a signal; tail: the last lines of the output.
     """
 
@@ -78,7 +79,7 @@ class Runner:
         self.end = clock() + budget
 
     def run(self, part: Part) -> Result:
-        """What came of it; nothing that the command does raises. Raises Interrupted."""
+        """Run the command and return its outcome; nothing that it does raises. Raises Interrupted."""
         missing = [package for package in part.needs if not installed(package)]
         if missing:
             return Result(part.name, "skipped", f"{', '.join(missing)} is not installed")
@@ -135,7 +136,7 @@ def _meaning(status: int) -> tuple[str, str]:
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends what is left of a part and of what it has started: politely first, so that it can clean up."""
+    """End what is left of a part and of what it has started: politely first, so that it can clean up."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
@@ -152,7 +153,7 @@ def _text(file: IO[bytes]) -> str:
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported; one that only stands in for another, without a place of its own, is none."""
+    """Return True if a package can be imported; a stand-in without a place of its own does not count."""
     try:
         return find_spec(package) is not None
     except ValueError:
@@ -160,7 +161,7 @@ def installed(package: str) -> bool:
 
 
 def scrub(text: str, hidden: Mapping[Path, str] | None = None) -> str:
-    """The text without folders of the machine or its user. hidden: further ones, with what stands for each."""
+    """Return the text without folders of the machine or its user. hidden: further ones, with what stands for each."""
     known = {
         ROOT: ".",
         Path(sys.prefix): "<environment>",
@@ -176,7 +177,7 @@ def scrub(text: str, hidden: Mapping[Path, str] | None = None) -> str:
 
 
 def without_host(text: str) -> str:
-    """The text of a log without the name of the host, where that stands by itself."""
+    """Return the text of a log without the name of the host, where that stands by itself."""
     host = socket.gethostname()
     return re.sub(rf"(?<![\w-]){re.escape(host)}(?![\w-])", "<host>", text) if len(host) > 3 else text
 

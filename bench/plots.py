@@ -96,7 +96,7 @@ def times(kernels: Sequence[Benchmark], folder: Path, note: str) -> list[Path]:
 
 
 def latency(steps: Sequence[Benchmark], peaks: Mapping[str, float], folder: Path, note: str) -> list[Path]:
-    """A decode step of one request over its context, and the least it could take."""
+    """Draw a decode step of one request over its context, and the least it could take."""
     single = [item for item in steps if item["extra_info"]["requests"] == 1]
 
     def draw(axes: Any) -> None:
@@ -143,7 +143,7 @@ def throughput(steps: Sequence[Benchmark], folder: Path, note: str) -> list[Path
 
 
 def traffic(found: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """What each launch moves, by kind, over the fewest bytes that it could. found: the JSON of `bench.traffic`."""
+    """Draw the bytes of each launch, by kind, over the fewest possible. found: the JSON of `bench.traffic`."""
     names = [f"{item['kernel']}, {item['rows']} rows, context {item['context']}" for item in found]
 
     def draw(axes: Any) -> None:

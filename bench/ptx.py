@@ -73,7 +73,7 @@ class Program:
         return self
 
     def get(self, operand: str, bits: int, signed: bool = False) -> Bits:
-        """An operand of every thread as integers of `bits` bits."""
+        """Return an operand of every thread as integers of `bits` bits."""
         if operand in self.registers:
             found = self.registers[operand]
         elif operand.startswith("0f"):
@@ -93,7 +93,7 @@ class Program:
         self.registers[name] = value
 
     def floats(self, operand: str, kind: str) -> Bits:
-        """An operand as float32: kind is f32, f16 or bf16; the halves of a pair along the last axis for f16x2 etc."""
+        """Return an operand as float32. kind: f32, f16 or bf16; a pair (f16x2) has its halves along the last axis."""
         if kind == "f32x2":
             return self.get(operand, 64).view(np.float32).reshape(self.threads, 2)
         if kind.endswith("x2"):
@@ -324,7 +324,7 @@ def _widen(words: Bits, kind: str) -> Bits:
 
 
 def _narrow(values: Bits, kind: str) -> Bits:
-    """Rounds float64 once, to nearest even, and returns the bits; a pair is joined along the last axis."""
+    """Round float64 once, to nearest even, and return the bits; a pair is joined along the last axis."""
     if kind == "f32":
         return np.asarray(values, np.float32).view(np.uint32)
     if kind == "f32x2":

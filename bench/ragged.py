@@ -44,7 +44,7 @@ class Outcome:
 
 
 def schedule(config: DiaConfig, options: argparse.Namespace) -> list[Arrival]:
-    """The same for the same seed."""
+    """Draw the arrivals of requests; the same for the same seed."""
     draw = random.Random(options.seed)
     moment, arrivals = 0.0, []
     for number in range(options.requests):

@@ -27,7 +27,7 @@ MEASURED = Path(__file__).resolve().parent / "measured.json"
 
 
 def speak() -> Audio:
-    """The sample: the demo voice, on the CPU, with one thread and a fixed seed."""
+    """Return the sample: the demo voice, on the CPU, with one thread and a fixed seed."""
     torch.set_num_threads(1)
     with Dia.from_pretrained("demo", device="cpu") as dia:
         audio = dia.generate(TEXT, seed=SEED)

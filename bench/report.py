@@ -34,7 +34,7 @@ PLOTS = {"suite": MEASURED, "throughput": MEASURED, "plan": PREDICTED}
 
 @dataclass
 class Report:
-    """What is known so far. finished: every part was begun or skipped; interrupted: Ctrl-C came before that."""
+    """Results so far. finished: every part was begun or skipped; interrupted: Ctrl-C came before that."""
 
     folder: Path
     parts: Sequence[Part]
@@ -45,7 +45,7 @@ class Report:
     interrupted: bool = False
 
     def begin(self) -> None:
-        """Makes the folder. Raises InputError if something is in it that an earlier report did not put there."""
+        """Make the folder. Raises InputError if something is in it that an earlier report did not put there."""
         try:
             if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / "report.json").exists():
                 raise InputError(f"{self.folder.name} is not empty and holds no report; name another folder with --out")
@@ -60,14 +60,14 @@ class Report:
         self._put("environment.json", json.dumps(self.environment, indent=1))
 
     def status(self) -> int:
-        """The exit status: 0 only if something ran, with it everything that can run here, and nothing is wrong."""
+        """Return the exit status: 0 only if all that can run here ran, something did, and nothing is wrong."""
         if self.interrupted:
             return 130
         bad = any(result.status not in ("ok", "skipped") for result in self.results)
         return int(bad or all(result.status == "skipped" for result in self.results) or bool(self.wrong()))
 
     def wrong(self) -> list[str]:
-        """What was found to compute something else than it should, a sentence each."""
+        """Return the results that are not as they should be, a sentence each."""
         return list(dict.fromkeys(self._wrong()))
 
     def distrusted(self) -> list[str]:
@@ -87,14 +87,14 @@ class Report:
                 yield f"suite: {item['group']}: {item['detail']}"
 
     def _read(self, name: str, otherwise: Any) -> Any:
-        """A file that a part wrote; a part that broke off may have left none, or half of one."""
+        """Return a file that a part wrote; a part that broke off may have left none, or half of one."""
         try:
             return json.loads((self.folder / name).read_text())
         except (OSError, ValueError):
             return otherwise
 
     def write(self) -> None:
-        """Writes report.json and report.md as things stand."""
+        """Write report.json and report.md as things stand."""
         self._put("report.json", json.dumps(self.as_dict(), indent=1))
         self._put("report.md", self.markdown())
 

@@ -1,4 +1,4 @@
-"""Whether a projection compiled for an NVIDIA GPU gives a row the same bits in any company, found by running its PTX.
+"""Run a projection's PTX, to show that the bits of a row do not depend on the other rows. No GPU is needed.
 
     python -m bench.row_bits --targets sm_90 --dtypes float32        # all row counts; no GPU is needed
 
@@ -70,7 +70,7 @@ def _reader(name: str, tensor: Tensor, cancelling: bool) -> ptx.Read:
 
 @dataclass(frozen=True)
 class Result:
-    """What the first and the last program of a launch wrote.
+    """Output of the first and the last program of a launch.
 
     bits: by (row, feature), with ordinary and with cancelling numbers; error: the largest of the former against the
     exact result, over what is allowed.
@@ -81,7 +81,7 @@ class Result:
 
 
 def run(compiled: ahead.Compiled) -> Result:
-    """Runs a projection compiled for NVIDIA. Raises IndexError for a wild access."""
+    """Run a projection compiled for NVIDIA. Raises IndexError for a wild access."""
     ordinary, cancelling = (_written(compiled, cancelling) for cancelling in (False, True))
     return Result({at: (bits, cancelling[at]) for at, bits in ordinary.items()}, _error(compiled, ordinary))
 
@@ -91,7 +91,7 @@ def _output(compiled: ahead.Compiled) -> str:
 
 
 def _written(compiled: ahead.Compiled, cancelling: bool) -> dict[tuple[int, int], int]:
-    """The output of the first and the last program: bits by (row, feature)."""
+    """Return the output of the first and the last program: bits by (row, feature)."""
     given = [(name, value) for name, value in compiled.arguments.items() if value is not None]
     parameters = {name: (n + 1) * ptx.BUFFER if isinstance(v, Tensor) else v for n, (name, v) in enumerate(given)}
     readers = {n + 1: _reader(name, v, cancelling) for n, (name, v) in enumerate(given) if isinstance(v, Tensor)}
@@ -145,7 +145,7 @@ def _error(compiled: ahead.Compiled, bits: dict[tuple[int, int], int]) -> float:
 
 
 def compare(results: Iterable[tuple[str, Result]]) -> list[str]:
-    """What is wrong with the results of one projection for several row counts; empty if nothing is."""
+    """Return the faults in the results of one projection for several row counts, a sentence each."""
     found = []
     first: dict[tuple[int, int], tuple[str, tuple[int, int]]] = {}
     for label, result in results:
@@ -163,7 +163,7 @@ def compare(results: Iterable[tuple[str, Result]]) -> list[str]:
 
 
 def step(target: str, dtype: torch.dtype, rows: int) -> dict[tuple[str, int, int], ahead.Compiled]:
-    """The projections of a step, compiled, by kernel, features and width; of several alike the one with most rows."""
+    """Compile the projections of a step, by kernel, features and width; of several alike the one with most rows."""
     found: dict[tuple[str, int, int], ahead.Compiled] = {}
 
     def projections_only(
@@ -182,7 +182,7 @@ def step(target: str, dtype: torch.dtype, rows: int) -> dict[tuple[str, int, int
 
 
 def examine(target: str, dtype: str, rows: Sequence[int], say: Callable[[str], None]) -> list[str]:
-    """Runs all projections of steps of these row counts; says what agrees, returns what is wrong."""
+    """Run all projections of steps of these row counts; say what agrees, return what is wrong."""
     results: dict[tuple[str, int, int], list[tuple[str, Result]]] = {}
     for count in rows:
         for key, compiled in step(target, DTYPES[dtype], count).items():
@@ -201,6 +201,7 @@ def examine(target: str, dtype: str, rows: Sequence[int], say: Callable[[str], N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.row_bits", description=(__doc__ or "").splitlines()[0])
     for flag, values in (("--targets", TARGETS), ("--dtypes", tuple(DTYPES))):
         parser.add_argument(flag, nargs="+", default=values, choices=values, help="default: all of %(choices)s")

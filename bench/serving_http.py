@@ -1,4 +1,4 @@
-"""How does the server hold when many speak at once, a third of them leaves, and a tenth means it harm?
+"""Load the server: many speak at once, a third of them leaves, a tenth means it harm.
 
     python -m bench.serving_http [--streams 200] [--seconds 300] [--schemathesis] [--json FILE] [-- OPTIONS OF SERVE]
 
@@ -21,6 +21,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -110,7 +111,7 @@ class Job:
 
 @dataclass
 class Record:
-    """What the clients saw."""
+    """Results as the clients saw them."""
 
     statuses: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -178,6 +179,7 @@ async def _listen(exchange: Exchange) -> None:
 
 
 async def read_slowly(exchange: Exchange, dice: random.Random) -> None:
+    """Read less than is spoken, and leave."""
     await exchange.request("POST", SPEECH, {"input": LONG, "response_format": "wav"})
     await exchange.answer()
     end = time.monotonic() + dice.uniform(1, 8)
@@ -188,6 +190,7 @@ async def read_slowly(exchange: Exchange, dice: random.Random) -> None:
 
 
 async def send_too_much(exchange: Exchange, dice: random.Random) -> None:
+    """Send a chunked body that is longer than the server takes."""
     await exchange.send(f"POST {SPEECH} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
     block = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
     with contextlib.suppress(ConnectionError):
@@ -197,27 +200,32 @@ async def send_too_much(exchange: Exchange, dice: random.Random) -> None:
 
 
 async def announce_too_much(exchange: Exchange, dice: random.Random) -> None:
+    """Announce a body of a terabyte."""
     await exchange.send(f"POST {SPEECH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {10**12}\r\n\r\n".encode())
     await exchange.answer()
 
 
 async def break_multipart(exchange: Exchange, dice: random.Random) -> None:
+    """Send a form whose parts are not closed."""
     body = b'--x\r\nContent-Disposition: form-data; name="audio_sample"; filename="a\r\n' + dice.randbytes(4000)
     await exchange.request("POST", "/v1/audio/voices", body, "multipart/form-data; boundary=x")
     await exchange.answer()
 
 
 async def never_end(exchange: Exchange, dice: random.Random) -> None:
+    """Send the beginning of a body and nothing more."""
     await exchange.send(f"POST {SPEECH} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{".encode())
     await asyncio.sleep(dice.uniform(0, 5))
 
 
 async def send_noise(exchange: Exchange, dice: random.Random) -> None:
+    """Send bytes that are not HTTP."""
     await exchange.send(dice.randbytes(dice.randrange(1, 3000)))
     await asyncio.wait_for(exchange.answer(), 1)
 
 
 async def send_broken_json(exchange: Exchange, dice: random.Random) -> None:
+    """Send JSON with three random bytes in it."""
     text = json.dumps({"input": TEXTS[0], "seed": 3, "voice": "alloy", "speed": 1.0}).encode()
     at = dice.randrange(len(text))
     await exchange.request("POST", SPEECH, text[:at] + dice.randbytes(3) + text[at + 3 :])
@@ -282,16 +290,19 @@ async def fuzz(server: Server, seconds: float, record: Record) -> None:
         raise RuntimeError("schemathesis is not installed: pip install schemathesis")
     command = [program, "run", f"http://127.0.0.1:{server.port}/openapi.json", "--checks", "not_a_server_error"]
     command += ["--max-examples", "10000", "--exclude-path-regex", "^/(metrics|docs)$", "--no-color"]
-    running = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert running.stdout is not None
-    reading = asyncio.ensure_future(running.stdout.read())
-    try:
-        await asyncio.wait_for(running.wait(), seconds)
-    except asyncio.TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            running.send_signal(signal.SIGINT)  # it tells what it has found so far
-        await running.wait()
-    told = (await reading).decode()
+    with tempfile.TemporaryDirectory() as folder:  # it leaves a cache in the current one
+        running = await asyncio.create_subprocess_exec(
+            *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder
+        )
+        assert running.stdout is not None
+        reading = asyncio.ensure_future(running.stdout.read())
+        try:
+            await asyncio.wait_for(running.wait(), seconds)
+        except asyncio.TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                running.send_signal(signal.SIGINT)  # it tells what it has found so far
+            await running.wait()
+        told = (await reading).decode()
     for line in told.splitlines():
         # It calls every 5xx a fault; 503 and 504 are answers of a server that is full.
         if found := re.search(r"\[(5\d\d)\]", line):
@@ -329,6 +340,7 @@ def slope(samples: list[tuple[float, float]]) -> float:
 
 
 def part(values: list[float], share: float) -> float:
+    """Return a quantile, rounded."""
     return round(sorted(values)[min(len(values) - 1, int(share * len(values)))], 3) if values else float("nan")
 
 
@@ -363,6 +375,7 @@ def engine_alone(jobs: list[Job], together: int) -> dict[str, float]:
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="serving_http", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--streams", type=int, default=200, help="clients at a time (%(default)s)")
     parser.add_argument("--seconds", type=float, default=300, help="how long they ask (%(default)s)")

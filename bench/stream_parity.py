@@ -1,4 +1,4 @@
-"""How far are the chunks of a stream, joined, from the same speech decoded at once?
+"""Measure the distance between the joined chunks of a stream and the same speech decoded at once.
 
     python -m bench.stream_parity [--codec FOLDER] [--frames 200] [--chunks 43 9 1]
 
@@ -18,7 +18,7 @@ from dia_fast.errors import DiaFastError
 
 
 def joined(codec: Codec, codes: Tensor, size: int) -> Tensor:
-    """The samples of spans of `size` frames, one after another."""
+    """Return the samples of spans of `size` frames, one after another."""
     spans = [(start, min(start + size, len(codes))) for start in range(0, len(codes), size)]
     return torch.cat([codec.decode_span(codes, *span) for span in spans])
 

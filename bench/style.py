@@ -1,4 +1,4 @@
-"""How the pictures of all reports look: `dia_fast.diagnostics.plotting`, which `dia-fast plan --plots` uses too.
+"""The look of all reports' pictures: `dia_fast.diagnostics.plotting`, which `dia-fast plan --plots` uses too.
 
     save_figure(lambda axes: axes.plot([1, 2], [3, 4]), Path("out"), "name", title="What it shows", note="machine")
 

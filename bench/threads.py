@@ -29,7 +29,7 @@ WIDTHS = (128, 256, 384, 512, 768, 1024, 1536)
 
 
 def config_of(width: int, layers: int) -> DiaConfig:
-    """A decoder in the proportions of Dia-1.6B, behind a small encoder."""
+    """Return a decoder in the proportions of Dia-1.6B, behind a small encoder."""
     usual = DiaConfig()
     encoder = replace(usual.encoder, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     heads = max(width // 128, 1)

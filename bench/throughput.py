@@ -1,4 +1,4 @@
-"""How does the work done per second grow with the number of requests in the batch?
+"""Measure the work done per second as the number of requests in the batch grows.
 
     python -m bench.throughput --model FOLDER [--requests 1 2 4 8 16 32] [--against transformers] [--out FOLDER]
 
@@ -45,7 +45,7 @@ def equal_requests(config: DiaConfig, count: int, options: argparse.Namespace, s
 
 
 def our_steps(model: DiaModel, count: int, options: argparse.Namespace) -> list[Seconds]:
-    """What steps with `count` running requests take."""
+    """Return the times of steps with `count` running requests."""
     engine = Engine(model, max_batch=count)
     # Newcomers join one after another; the first is to run until the last has had its steps.
     longest = count + WARM_UP + options.steps + 1

@@ -1,4 +1,4 @@
-"""How many bytes does each kernel of a decode step move, and how many would it have to?
+"""Count the bytes that each kernel of a decode step moves, and the fewest that it could.
 
     python -m bench.traffic [--rows 1 2 8] [--contexts 64 1024 3072] [--dtype bfloat16] [--json FILE] [--markdown FILE]
 
@@ -69,7 +69,7 @@ class Traffic:
 
 
 class Counter:
-    """How often each element of one argument was read and written in one launch."""
+    """Reads and writes of each element of one argument in one launch."""
 
     def __init__(self, tensor: Tensor, size: int) -> None:
         self.tensor, self.size = tensor, size
@@ -116,7 +116,7 @@ class Meter:
         self._counters: dict[str, Counter] = {}
 
     def launched(self, run: launch.Launcher, kernel: Any, grid: Any, args: Any, meta: Any) -> "tuple[str, Counts]":
-        """Runs one launch and returns its kernel's name and what was counted."""
+        """Run one launch and return its kernel's name and what was counted."""
         self._counters = {}
         with listening(self._note):
             run(kernel, grid, *args, **meta)
@@ -222,7 +222,7 @@ def whole_step(found: Sequence[Traffic], rows: int, context: int, layers: int) -
 
 
 def violations(found: Sequence[Traffic], layers: int) -> list[str]:
-    """What breaks the rules, a sentence each."""
+    """Return the rules that the counts break, a sentence each."""
     broken = [
         f"{item.kernel} at {item.rows} rows does not read every weight exactly once"
         for item in found
@@ -239,7 +239,7 @@ def violations(found: Sequence[Traffic], layers: int) -> list[str]:
 
 
 def markdown(found: Sequence[Traffic], layers: int) -> str:
-    """The tables of a report."""
+    """Return the tables of a report."""
     lines = [
         "| rows | context | kernel | weights | keys, values | other | read again from cache | moved / minimum |",
         "|---:|---:|---|---:|---:|---:|---:|---:|",

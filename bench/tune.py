@@ -1,4 +1,4 @@
-"""Which configuration of each kernel makes a decode step fastest on this GPU? Writes a table for DIA_KERNELS_TABLE.
+"""Find the configs that make a decode step fastest on this GPU, and write them as a DIA_KERNELS_TABLE.
 
     python -m bench.tune --out table.json [--rows 2 16 64] [--dtype bfloat16] [--budget 300] [--json all.json]
     DIA_KERNELS_TABLE=table.json dia-fast speak ...
@@ -51,7 +51,7 @@ Family = tuple[str, tuple[tuple[str, Any], ...]]  # an op and its shape, without
 
 @dataclass(frozen=True)
 class Launch:
-    """What is tuned: an op where its shape is `where`."""
+    """A launch to tune: an op where its shape is `where`."""
 
     name: str
     op: str
@@ -59,7 +59,7 @@ class Launch:
 
     @property
     def kind(self) -> str:
-        """What of it is tuned: "ahead", or everything else."""
+        """Constants to tune: "ahead", or everything else."""
         return self.name.partition(" ")[2]
 
     @property
@@ -93,7 +93,7 @@ ORDERS = ((4, 2), (4, 4), (8, 1), (8, 2), (2, 4))  # SPLIT_K and CHUNKS, which d
 
 
 def candidates(launch: Launch, orders: Sequence[tuple[int, int]]) -> Iterator[Config]:
-    """What is tried beside the default; what would hold too few bytes in flight, or too many for registers, is not."""
+    """Yield configs to try beside the default; not those with too few bytes in flight, or too many for registers."""
     if launch.kind == "ahead":
         yield from ({"X_AHEAD": steps} for steps in (1, 2, 4))
         return
@@ -115,7 +115,7 @@ def candidates(launch: Launch, orders: Sequence[tuple[int, int]]) -> Iterator[Co
 
 
 def write_table(path: Path, chosen: Iterable[tuple[Launch, Config]]) -> Path:
-    """A table for DIA_KERNELS_TABLE."""
+    """Write a table for DIA_KERNELS_TABLE."""
     table: dict[str, list[dict[str, Any]]] = {}
     for launch, use in chosen:
         table.setdefault(launch.op, []).append(launch.entry(use))
@@ -160,7 +160,7 @@ class Tuner:
         self.deadline = float("inf")
 
     def entries(self) -> list[tuple[Launch, Config]]:
-        """What was chosen, and behind it the order of each family's sums for all other numbers of rows."""
+        """Return the chosen configs, and behind them the order of each family's sums for all other numbers of rows."""
         orders = [
             (Launch(op, op, shape), {"SPLIT_K": split, "num_warps": split, "CHUNKS": chunks})
             for (op, shape), (split, chunks) in self.decided.items()
@@ -171,11 +171,11 @@ class Tuner:
         return str(write_table(self.folder / f"{next(self.numbers)}.json", [*more, *self.entries()]))
 
     def orders(self, launch: Launch) -> Sequence[tuple[int, int]]:
-        """What may be tried: what was decided for this op and shape, with another number of rows, holds for all."""
+        """Return the orders to try: one that was decided for this op and shape, with other rows, holds for all."""
         return [self.decided[launch.family]] if launch.family in self.decided else ORDERS
 
     def decide(self, launch: Launch, found: Config | None) -> None:
-        """Keeps the order of a projection's sums: that of the configuration found, or of the default."""
+        """Keep the order of a projection's sums: that of the configuration found, or of the default."""
         if launch.kind == "" and launch.op in gemv.OPS:
             where = dict(launch.where)
             shape = {name: where[name] for name in ("rows", "features", "hidden")}
@@ -183,7 +183,7 @@ class Tuner:
             self.decided.setdefault(launch.family, (use["SPLIT_K"], use["CHUNKS"]))
 
     def compile(self, pool: ProcessPoolExecutor) -> None:
-        """What will be tried, or so it seems before anything is chosen; the rest is compiled when it is tried."""
+        """Compile the configs to be tried, as far as they are known before any is chosen; others compile when tried."""
         jobs = []
         for rows in self.options.rows:
             for launch in launches(rows, self.options.dtype, self.options.only):
@@ -196,7 +196,7 @@ class Tuner:
             print(f"  {said}")
 
     def run(self) -> None:
-        """Raises DiaFastError, and whatever a step raises with the default configurations."""
+        """Tune every launch. Raises DiaFastError, and all that a step raises with the default configs."""
         capture = QuickCapture() if self.device.gpu else None
         self.deadline = time.monotonic() + self.options.budget
         done: set[tuple[str, str, Any]] = set()
@@ -231,7 +231,7 @@ class Tuner:
     def _best(
         self, launch: Launch, rows: int, best: float, seconds: Callable[[str], float]
     ) -> tuple[Config | None, float]:
-        """The fastest configuration of a launch, None if none is faster than what there is, and the step's seconds."""
+        """Return the fastest config of a launch, None if none is faster than the present, and the step's seconds."""
         found = None
         so_far: Config = next((use for other, use in self.entries() if other.op == launch.op
                                and set(other.where) <= set(launch.where)), {})  # fmt: skip

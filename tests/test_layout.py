@@ -150,6 +150,16 @@ def test_files_that_make_test_isa_names_exist() -> None:
     assert [name for name in isa.NUMERIC if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize("folder", ["bench", "kernels"])
+def test_docstrings_name_their_subject(folder: str) -> None:
+    opening = re.compile(r"(?:What|Whatever|Whether|Who|How)\b")
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for path in (ROOT / folder).rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
+        found = [text for text in map(ast.get_docstring, nodes) if text and opening.match(text)]
+        assert not found, f"{path.relative_to(ROOT)}: {found[0].splitlines()[0]}"
+
+
 LOOSE = 8  # modules that lie beside the rooms of a package
 
 

@@ -27,6 +27,7 @@ options
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="bench.suite",
         description="Times every kernel and stage of Dia-1.6B on every backend.",
@@ -49,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def pytest_arguments(options: argparse.Namespace, saved: Path, verdicts: Path) -> list[str]:
-    """saved, verdicts: files that pytest is to write."""
+    """Return the command. saved, verdicts: files that pytest is to write."""
     given = [
         str(FOLDER), "-q", "--no-header", "-p", "no:cacheprovider",
         f"--benchmark-json={saved}", "--benchmark-storage=.", "--benchmark-columns=median,iqr,min,rounds",
@@ -66,7 +67,7 @@ def pytest_arguments(options: argparse.Namespace, saved: Path, verdicts: Path) -
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs pytest and writes suite.json, suite.md and the plots. Raises InputError."""
+    """Run pytest and write suite.json, suite.md and the plots. Raises InputError."""
     import importlib.util
 
     import pytest
@@ -106,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def earlier(path: Path) -> dict[str, Any]:
-    """The suite.json of another run. Raises InputError if it is none."""
+    """Return the suite.json of another run. Raises InputError if it is none."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         table.medians(found)
@@ -118,14 +119,14 @@ def earlier(path: Path) -> dict[str, Any]:
 
 
 def regressed(compared: Sequence[dict[str, Any]]) -> bool:
-    """Whether a median is slower than allowed, or there is none to say so."""
+    """Return True if a median is slower than allowed, or there is none to compare."""
     if not compared:
         print("nothing was measured in both runs: whether anything is slower is not known", file=sys.stderr)
     return not compared or any(item["slower"] for item in compared)
 
 
 def draw(run: dict[str, Any], folder: Path) -> None:
-    """The plots, where matplotlib is installed; a run is not lost for want of one."""
+    """Draw the plots, where matplotlib is installed; a run is not lost for want of one."""
     from bench import plots
 
     try:

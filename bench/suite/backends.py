@@ -41,12 +41,12 @@ class CompiledOps:
 
 
 def op_set(backend: str, device: torch.device) -> Any:
-    """The ops of a backend that has no obstacle."""
+    """Return the ops of a backend that has no obstacle."""
     return CompiledOps() if backend == "compile" else get_ops(backend, device)
 
 
 def obstacle(backend: str, device: torch.device) -> str | None:
-    """What keeps a backend from being timed on `device`, with what is missing; None if nothing does."""
+    """Return the reason why a backend is not timed on `device`, with what is missing; None if it is."""
     if backend == "triton":
         if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
             return "TRITON_INTERPRET is set: interpreted kernels have no time worth knowing; unset it"
@@ -61,12 +61,12 @@ def obstacle(backend: str, device: torch.device) -> str | None:
 
 @functools.cache
 def compiler() -> str | None:
-    """The C++ compiler that torch.compile would call."""
+    """Return the C++ compiler that torch.compile would call."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
 
 
 def vectors(device: torch.device) -> str:
-    """The vector instructions of the C++ that torch.compile makes for a CPU: it finds out by compiling a trial."""
+    """Return the vector instructions in torch.compile's C++ for a CPU, which it finds by compiling a trial."""
     if device.type != "cpu":
         return "the GPU's"
     try:
@@ -78,7 +78,7 @@ def vectors(device: torch.device) -> str:
 
 
 def captured(device: Device, work: Callable[[], None]) -> tuple[Callable[[], None], bool]:
-    """A graph of `work` and True; or `work` and False where a graph cannot hold it, or there are none."""
+    """Return a graph of `work` and True; or `work` and False where a graph cannot hold it, or there are none."""
     if not device.gpu:
         return work, False
     try:
@@ -90,7 +90,7 @@ def captured(device: Device, work: Callable[[], None]) -> tuple[Callable[[], Non
 
 
 def compare(ops: Any, call: Callable[[Any], Any]) -> list[Verdict]:
-    """What `call(ops)` computes wrongly: the verdicts, as `dia-fast doctor` gives them, on the ops that it called."""
+    """Return the wrong results of `call(ops)`: the verdicts of `dia-fast doctor` on the ops that it called."""
     comparing = ComparingOps(ops)
     call(comparing)
     return [verdict for verdict in comparing.verdicts() if verdict.outcome != "unchecked"]

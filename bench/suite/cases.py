@@ -52,12 +52,12 @@ class Case:
         return sum(self._shape(name, value).numel() * value.itemsize for name, value in tensors)
 
     def call(self, ops: Any, arguments: Mapping[str, Any]) -> Callable[[], Any]:
-        """The op of an op set on a set of arguments, passed as the model passes them."""
+        """Return the op of an op set on a set of arguments, passed as the model passes them."""
         bound = inspect.signature(getattr(reference, self.op)).bind(**arguments)
         return partial(getattr(ops, self.op), *bound.args, **bound.kwargs)
 
     def make(self, ops: Any, device: torch.device, seed: int) -> dict[str, Any]:
-        """A set of arguments, by name, with memory of its own. ops: whose scratch memory attention gets."""
+        """Return a set of arguments, by name, with memory of its own. ops: whose scratch memory attention gets."""
         generator = torch.Generator(device).manual_seed(seed)
         made: dict[str, Any] = {}
         for name, value in self.meta.items():
@@ -191,7 +191,7 @@ def small_config() -> DiaConfig:
 
 
 def _label(op: str, a: Mapping[str, Any], context: int) -> str:
-    """What tells the shapes of one op apart."""
+    """Return a label that tells the shapes of one op apart."""
     if op == "rope_attention":
         return f"rows {a['qkv'].shape[0]} context {context}"
     if op == "cross_attention":

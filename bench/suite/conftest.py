@@ -28,7 +28,7 @@ MEMORY = {True: 2 << 30, False: 1 << 29}  # bytes of the arguments of a round, o
 
 @dataclass
 class Session:
-    """What all benchmarks of a run share. seconds: that the rounds of one benchmark take, about."""
+    """State that all benchmarks of a run share. seconds: that the rounds of one benchmark take, about."""
 
     device: Device
     dtype: torch.dtype
@@ -108,7 +108,7 @@ def _place(item: pytest.Item) -> tuple[str, str]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: "pytest.CallInfo[None]"
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Notes what raised; what is skipped or found wrong has been noted where that was found."""
+    """Note what raised; what is skipped or found wrong has been noted where that was found."""
     said = call.excinfo
     if said is not None and not said.errisinstance((pytest.skip.Exception, pytest.fail.Exception)):
         first = (str(said.value).strip() or "no message").splitlines()[0]
@@ -126,7 +126,7 @@ def session(request: pytest.FixtureRequest) -> Iterator[Session]:
 
 @pytest.fixture
 def measure(session: Session, benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Times a call that has been checked, and notes what the time says."""
+    """Time a call that has been checked, and note what the time says."""
 
     def run(work: Callable[[], None], calls: int, facts: dict[str, Any], reset: Callable[[], None] | None) -> None:
         device = session.device
@@ -165,7 +165,7 @@ def measure(session: Session, benchmark: Any, request: pytest.FixtureRequest) ->
 
 @pytest.fixture
 def judged(session: Session, benchmark: Any) -> Callable[[str, str, str, list[Verdict]], None]:
-    """Notes verdicts; ends the test if one says that something else is computed: that has no time."""
+    """Note verdicts; end the test if one says that something else is computed: that has no time."""
 
     def judge(group: str, backend: str, subject: str, verdicts: list[Verdict]) -> None:
         wrong = [verdict for verdict in verdicts if not verdict.healthy]

@@ -19,8 +19,9 @@ class Cost(NamedTuple):
 
 
 def cost(op: str, a: Mapping[str, Any], context: int, text: int = 256) -> Cost:
-    """a: the op's arguments by name, on any device. context: tokens that self-attention reads, the new one included.
+    """Return the cost of an op.
 
+    a: its arguments by name, on any device; context: tokens that self-attention reads, the new one included;
     text: tokens that cross-attention reads.
     """
     return _COSTS[op](a, context, text)

@@ -22,8 +22,11 @@ SPARE = 8  # rows of a grid beyond the context that is timed: warm-up and captur
 
 @dataclass(frozen=True)
 class Stage:
-    """kind: "encode", "prefill", "step" or "codec"; size: bytes of text, frames, or tokens of context; requests: of a
-    step, each with guidance."""
+    """A stage of the model at one size.
+
+    kind: "encode", "prefill", "step" or "codec"; size: bytes of text, frames, or tokens of context; requests: of a
+    step, each with guidance.
+    """
 
     kind: str
     size: int
@@ -37,7 +40,7 @@ class Stage:
 
 
 def all_stages(gpu: bool, quick: bool) -> list[Stage]:
-    """What is timed: on a CPU and in a quick run less of it."""
+    """Return the stages to time: fewer on a CPU and in a quick run."""
     if quick:
         steps = [(64, 1), (64, 2), (256, 1)]
         return [Stage("encode", 60), Stage("prefill", 43), *(Stage("step", *s) for s in steps), Stage("codec", 10)]
@@ -104,7 +107,7 @@ class Models:
         return self._codec
 
     def work(self, stage: Stage, ops: Any) -> Work:
-        """What to time."""
+        """Return the function to time."""
         if stage.kind == "codec":
             return self._codec_work(stage, ops)
         model = self.model(ops)

@@ -1,4 +1,4 @@
-"""What a run of the suite found, for people and for programs."""
+"""Results of a run of the suite, for people and for programs."""
 
 import json
 from collections.abc import Mapping
@@ -18,8 +18,10 @@ def write(folder: Path, run: Run) -> None:
 
 
 def markdown(run: Run) -> str:
-    """A row for each op or stage at a shape, backends side by side; before it what is wrong or raised, behind it what
-    was not measured, and an earlier run."""
+    """Return a table: a row for each op or stage at a shape, backends side by side.
+
+    Before it stands what is wrong or raised, behind it what was not measured, and an earlier run.
+    """
     without = {
         (item["group"], item["backend"]): item["outcome"]
         for item in run["verdicts"]
@@ -52,7 +54,7 @@ def medians(run: Run) -> dict[tuple[str, str], float]:
 
 
 def compared(before: Run, run: Run, percent: float | None) -> list[dict[str, Any]]:
-    """What was measured in both runs. slower: whether the median is more than so many percent above the earlier one."""
+    """Compare what both runs measured. slower: a median is more than so many percent above the earlier one."""
     old, most = medians(before), float("inf") if percent is None else 1 + percent / 100
     return [
         {"group": key[0], "backend": key[1], "before": old[key], "now": now, "slower": now > old[key] * most}

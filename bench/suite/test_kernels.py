@@ -22,7 +22,7 @@ def obstacle(case: Case, backend: str, session: Session) -> str | None:
 
 
 def copies_for(case: Case, session: Session, wanted: int, call: Callable[[], Any]) -> int:
-    """How many sets of arguments a round goes through: as many as outgrow the cache, `wanted` bytes.
+    """Return the sets of arguments a round goes through: as many as outgrow the cache, `wanted` bytes.
 
     An op so small that this would take very many gets as many as a fifth of its time allows; they stay in the cache.
     """

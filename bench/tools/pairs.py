@@ -18,7 +18,7 @@ Prompts = Sequence[Tensor]  # `[frames, channels]` each, no rows for none
 
 
 def pack(config: DiaConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of transformers, copied to where `fused_slices` says."""
+    """Return the tensors of transformers, copied to where `fused_slices` says."""
     dtype = next(iter(state.values())).dtype
     fused = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in fused_shapes(config).items()}
     for name, (target, first, last) in fused_slices(config).items():
@@ -29,7 +29,7 @@ def pack(config: DiaConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def pair(
     config: DiaConfig, seed: int = 0, dtype: torch.dtype = torch.float32, eos_gain: float = 1.0
 ) -> tuple[DiaForConditionalGeneration, DiaModel]:
-    """(transformers' model, ours). eos_gain: factor on the logit of EOS, which makes it the best code more often."""
+    """Return (transformers' model, ours). eos_gain: factor on the logit of EOS, which then wins more often."""
     state = random_state(config, seed, dtype)
     state["logits_dense.weight"][config.decoder.eos_token_id] *= eos_gain
     model = DiaModel(config, get_ops("torch")).load(pack(config, state))
@@ -37,7 +37,7 @@ def pair(
 
 
 def theirs_sharing(model: DiaModel) -> DiaForConditionalGeneration:
-    """transformers' model on views of our fused weights: no memory, no copy."""
+    """Return transformers' model on views of our fused weights: no memory, no copy."""
     from transformers import DiaConfig as TransformersConfig
     from transformers.models.dia.modeling_dia import DiaRotaryEmbedding
 
@@ -57,10 +57,12 @@ def theirs_sharing(model: DiaModel) -> DiaForConditionalGeneration:
 
 
 def random_texts(config: DiaConfig, lengths: Sequence[int]) -> list[list[int]]:
+    """Return texts of these lengths, as ids."""
     return [torch.randint(1, config.encoder.vocab_size, (length,)).tolist() for length in lengths]
 
 
 def random_prompts(config: DiaConfig, lengths: Sequence[int]) -> list[Tensor]:
+    """Return audio prompts of these lengths, as codes `[frames, channels]`."""
     decoder = config.decoder
     return [torch.randint(0, decoder.eos_token_id, (length, decoder.num_channels)) for length in lengths]
 
@@ -80,7 +82,7 @@ def text_inputs(texts: Texts) -> dict[str, Tensor]:
 
 
 def delayed_inputs(config: DiaConfig, prompts: Prompts) -> dict[str, Tensor]:
-    """What `DiaProcessor` makes of audio prompts: delayed, BOS before, PAD where free; shorter ones start later."""
+    """Return `DiaProcessor`'s form of audio prompts: delayed, BOS before, PAD where free; shorter ones start later."""
     decoder, delay = config.decoder, config.delay_pattern
     longest = max(prompt.shape[0] for prompt in prompts)
     shape = (len(prompts), longest + 1 + max(delay), len(delay))

@@ -33,7 +33,7 @@ class _Instruction:
 
 
 def parse(text: str) -> tuple[list[_Instruction], dict[str, int]]:
-    """The instructions of the kernel in `text`, and the place of each label."""
+    """Return the instructions of the kernel in `text`, and the place of each label."""
     body = re.sub(r"//[^\n]*", "", text[text.index(".entry") :])
     body = re.split(r"\$L__func_end|\n\}", body[body.index("\n{") + 2 :])[0]
     body = re.sub(r"^\s*\.(reg|loc|file|pragma)[^\n]*\n", "", body, flags=re.M)
@@ -54,7 +54,7 @@ def parse(text: str) -> tuple[list[_Instruction], dict[str, int]]:
 
 
 class _Words:
-    """Who wrote and who read each 16-bit word of a memory last, by warp and that warp's clock."""
+    """Last writer and last readers of each 16-bit word of a memory, by warp and that warp's clock."""
 
     def __init__(self, words: int, warps: int) -> None:
         self.writer = np.full(words, -1, np.int32)
@@ -89,7 +89,7 @@ class _Warp(ptx.Program):
             self.registers[f"%nctaid.{axis}"] = np.full(32, extent, np.uint32)
 
     def advance(self) -> bool:
-        """Executes one instruction; False if it has to wait for other warps."""
+        """Execute one instruction; False if it has to wait for other warps."""
         i = self.grid.code[self.place]
         active = np.ones(32, bool) if not i.guard else self.registers[i.guard] ^ i.negated
         name = i.opcode.partition(".")[0]
@@ -116,7 +116,7 @@ class _Warp(ptx.Program):
         return True
 
     def note(self, words: _Words | None, where: str, at: Bits, changed: Bits | None) -> None:
-        """Reports an access that nothing orders with an earlier one of somebody else."""
+        """Report an access that nothing orders with an earlier one of somebody else."""
         if words is None or not at.size:
             return
         found = words.access(self.number, self.clock, at, changed)
@@ -198,7 +198,7 @@ class _Program:
         self.passing: set[int] = set()
 
     def arrive(self, warp: _Warp, operands: Sequence[str]) -> bool:
-        """Counts a warp in at the barrier; whether it may go on. Warps that are over count as there."""
+        """Count a warp in at the barrier; return True if it may go on. Warps that are over count as there."""
         if operands != ["0"]:
             raise NotImplementedError(f"barrier {', '.join(operands)}")
         if warp.number in self.passing:
@@ -260,7 +260,7 @@ class Launch:
         return self.memory[n], at, self.noted[n], self.names[n]
 
     def run(self) -> int:
-        """Runs it to its end; returns how many instructions the warps executed. Raises RuntimeError for a deadlock."""
+        """Run it to its end; return the instructions that the warps executed. Raises RuntimeError for a deadlock."""
         random = np.random.default_rng(self.seed)
         alive: list[Any] = [warp for program in self.programs for warp in program.warps]
         executed = idle = 0
@@ -279,5 +279,5 @@ class Launch:
         return executed
 
     def waiting(self) -> int:
-        """How many programs waited for the launch in front."""
+        """Count the programs that waited for the launch in front."""
         return sum(any(warp.waited for warp in program.warps) for program in self.programs)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def tiny_config(encoder: dict[str, Any] | None = None, decoder: dict[str, Any] | None = None, **top: Any) -> DiaConfig:
-    """A small model with the audio vocabulary and the delays of the real one; arguments override single fields."""
+    """Return a small model with the vocabulary and the delays of the real one; arguments override fields."""
     encoder_config = EncoderConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -46,7 +46,7 @@ def tiny_config(encoder: dict[str, Any] | None = None, decoder: dict[str, Any] |
 
 
 def random_state(config: DiaConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A state_dict of `DiaForConditionalGeneration`, scaled so that logits differ by a few units."""
+    """Return a state_dict of `DiaForConditionalGeneration`, scaled so that logits differ by a few units."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in _transformers_model(config).state_dict().items()}
@@ -66,7 +66,7 @@ def random_state(config: DiaConfig, seed: int = 0, dtype: torch.dtype = torch.fl
 def transformers_model(
     config: DiaConfig, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> "DiaForConditionalGeneration":
-    """The model of transformers with `random_state` in it, in evaluation mode."""
+    """Return the model of transformers with `random_state` in it, in evaluation mode."""
     model = _transformers_model(config).to(dtype)
     model.load_state_dict(random_state(config, seed, dtype))
     return model.eval()
@@ -110,7 +110,7 @@ def make_original_checkpoint(
 
 
 def original_state(config: DiaConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the transformers layout, rearranged to those of the original package."""
+    """Return the tensors of the transformers layout, rearranged to those of the original package."""
     found: dict[str, Tensor] = {}
     decoder = config.decoder
     for full_name, tensor in state.items():

@@ -34,6 +34,7 @@ class Compiled:
 
     @property
     def asm(self) -> dict[str, Any]:
+        """Texts and binaries by name: `ptx`, `cubin`, `amdgcn` and the stages before them."""
         return self.result.asm
 
 

@@ -40,13 +40,13 @@ _active: Launcher = _launch
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
-    """Launches `kernel` over `grid`; `meta` are constexpr arguments and compile options."""
+    """Launch `kernel` over `grid`; `meta` are constexpr arguments and compile options."""
     return _active(kernel, grid, *args, **meta)
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Calls `listener(launch, kernel, grid, args, meta)` in place of each launch; it may call `launch` or not.
+    """Call `listener(launch, kernel, grid, args, meta)` in place of each launch; it may call `launch` or not.
 
     Listeners nest: `launch` is what would have happened without this one.
     """
@@ -60,7 +60,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def architecture(device: torch.device) -> str:
-    """What kernels for tensors on `device` are compiled for: `sm_90`, `gfx942`, ... or `interpreter`."""
+    """Return the name of the target that kernels for `device` are compiled for: `sm_90`, `gfx942` or `interpreter`."""
     import triton
 
     if triton.knobs.runtime.interpret:
@@ -190,7 +190,7 @@ def _is_wanted(name: str, wanted: Any) -> bool:
 
 
 def require(named: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]]) -> None:
-    """Raises a ValueError that names the first tensor that is not contiguous or has another shape than given.
+    """Raise a ValueError that names the first tensor that is not contiguous or has another shape than given.
 
     named: each tensor with the shape it must have.
     """
@@ -201,7 +201,7 @@ def require(named: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]]) -> None:
 
 
 def require_contiguous(**tensors: torch.Tensor) -> None:
-    """Raises a ValueError that names the first tensor whose layout is not contiguous."""
+    """Raise a ValueError that names the first tensor whose layout is not contiguous."""
     for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(

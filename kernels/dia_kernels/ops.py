@@ -14,12 +14,16 @@ _TRITON_GPUS = ("cuda", "xpu")  # torch device types that Triton has drivers for
 
 
 def get_ops(backend: str = "auto", device: torch.device | str = "cpu") -> ModuleType:
-    """The op set for tensors on `device`: a module with the ops of `dia_kernels.reference` and a `name`.
+    """Return the op set for tensors on `device`: a module with the ops of `dia_kernels.reference` and a `name`.
 
-    backend: `torch` runs anywhere; `triton` where Triton can run on `device`: a GPU, or the CPU under
-    `TRITON_INTERPRET=1` or under a Triton driver whose torch device is the CPU; `auto` is triton on a GPU and torch
-    elsewhere. Raises ValueError for an unknown backend, when Triton is asked for where it cannot run, and for a
-    `DIA_KERNELS_TABLE` that cannot be read.
+    Args:
+        backend: `torch` runs anywhere; `triton` where Triton can run on `device`: a GPU, or the CPU under
+            `TRITON_INTERPRET=1` or under a Triton driver whose torch device is the CPU; `auto` is triton on a GPU and
+            torch elsewhere.
+        device: Of the tensors.
+
+    Raises:
+        ValueError: The backend is unknown or cannot run on the device, or `DIA_KERNELS_TABLE` cannot be read.
     """
     device = torch.device(device)
     if backend not in BACKENDS:
@@ -35,7 +39,7 @@ def get_ops(backend: str = "auto", device: torch.device | str = "cpu") -> Module
 
 
 def triton_obstacle(device: torch.device | str) -> str | None:
-    """Why Triton kernels cannot run on tensors of `device`, with what would help; None if they can."""
+    """Return the reason why Triton cannot run on tensors of `device`, with what would help; None if it can."""
     device = torch.device(device)
     otherwise = "backend='torch' works on any device"
     if importlib.util.find_spec("triton") is None:

@@ -17,7 +17,7 @@ from dia_kernels.reference.sampling import NOT_FINITE
 
 
 def implementation(device: torch.device | str) -> str:
-    """`"triton"` or `"torch"`: what these operators run for tensors on `device`."""
+    """Return `"triton"` or `"torch"`: the op set that these operators run for tensors on `device`."""
     return "triton" if triton_obstacle(device) is None else "torch"
 
 
@@ -27,7 +27,7 @@ def _ops(x: Tensor) -> ModuleType:
 
 @custom_op("dia_kernels::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of `[rows, hidden]`."""
+    """Return RMSNorm of `[rows, hidden]`."""
     return _ops(x).rms_norm(x, weight, eps, torch.empty_like(x))
 
 
@@ -38,7 +38,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @custom_op("dia_kernels::glu", mutates_args=())
 def glu(x: Tensor) -> Tensor:
-    """`silu(gate) * up` of `[rows, 2 * intermediate]`, gate first."""
+    """Return `silu(gate) * up` of `[rows, 2 * intermediate]`, gate first."""
     return _ops(x).glu(x, x.new_empty(x.shape[0], x.shape[1] // 2))
 
 
@@ -49,7 +49,7 @@ def _(x: Tensor) -> Tensor:
 
 @custom_op("dia_kernels::rms_norm_linear", mutates_args=())
 def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm(x) @ weight.T`, for 1 to 64 rows."""
+    """Return `rms_norm(x) @ weight.T`, for 1 to 64 rows."""
     return _ops(x).rms_norm_linear(x, norm_weight, weight, eps, x.new_empty(x.shape[0], weight.shape[0]))
 
 
@@ -60,7 +60,7 @@ def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @custom_op("dia_kernels::rms_norm_glu", mutates_args=())
 def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`silu(gate) * up` of `rms_norm(x) @ weight.T`, for 1 to 64 rows."""
+    """Return `silu(gate) * up` of `rms_norm(x) @ weight.T`, for 1 to 64 rows."""
     return _ops(x).rms_norm_glu(x, norm_weight, weight, eps, x.new_empty(x.shape[0], weight.shape[0] // 2))
 
 
@@ -71,7 +71,7 @@ def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @custom_op("dia_kernels::linear_residual", mutates_args=("residual",))
 def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> None:
-    """`residual[:m] += x @ weight.T` in place, `residual[m:] += constant`, for 1 to 64 rows."""
+    """Add in place: `residual[:m] += x @ weight.T` in place, `residual[m:] += constant`, for 1 to 64 rows."""
     _ops(x).linear_residual(x, weight, residual, constant)
 
 
@@ -82,7 +82,7 @@ def _(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = Non
 
 @custom_op("dia_kernels::codebook_logits", mutates_args=())
 def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, channels: int) -> Tensor:
-    """Final norm and the heads of all channels: float32 `[rows, channels, vocab]`."""
+    """Apply the final norm and the heads of all channels: float32 `[rows, channels, vocab]`."""
     out = x.new_empty(x.shape[0], channels, weight.shape[0] // channels, dtype=torch.float32)
     return _ops(x).codebook_logits(x, norm_weight, weight, eps, out)
 
@@ -96,7 +96,7 @@ def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, channels: int)
 def rope_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, positions: Tensor
 ) -> Tensor:
-    """One decode step of self-attention over pages, the new k and v written in place."""
+    """Make one decode step of self-attention over pages, the new k and v written in place."""
     _, kv_heads, page_size, head_dim = k_pages.shape
     width = qkv.shape[1] - 2 * kv_heads * head_dim
     out = qkv.new_empty(qkv.shape[0], width)
@@ -114,7 +114,7 @@ def _(
 
 @custom_op("dia_kernels::cross_attention", mutates_args=())
 def cross_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
-    """One decode step of attention over paged keys and values of given lengths."""
+    """Make one decode step of attention over paged keys and values of given lengths."""
     head_dim = k_pages.shape[3]
     length = block_table.shape[1] * k_pages.shape[2]
     scratch = _ops(q).attention_workspace(q.shape[0], q.shape[1] // head_dim, head_dim, length, q.device)
@@ -128,7 +128,7 @@ def _(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths:
 
 @custom_op("dia_kernels::rope", mutates_args=("qkv",))
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv_heads: int) -> None:
-    """Rotates q and k of packed `[tokens, (heads + 2 * kv_heads) * head_dim]` in place."""
+    """Rotate q and k of packed `[tokens, (heads + 2 * kv_heads) * head_dim]` in place."""
     _ops(qkv).rope(qkv, cos, sin, positions, kv_heads)
 
 
@@ -139,7 +139,7 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv_heads: int) -
 
 @custom_op("dia_kernels::ragged_attention", mutates_args=())
 def ragged_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool) -> Tensor:
-    """Attention of packed ragged sequences: `[tokens, heads, head_dim]` to `[tokens, heads * head_dim]`."""
+    """Attend within packed ragged sequences: `[tokens, heads, head_dim]` to `[tokens, heads * head_dim]`."""
     return _ops(q).ragged_attention(q, k, v, starts, q.new_empty(q.shape[0], q.shape[1] * q.shape[2]), causal=causal)
 
 
@@ -150,7 +150,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool) -> Tensor:
 
 @custom_op("dia_kernels::snake", mutates_args=())
 def snake(x: Tensor, alpha: Tensor) -> Tensor:
-    """`x + sin(alpha * x)^2 / (alpha + 1e-9)` of `[batch, channels, samples]`."""
+    """Return `x + sin(alpha * x)^2 / (alpha + 1e-9)` of `[batch, channels, samples]`."""
     return _ops(x).snake(x, alpha, torch.empty_like(x))
 
 
@@ -161,7 +161,7 @@ def _(x: Tensor, alpha: Tensor) -> Tensor:
 
 @custom_op("dia_kernels::snake_residual", mutates_args=())
 def snake_residual(x: Tensor, residual: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """`(x + residual, snake(x + residual))`."""
+    """Return `(x + residual, snake(x + residual))`."""
     total, out = torch.empty_like(x), torch.empty_like(x)
     _ops(x).snake_residual(x, residual, alpha, total, out)
     return total, out
@@ -183,7 +183,7 @@ def sample(
     top_p: Tensor,
     eos: int,
 ) -> Tensor:
-    """One code per request and channel: int32 `[batch, channels]`; a request with `step < 0` gives `eos`.
+    """Draw one code per request and channel: int32 `[batch, channels]`; a request with `step < 0` gives `eos`.
 
     Waits for the device. Raises ValueError where logits are NaN or infinity, or leave a draw no candidate.
     """
@@ -232,7 +232,7 @@ def embed_codes(
     eos: int,
     pad: int,
 ) -> None:
-    """Forms and embeds the next delayed codes, advancing the state in place."""
+    """Form and embed the next delayed codes, advancing the state in place."""
     _ops(x).embed_codes(
         sampled,
         prompt_codes,

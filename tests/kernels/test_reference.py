@@ -171,19 +171,19 @@ def test_the_weights_of_nothing() -> None:
     step=st.integers(-1, 3100),
     spread=st.sampled_from([0.0, 1.0, 30.0]),
 )
-def test_sample_draws_by_exact_integers(choice: Choice, seed: int, row: int, spread: float) -> None:
+def test_sample_draws_by_exact_integers(choice: Choice, seed: int, step: int, spread: float) -> None:
     """The drawn id is where `floor(u * total / 2^32)` falls in the cumulative weights, on integers without a limit."""
     channels, vocab, eos = 3, 30, 26
     logits = torch.randn(2, channels, vocab, generator=torch.Generator().manual_seed(seed % 1000)) * spread
     out = torch.full((1, channels), -7, dtype=torch.int32)
     arguments = settings_of([choice])
-    rows, seeds, status = torch.tensor([row], dtype=torch.int32), torch.tensor([seed]), torch.zeros_like(out)
-    reference.sample(logits, rows, seeds, **arguments, out=out, status=status, eos=eos)
-    if row < 0:
+    steps, seeds, status = torch.tensor([step], dtype=torch.int32), torch.tensor([seed]), torch.zeros_like(out)
+    reference.sample(logits, steps, seeds, **arguments, out=out, status=status, eos=eos)
+    if step < 0:
         assert out.tolist() == [[-7] * channels]
         return
     for channel, weights in enumerate(reference.sample_weights(logits, **arguments, eos=eos)[0].tolist()):
-        word = philox_words([row, channel, 0, 0], [seed % WORD, seed // WORD % WORD])[0]
+        word = philox_words([step, channel, 0, 0], [seed % WORD, seed // WORD % WORD])[0]
         target, drawn = word * sum(weights) // WORD, 0
         while target >= weights[drawn]:
             target -= weights[drawn]

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 TEXT = "[S1] Open the red door."
+RECORDED = "[S1] Please open the red door. [S2] Please close the white window."  # long enough for a voice
 LONG = 2 * (
     "[S1] Please open the red door. Please close the white window. Call the office. Hello, good morning. "
     "[S2] Yes, good evening. The number is seven four two. My house is in the black garden, please. "

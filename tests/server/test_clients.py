@@ -1,12 +1,17 @@
 """Clients that people use, against a server process."""
 
-import io
+import base64
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
-import soundfile
 
-from tests.server.serving import TEXT, Server
+from dia_fast import Dia
+from tests.server.serving import RECORDED, TEXT, Server, serving
 
 pytest.importorskip("fastapi", reason="the extra server is not installed")
 openai: Any = pytest.importorskip("openai", reason="the client of OpenAI is not installed")
@@ -17,13 +22,72 @@ def client(server: Server) -> Any:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def test_speech_of_every_format(server: Server, client: Any) -> None:
-    for form in ("mp3", "flac"):
-        made = client.audio.speech.create(
-            model="tts-1", voice="alloy", input=TEXT, response_format=form, extra_body={"seed": 3}
-        )
+CODECS = {"mp3": "mp3", "opus": "opus", "aac": "aac", "flac": "flac", "wav": "pcm_s16le", "pcm": "pcm_s16le"}
+
+
+@pytest.mark.parametrize("form", CODECS)
+def test_speech_of_every_format(server: Server, client: Any, tmp_path: Path, form: str) -> None:
+    """The client of OpenAI saves it, ffprobe knows it, and ffmpeg plays it to its end without a complaint."""
+    if form == "aac":
+        pytest.importorskip("av", reason="PyAV (the extra media) is not installed")
+    made = client.audio.speech.create(
+        model="tts-1", voice="alloy", input=TEXT, response_format=form, extra_body={"seed": 3}
+    )
+    path = tmp_path / f"speech.{form}"
+    made.write_to_file(path)
+    if form != "opus":  # the serial number of an Ogg stream is drawn
         assert made.content == server.spoken(response_format=form).body
-        assert soundfile.info(io.BytesIO(made.content)).channels == 1
+    if shutil.which("ffprobe") is None or shutil.which("ffmpeg") is None:
+        pytest.skip("ffmpeg is not installed: apt-get install ffmpeg")
+    source = ["-f", "s16le", "-ar", "24000", "-i", path] if form == "pcm" else ["-i", path]
+    shown = ["-show_entries", "stream=codec_name,sample_rate,channels", "-of", "json"]
+    done = subprocess.run(["ffprobe", "-v", "error", *source, *shown], capture_output=True, check=True)
+    [stream] = json.loads(done.stdout)["streams"]
+    assert stream["codec_name"] == CODECS[form] and stream["channels"] == 1
+    played = subprocess.run(["ffmpeg", "-v", "warning", *source, "-f", "s16le", "-"], capture_output=True, check=True)
+    harmless = ("Estimating duration", "Guessed Channel Layout", "Ignoring maximum wav data size")
+    harmless += ("corrupt",) if form == "wav" else ()  # how ffmpeg calls the last packet of a WAV without a length
+    complaints = [line for line in played.stderr.decode().splitlines() if not any(part in line for part in harmless)]
+    assert not complaints, complaints
+    seconds = len(server.spoken(response_format="pcm").body) / 48_000
+    assert 0 <= len(played.stdout) / 2 / int(stream["sample_rate"]) - seconds < 0.15
+
+
+def test_voices_come_and_go(tmp_path: Path) -> None:
+    sound = Dia.from_pretrained("demo").generate(RECORDED, seed=3)
+    with serving("--voices", str(tmp_path), "--uploads", XDG_CACHE_HOME=str(tmp_path / "cache")) as own:
+        client = openai.OpenAI(base_url=f"{own.url}/v1", api_key="none", max_retries=0)
+        sample = ("door.wav", sound.to_bytes("wav"), "audio/wav")
+        made = client.audio.voices.create(
+            audio_sample=sample, consent="cons_1", name="door", extra_body={"ref_text": TEXT}
+        )
+        assert (made.id, made.name) == ("door", "door") and made.created_at > 0
+        with pytest.raises(openai.ConflictError):
+            client.audio.voices.create(audio_sample=sample, consent="c", name="door", extra_body={"ref_text": TEXT})
+        assert client.audio.voices.delete("door").deleted
+        with pytest.raises(openai.NotFoundError):
+            client.audio.voices.delete("door")
+
+
+CLIENTS = Path(os.environ.get("DIA_FAST_CLIENTS", Path(__file__).parents[2] / ".venv-clients"))
+
+
+@pytest.mark.parametrize("name", ["livekit", "pipecat", "wyoming"])
+def test_agents_and_proxies_speak(server: Server, name: str) -> None:
+    python = CLIENTS / name / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"{name} has no environment in {CLIENTS}: make test-clients")
+    program = Path(__file__).parent / "clients" / f"through_{name}.py"
+    done = subprocess.run([python, program, server.url, TEXT, "alloy"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    form = "wav" if name == "wyoming" else "pcm"
+    wanted = server.spoken(voice="alloy", seed=1, response_format=form)  # the seed of that voice
+    for spoken in json.loads(done.stdout.splitlines()[-1]):
+        audio = base64.b64decode(spoken["audio"])
+        assert spoken["rate"] == int(wanted.headers["x-sample-rate"])
+        body = wanted.body[44:] if form == "wav" else wanted.body
+        # Some pad the last frame.
+        assert audio[: len(body)] == body and not any(audio[len(body) :]) and len(audio) - len(body) < 1000
 
 
 def test_a_stream(server: Server, client: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from dia_fast import Dia
-from tests.server.serving import LONG, TEXT, Server, serving
+from tests.server.serving import LONG, RECORDED, TEXT, Server, serving
 
 pytest.importorskip("fastapi", reason="the extra server is not installed")
 
@@ -21,7 +21,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 OPTIONS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 PHONE = {"width": 390, "height": 844}
 DESKTOP = {"width": 1280, "height": 900}
-RECORDED = "[S1] Please open the red door. [S2] Please close the white window."
 PROMPTLY = 0.2  # seconds after which nothing is left of what a click has stopped
 
 

@@ -30,7 +30,7 @@ def _poisoned(*handles: Any) -> Array | np.bool_:
 
 
 def _finish(values: Array, dtype: tl.dtype, *operands: Any) -> Any:
-    """A handle of `dtype` with `values` rounded to it, and poison wherever an operand was poison."""
+    """Return a handle of `dtype` with `values` rounded to it, and poison wherever an operand was poison."""
     target = base._get_np_dtype(dtype)
     data = narrow(values, dtype) if is_packed(dtype) else values.astype(target, copy=False)
     if state.poured():
@@ -60,7 +60,7 @@ class Builder(Memory):
     # constants that Triton's own lacks
 
     def get_bf16(self, value: float) -> Any:
-        """A bf16 constant."""
+        """Return a bf16 constant."""
         return Handle(narrow(np.array([value], np.float32), tl.bfloat16), tl.bfloat16)
 
     def get_all_ones_value(self, type: Any) -> Any:
@@ -161,7 +161,7 @@ class Builder(Memory):
     # matrix product
 
     def create_dot(self, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-        """`a @ b + d`. fp32 operands lose what tf32 has no room for, unless the kernel asked for more."""
+        """Return `a @ b + d`. fp32 operands lose what tf32 has no room for, unless the kernel asked for more."""
         left, right = widen(a.data, a.dtype.scalar), widen(b.data, b.dtype.scalar)
         if left.dtype == np.float32 and a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
             left, right = (np.ascontiguousarray(x).view(np.uint32) & _TF32_MASK for x in (left, right))
@@ -211,7 +211,7 @@ class Semantic(TritonSemantic):
     """Triton's semantics with a cheaper and better-spoken overflow check."""
 
     def binary_op_sanitize_overflow_impl(self, lhs: Any, rhs: Any, binary_op: Callable[..., Any]) -> None:
-        """Raises Overflow if a sum, difference or product of integers below 64 bits wraps around."""
+        """Raise Overflow if a sum, difference or product of integers below 64 bits wraps around."""
         kind = lhs.type.scalar
         if kind.int_bitwidth >= 64 or kind.int_bitwidth == 1:
             return

@@ -1,4 +1,4 @@
-"""What the repaired interpreter accuses a kernel of. Messages name kernel, line, program and argument."""
+"""Defects that the repaired interpreter reports. Messages name kernel, line, program and argument."""
 
 
 class KernelDefect(Exception):

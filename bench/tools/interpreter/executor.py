@@ -40,7 +40,7 @@ class Executor(base.GridExecutor):
     """Runs an interpreted kernel over its grid."""
 
     def __call__(self, *args_dev: Any, **kwargs: Any) -> None:
-        """Launches. Raises KernelDefect for what a GPU would not catch, InterpreterError for any other error."""
+        """Launch. Raises KernelDefect for what a GPU would not catch, InterpreterError for any other error."""
         names = inspect.getfullargspec(self.fn).args
         unknown = set(kwargs) - set(names) - _options()
         if unknown:
@@ -73,7 +73,7 @@ class Executor(base.GridExecutor):
         return sizes
 
     def _converted(self, name: str, value: Any, launch: state.Launch) -> Any:
-        """The argument inside the kernel: typed scalars, pointers that know their tensor."""
+        """Return the argument inside the kernel: typed scalars, pointers that know their tensor."""
         if isinstance(value, (bool, np.bool_)):
             return tl.tensor(Handle(np.array([value], np.bool_), tl.int1), tl.int1)
         if isinstance(value, int):
@@ -105,7 +105,7 @@ class Executor(base.GridExecutor):
 
 
 def _innermost(error: BaseException) -> tuple[BaseException, str]:
-    """What started it, and the last line of a kernel that was reached."""
+    """Return the first cause, and the last line of a kernel that was reached."""
     frames: list[traceback.FrameSummary] = []
     while True:
         frames.extend(traceback.extract_tb(error.__traceback__))

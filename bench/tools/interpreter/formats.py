@@ -28,7 +28,7 @@ _FP8 = {
 
 
 def is_packed(dtype: tl.dtype) -> bool:
-    """Whether arrays of this type hold bits of a float format that numpy lacks."""
+    """Return True if arrays of this type hold bits of a float format that numpy lacks."""
     return dtype == tl.bfloat16 or dtype in _FP8
 
 
@@ -45,7 +45,7 @@ def widen(data: Array, dtype: tl.dtype) -> Array:
 
 
 def narrow(data: Array, dtype: tl.dtype, *, to_zero: bool = False) -> Array:
-    """Rounds floats to `dtype`: to nearest even, or towards zero. Overflow gives inf, in fp8 the largest value.
+    """Round floats to `dtype`: to nearest even, or towards zero. Overflow gives inf, in fp8 the largest value.
 
     fp8 saturates because the conversion instructions that Triton emits do.
     """
@@ -113,7 +113,7 @@ def poison_like(shape: tuple[int, ...], dtype: tl.dtype, np_dtype: np.dtype) -> 
 
 
 def is_poison(data: Array, dtype: tl.dtype) -> Array:
-    """Which values are poison. Always False for booleans and for integers of less than 32 bits."""
+    """Return a mask of poison. Always False for booleans and for integers of less than 32 bits."""
     if dtype == tl.bfloat16 and data.dtype == np.uint16:
         return (data & np.uint16(0x7FFF)) == _POISON_BF16
     if data.dtype.kind == "f":

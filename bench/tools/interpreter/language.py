@@ -1,4 +1,4 @@
-"""What a kernel sees of `triton.language`: swapped in for a launch, back out after it."""
+"""The `triton.language` that a kernel sees: swapped in for a launch, back out after it."""
 
 import ast
 import sys
@@ -25,8 +25,11 @@ def _everything() -> None:
 
 
 class Language:
-    """Context manager. Triton's own patching searches the whole language at every call of every device function, which
-    takes longer than most kernels; here it runs once, and later launches only swap attributes."""
+    """Context manager that patches the language once.
+
+    Triton's own patching searches the whole language at every call of every device function, which takes longer than
+    most kernels; here later launches only swap attributes.
+    """
 
     _swaps: list[tuple[Any, str, Any, Any]] | None = None  # object, name, outside (_MISSING if absent), inside
 
@@ -69,7 +72,7 @@ def np_dtype(dtype: tl.dtype) -> np.dtype:
 
 
 def patch_tensor(tensor: Any, scope: Any) -> None:
-    """What Python asks of a tensor in a kernel. As a loop bound: NumPy from 2.4 on wants a real scalar there."""
+    """Give tensors what Python asks of them. As a loop bound: NumPy from 2.4 on wants a real scalar there."""
     _patch_lang_tensor(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
     scope.set_attr(tensor, "__bool__", _truth)
@@ -106,7 +109,7 @@ class Rewriter(base.ASTTransformer):
     """Turns `and`, `or` and `not` of a kernel into calls: Python would ask a block for its truth value."""
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
-        """`a and b` -> `logical("logical_and", lambda: a, lambda: b)`."""
+        """Turn `a and b` into `logical("logical_and", lambda: a, lambda: b)`."""
         self.generic_visit(node)
         nothing = ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[])
         name = ast.Constant(value="logical_and" if isinstance(node.op, ast.And) else "logical_or")

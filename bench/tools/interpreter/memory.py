@@ -25,7 +25,7 @@ Handle = base.TensorHandle
 
 
 def describe(name: str, tensor: Tensor) -> state.Argument:
-    """The argument `name`, from the tensor as the kernel gets it (a view counts for what it shows)."""
+    """Return the argument `name`, from the tensor as the kernel gets it (a view counts for what it shows)."""
     item = tensor.element_size()
     dims = sorted(
         ((stride * item, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1),
@@ -42,12 +42,12 @@ def describe(name: str, tensor: Tensor) -> state.Argument:
 
 
 def tag(address: NDArray[np.uint64], index: int) -> NDArray[np.uint64]:
-    """The pointer with the number of its argument in it."""
+    """Return the pointer with the number of its argument in it."""
     return address | np.uint64((index + 1) << _TAG_BITS)
 
 
 def bare(pointers: Any) -> Any:
-    """The handle with plain addresses."""
+    """Return the handle with plain addresses."""
     return Handle(pointers.data & _ADDRESS, pointers.dtype)
 
 
@@ -65,7 +65,7 @@ def _named(offset: int, argument: state.Argument) -> str:
 def check(
     kind: str, pointers: NDArray[np.uint64], mask: NDArray[np.bool_], size: int, program: tuple[int, int, int]
 ) -> None:
-    """Raises OutOfBounds unless every active pointer lies in its argument; tells the listeners; may switch programs."""
+    """Raise OutOfBounds unless every active pointer lies in its argument; tell the listeners; may switch programs."""
     launch = state.current
     assert launch is not None, "memory access outside a launch"
     active = pointers[mask]
@@ -107,7 +107,7 @@ class Memory(base.InterpreterBuilder):
     """The memory operations of the repaired interpreter."""
 
     def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
-        """A load whose switched-off lanes hold `other`, or poison where the kernel gave none."""
+        """Return a load whose switched-off lanes hold `other`, or poison where the kernel gave none."""
         element, np_dtype = _element(ptrs)
         lanes = _lanes(mask, ptrs.data.shape)
         check("load", ptrs.data, lanes, np_dtype.itemsize, self.grid_idx)
@@ -118,7 +118,7 @@ class Memory(base.InterpreterBuilder):
         return super().create_masked_load(bare(ptrs), Handle(lanes, tl.int1), other, *rest, **options)
 
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-        """A store; lanes that share an address must agree."""
+        """Return a store; lanes that share an address must agree."""
         _, np_dtype = _element(ptrs)
         lanes = _lanes(mask, ptrs.data.shape)
         check("store", ptrs.data, lanes, np_dtype.itemsize, self.grid_idx)
@@ -149,7 +149,7 @@ class Memory(base.InterpreterBuilder):
 
 
 def _agree(addresses: NDArray[np.uint64], values: NDArray[Any]) -> None:
-    """Raises Disagreement if one address is given two values."""
+    """Raise Disagreement if one address is given two values."""
     if addresses.size < 2:
         return
     order = np.argsort(addresses, kind="stable")
@@ -162,6 +162,6 @@ def _agree(addresses: NDArray[np.uint64], values: NDArray[Any]) -> None:
 
 
 def tensor_of(argument: Any) -> Tensor | None:
-    """The tensor behind an argument that is one, or wraps one."""
+    """Return the tensor behind an argument that is one, or wraps one."""
     inner = base._unwrap_tensor(argument)
     return inner if isinstance(inner, torch.Tensor) else None

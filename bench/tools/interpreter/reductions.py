@@ -16,14 +16,14 @@ Combine = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Array, ...]]
 
 
 def _wrap(data: Array, dtype: tl.dtype) -> Any:
-    """A tensor of `dtype`; a scalar if `data` has no axes."""
+    """Return a tensor of `dtype`; a scalar if `data` has no axes."""
     if data.ndim == 0:
         return tl.core.tensor(Handle(data.reshape(1), dtype), dtype)
     return tl.core.tensor(Handle(np.ascontiguousarray(data), dtype), tl.block_type(dtype, list(data.shape)))
 
 
 def _called(function: Any, dtypes: list[tl.dtype]) -> Combine:
-    """The combine function of a kernel, on whole arrays at once."""
+    """Return the combine function of a kernel, on whole arrays at once."""
 
     def combine(left: tuple[Array, ...], right: tuple[Array, ...]) -> tuple[Array, ...]:
         shape = left[0].shape
@@ -71,7 +71,7 @@ def _sums_integers(function: Any, dtypes: list[tl.dtype]) -> bool:
 
 
 def _chosen(function: Any, dtypes: list[tl.dtype]) -> Combine:
-    """The fast form of a combine function of Triton's own, or the function itself."""
+    """Return the fast form of a combine function of Triton's own, or the function itself."""
     plain = len(dtypes) == 1 and dtypes[0] in (tl.float16, tl.float32, tl.float64)
     known = {
         id(tl.standard._sum_combine): np.add,
@@ -86,7 +86,7 @@ class Reduce(base.ReduceOps):
     """`tl.reduce`, and with it `tl.sum`, `tl.max`, `tl.argmax`, ..."""
 
     def apply_impl(self, input: tuple[Any, ...]) -> list[Any]:
-        """Combines neighbours until one is left along the axis; without an axis, of everything."""
+        """Combine neighbours until one is left along the axis; without an axis, of everything."""
         dtypes = [x.dtype for x in input]
         rank = input[0].handle.data.ndim
         if self.axis is None:

@@ -19,7 +19,7 @@ _order, _seed = "shuffled", 0
 
 @contextmanager
 def program_order(order: str, seed: int = 0) -> Iterator[None]:
-    """Runs the programs of launches inside in another order.
+    """Run the programs of launches inside in another order.
 
     `forward` and `reverse` of the linear index, `shuffled` (the default elsewhere), or `interleaved`: several programs
     are under way and take turns at random, at their loads, stores and atomics.
@@ -40,7 +40,7 @@ def generator() -> np.random.Generator:
 
 
 def run(grid: Index, launch: state.Launch, program: Callable[[], None]) -> None:
-    """Calls `program` for every index of the grid, with `state.program.index` set to it."""
+    """Call `program` for every index of the grid, with `state.program.index` set to it."""
     indices = [(int(x), int(y), int(z)) for x, y, z in np.ndindex(*grid)]
     if _order == "reverse":
         indices.reverse()
@@ -69,7 +69,7 @@ class _Worker(threading.Thread):
         self.over = False
 
     def run(self) -> None:
-        """The thread's body."""
+        """Run the programs: the thread's body."""
         self.go.acquire()
         state.program.index = self.index
         try:
@@ -91,7 +91,7 @@ class _Interleaved:
         self.failed = False
 
     def run(self, indices: list[Index]) -> None:
-        """Runs them all; raises the first error."""
+        """Run them all; raise the first error."""
         waiting, live = indices[::-1], list[_Worker]()
         self.launch.pause = self._pause
         while waiting or live:

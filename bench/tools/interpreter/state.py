@@ -22,7 +22,7 @@ class Argument:
     steps: tuple[tuple[int, int], ...]  # (stride in bytes, size), largest stride first; empty if every byte belongs
 
     def belongs(self, offsets: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
-        """Which accesses of `size` bytes at these byte offsets touch nothing but elements of the tensor."""
+        """Return a mask of accesses of `size` bytes at byte offsets that touch nothing but elements of the tensor."""
         inside = (offsets >= 0) & (offsets + size <= self.extent)
         if not self.steps:
             return inside
@@ -75,7 +75,7 @@ listeners: list[Listener] = []
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Calls `listener` with every memory access of every interpreted kernel, before it happens."""
+    """Call `listener` with every memory access of every interpreted kernel, before it happens."""
     listeners.append(listener)
     try:
         yield
@@ -84,5 +84,5 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def poured() -> bool:
-    """Whether the running launch may hold poison."""
+    """Return True if the running launch may hold poison."""
     return current is not None and current.poured

@@ -19,7 +19,7 @@ CHUNK_ROWS = 256  # of logits that exist at a time; 9252 of them in a row of Dia
 
 
 def gradient_ops(backend: str = "auto", device: torch.device | str = "cpu") -> ModuleType:
-    """The gradient ops for tensors on `device`; backends and errors as in `get_ops`."""
+    """Return the gradient ops for tensors on `device`; backends and errors as in `get_ops`."""
     triton = get_ops(backend, device).name == "triton"
     return importlib.import_module("dia_kernels.autograd.gradients" if triton else "dia_kernels.reference.gradients")
 
@@ -30,7 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, ops: ModuleType) -> Tensor:
 
 
 def rope(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv_heads: int, ops: ModuleType) -> Tensor:
-    """q and k of `[tokens, (heads + 2 * kv_heads) * head_dim]` rotated to their positions; see the op `rotate`."""
+    """Rotate q and k of `[tokens, (heads + 2 * kv_heads) * head_dim]` to their positions; see the op `rotate`."""
     return _Rope.apply(qkv, cos, sin, positions, kv_heads, ops)
 
 

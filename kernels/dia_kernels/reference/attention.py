@@ -10,7 +10,15 @@ from torch import Tensor
 
 
 def attention_workspace(rows: int, heads: int, head_dim: int, max_length: int, device: torch.device) -> None:
-    """Scratch memory that `rope_attention` and `cross_attention` need for that many rows: none in torch."""
+    """Return scratch memory for `rope_attention` and `cross_attention`: None in torch, which needs none.
+
+    Args:
+        rows: Most rows of a call.
+        heads: Query heads.
+        head_dim: Of a head.
+        max_length: Most tokens that a block table has room for.
+        device: Of the tensors.
+    """
     return None
 
 
@@ -33,7 +41,7 @@ def _gather(pages: Tensor, block_table: Tensor, length: int) -> Tensor:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type to compute in."""
+    """Return the type to compute in."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -65,15 +73,31 @@ def rope_attention(
     workspace: object = None,
     kv_ready: bool = False,
 ) -> Tensor:
-    """One decode step of causal self-attention: rotate q and k, write k and v to their page, attend `0..position`.
+    """Make one decode step of causal self-attention: rotate q and k, store k and v, attend to `0..position`.
 
-    qkv: `[rows, (heads + 2 * kv_heads) * head_dim]`, q first; cos, sin: `[max_positions, head_dim / 2]` float32;
-    k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`, written in place at `positions[row]`;
-    block_table: `[rows, max_pages]` int32; positions: `[rows]` int32, the new token's index: the row attends to
-    `positions[row] + 1` tokens. At -1 the row is inert: nothing is written and its `out` is 0.
-    out: `[rows, heads * head_dim]`. q and k are rotated in fp32 and rounded once to their dtype; scores, softmax
-    and the weighted sum are accumulated in fp32. kv_ready: the caller's word that nothing but qkv comes from
-    a launch that may still run when this one begins (see docs/kernels.md): a kernel may then read the rest early.
+    q and k are rotated in fp32 and rounded once to their dtype; scores, softmax and the weighted sum are accumulated in
+    fp32. Scale 1.0.
+
+    Args:
+        qkv: `[rows, (heads + 2 * kv_heads) * head_dim]`, q first.
+        cos: `[max_positions, head_dim / 2]` float32.
+        sin: As cos.
+        k_pages: `[pages, kv_heads, page_size, head_dim]`, written in place at `positions[row]`.
+        v_pages: As k_pages.
+        block_table: `[rows, max_pages]` int32, the pages of each row.
+        positions: `[rows]` int32, the new token's index: the row attends to `positions[row] + 1` tokens. At -1
+            the row is inert: nothing is written and its `out` is 0.
+        out: `[rows, heads * head_dim]`, written.
+        workspace: Result of `attention_workspace`.
+        kv_ready: The caller's word that nothing but qkv comes from a launch that may still run when this one begins
+            (docs/kernels.md): a kernel may then read the rest early.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     kv_heads, page_size, head_dim = k_pages.shape[1:]
     heads = out.shape[1] // head_dim
@@ -103,14 +127,28 @@ def cross_attention(
     sin: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """One decode step of cross-attention over the text, conditional rows only.
+    """Make one decode step of cross-attention over the text, conditional rows only. Scale 1.0.
 
-    q, out: `[batch, heads * head_dim]`; k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`;
-    block_table: `[batch, max_pages]` int32; lengths: `[batch]` int32, tokens of text; at 0 `out` is 0.
-    kv_ready: as for `rope_attention`, nothing but q.
-    cos, sin: `[max_positions, head_dim / 2]` float32, and positions: `[batch]` int32, below 0 for inert rows: q is
-    rotated in fp32 and rounded once to its dtype, as the first generation of Dia does (whose k were rotated when they
-    were stored). Without them there is no RoPE.
+    Args:
+        q: `[batch, heads * head_dim]`.
+        k_pages: `[pages, kv_heads, page_size, head_dim]`.
+        v_pages: As k_pages.
+        block_table: `[batch, max_pages]` int32, the pages of each row.
+        lengths: `[batch]` int32, tokens of text; at 0 `out` is 0.
+        out: `[batch, heads * head_dim]`, written.
+        workspace: Result of `attention_workspace`.
+        kv_ready: As for `rope_attention`; here nothing but q comes from a launch that may still run.
+        cos: `[max_positions, head_dim / 2]` float32. With it q is rotated in fp32 and rounded once to its dtype, as the
+            first generation of Dia does, whose k were rotated when they were stored. None: no RoPE.
+        sin: As cos; required with it.
+        positions: `[batch]` int32, below 0 for inert rows; required with cos.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     if cos is not None and sin is not None and positions is not None:
         at = positions.long().clamp(min=0)
@@ -148,11 +186,24 @@ def rope(
     v_pages: Tensor | None = None,
     slot_mapping: Tensor | None = None,
 ) -> Tensor:
-    """Prefill: rotates q and k of `qkv` in place; with pages given, also stores k and v in them.
+    """Rotate q and k of `qkv` in place, for prefill; with pages given, also store k and v in them.
 
-    qkv: `[tokens, (heads + 2 * kv_heads) * head_dim]`; cos, sin: `[max_positions, head_dim / 2]` float32;
-    positions: `[tokens]` int32; k_pages, v_pages: `[pages, kv_heads, page_size, head_dim]`;
-    slot_mapping: `[tokens]` int64, `page * page_size + offset` of each token, -1 to store nothing.
+    Args:
+        qkv: `[tokens, (heads + 2 * kv_heads) * head_dim]`, q first.
+        cos: `[max_positions, head_dim / 2]` float32.
+        sin: As cos.
+        positions: `[tokens]` int32.
+        kv_heads: Heads of k and of v.
+        k_pages: `[pages, kv_heads, page_size, head_dim]`, written; None to store nothing.
+        v_pages: As k_pages.
+        slot_mapping: `[tokens]` int64, `page * page_size + offset` of each token, -1 to store nothing.
+
+    Returns:
+        `qkv`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     head_dim = 2 * cos.shape[1]
     heads = qkv.view(qkv.shape[0], -1, head_dim)
@@ -178,14 +229,26 @@ def ragged_attention(
     block_table: Tensor | None = None,
     kv_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Prefill attention of several sequences of different lengths, packed one after another.
+    """Attend within several sequences of different lengths, packed one after another, for prefill. Scale 1.0.
 
-    q: `[tokens, heads, head_dim]`, any strides with a contiguous last axis; starts: `[sequences + 1]` int32, where
-    each sequence's queries begin; out: `[tokens, heads * head_dim]`.
-    Packed (`block_table is None`): k, v: `[tokens, kv_heads, head_dim]`, cut by `starts` as q is.
-    Paged: k, v: `[pages, kv_heads, page_size, head_dim]`; block_table: `[sequences, max_pages]` int32;
-    kv_lengths: `[sequences]` int32, tokens in the cache, those of this call included. A sequence without keys gives 0.
-    causal: the queries are the last ones of their sequence; query `i` of `n` sees keys `0 .. kv_length - n + i`.
+    Args:
+        q: `[tokens, heads, head_dim]`, any strides with a contiguous last axis.
+        k: Packed, without a block table: `[tokens, kv_heads, head_dim]`, cut by `starts` as q is. Paged:
+            `[pages, kv_heads, page_size, head_dim]`.
+        v: As k.
+        starts: `[sequences + 1]` int32, the first query of each sequence, and the number of tokens.
+        out: `[tokens, heads * head_dim]`, written.
+        causal: The queries are the last ones of their sequence; query `i` of `n` sees keys `0 .. kv_length - n + i`.
+        block_table: `[sequences, max_pages]` int32, for paged keys.
+        kv_lengths: `[sequences]` int32, tokens in the cache, those of this call included. A sequence without keys gives
+            0.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     bounds = starts.tolist()
     lengths = (

@@ -21,7 +21,7 @@ def embed_codes(
     eos: int,
     pad: int,
 ) -> Tensor:
-    """Forms the next delayed codes and embeds it. In place, for every request `b` of `batch`:
+    """Form the next delayed codes and embed them. In place, for every request `b` of `batch`.
 
     - `r = step[b]`. A request with `r < 0` or `finished[b] != 0` is inert: its positions become -1, its rows of `x`
       become 0, and nothing else of it changes.
@@ -35,11 +35,30 @@ def embed_codes(
     - rows `b` and, if `rows == 2 * batch`, `batch + b`: `positions = r`, `x = sum_c table[c * vocab + code_c]`
       summed in fp32 in channel order, rounded once.
 
-    sampled: `[batch, channels]` int32, from `sample`; prompt_codes: `[batch, depth, channels]` int32, -1 where free;
-    step, first_step, end_step, eos_step, finished: `[batch]` int32; delay: `[channels]` int32, `delay[0] == 0`;
-    table: `[channels * vocab, hidden]`; codes: `[batch, capacity, channels]` int32 with `capacity > end_step`;
-    positions: `[rows]` int32; x: `[rows, hidden]`; rows is batch or 2 * batch. Returns `x`.
     Source: the delay pattern of MusicGen (Copet et al. 2023) with Dia's EOS countdown (docs/dia.md, "Delay pattern").
+
+    Args:
+        sampled: `[batch, channels]` int32, from `sample`.
+        prompt_codes: `[batch, depth, channels]` int32, -1 where free.
+        step: `[batch]` int32, updated.
+        first_step: `[batch]` int32.
+        end_step: `[batch]` int32.
+        eos_step: `[batch]` int32, updated.
+        delay: `[channels]` int32, `delay[0] == 0`.
+        table: `[channels * vocab, hidden]`.
+        codes: `[batch, capacity, channels]` int32 with `capacity > end_step`, written.
+        positions: `[rows]` int32, written; rows is batch or 2 * batch.
+        finished: `[batch]` int32, updated.
+        x: `[rows, hidden]`, written.
+        eos: Code that ends a channel.
+        pad: Code behind it.
+
+    Returns:
+        `x`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     batch, channels = sampled.shape
     vocab = table.shape[0] // channels

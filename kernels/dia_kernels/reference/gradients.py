@@ -1,4 +1,4 @@
-"""What training differentiates beside matrix products and attention: forward where it differs, and backward.
+"""Ops of training beside matrix products and attention: forward where it differs, and backward.
 
 As everywhere in the reference, ops write into buffers of the caller. Arithmetic is fp32, or fp64 for fp64 inputs, so
 that these formulas can themselves be checked by finite differences.
@@ -12,7 +12,10 @@ name = "torch"
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """`out = x / sqrt(mean(x^2) + eps) * weight`, rounded once. x, out: `[rows, hidden]`; weight: `[hidden]`."""
+    """Normalise: `out = x / sqrt(mean(x^2) + eps) * weight`, rounded once.
+
+    x, out: `[rows, hidden]`; weight: `[hidden]`.
+    """
     wide = _wide(x)
     return out.copy_(wide * _inverse_rms(wide, eps) * weight)
 
@@ -36,7 +39,7 @@ def rms_norm_backward(
 def rotate(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv_heads: int, out: Tensor, *, inverse: bool = False
 ) -> Tensor:
-    """RoPE of q and k, v as it is: `first, second = first * cos - second * sin, second * cos + first * sin`.
+    """Rotate q and k, leave v: `first, second = first * cos - second * sin, second * cos + first * sin`.
 
     qkv, out: `[tokens, (heads + 2 * kv_heads) * head_dim]`, not the same memory; cos, sin: `[positions, head_dim / 2]`;
     positions: `[tokens]` int32. A rotation's gradient is rotated back: `inverse`. Source: Su et al. 2021, "RoFormer".
@@ -56,7 +59,10 @@ def rotate(
 
 
 def glu(x: Tensor, out: Tensor) -> Tensor:
-    """`out = silu(gate) * up` with `gate, up = x.chunk(2, -1)`, rounded once. x: `[rows, 2 * n]`; out: `[rows, n]`."""
+    """Gate: `out = silu(gate) * up` with `gate, up = x.chunk(2, -1)`, rounded once.
+
+    x: `[rows, 2 * n]`; out: `[rows, n]`.
+    """
     gate, up = _wide(x).chunk(2, -1)
     return out.copy_(F.silu(gate) * up)
 
@@ -75,7 +81,7 @@ def glu_backward(x: Tensor, grad: Tensor, dx: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, losses: Tensor, *, gradient: bool) -> Tensor:
-    """`losses = log(sum(exp(logits))) - logits[label]`, and in place of the logits their gradient.
+    """Compute `losses = log(sum(exp(logits))) - logits[label]`, and in place of the logits their gradient.
 
     logits: `[rows, channels, vocab]`, with `gradient` overwritten by `weights[channel] * (softmax(logits) - onehot)`;
     labels: `[rows, channels]` int64, what is negative counts for nothing; weights: `[channels]` float32; losses:

@@ -36,9 +36,22 @@ def _linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """`out = x / sqrt(mean(x^2) + eps) * weight`, in fp32, rounded once to `out.dtype`.
+    """Normalise rows: `out = x / sqrt(mean(x^2) + eps) * weight`, in fp32, rounded once to `out.dtype`.
 
-    x, out: `[rows, hidden]`; weight: `[hidden]`. Formula: Zhang & Sennrich 2019, with the cast after the weight.
+    Formula: Zhang & Sennrich 2019, with the cast after the weight.
+
+    Args:
+        x: `[rows, hidden]`, float32, float16 or bfloat16; the last axis contiguous.
+        weight: `[hidden]`.
+        eps: Added to the mean square.
+        out: `[rows, hidden]`, written; the last axis contiguous.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -52,18 +65,42 @@ def _normed_linear(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float) -
 
 
 def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float, out: Tensor) -> Tensor:
-    """`out = rms_norm(x) @ weight.T`: the QKV projection and the cross-attention query projection.
+    """Normalise and project: `out = rms_norm(x) @ weight.T`, for QKV and the query of cross-attention.
 
-    x: `[rows, hidden]`; norm_weight: `[hidden]`; weight: `[features, hidden]`; out: `[rows, features]`.
+    Args:
+        x: `[rows, hidden]`, float32, float16 or bfloat16; the kernel takes 1 to 64 rows.
+        norm_weight: `[hidden]`.
+        weight: `[features, hidden]`, a tensor or what `pack` made of it.
+        eps: Added to the mean square.
+        out: `[rows, features]`, written.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     return out.copy_(_normed_linear(x, norm_weight, weight, eps))
 
 
 def linear_residual(x: Tensor, weight: Weight, residual: Tensor, constant: Tensor | None = None) -> Tensor:
-    """`residual[:m] += x @ weight.T`; rows from `m` on, if any, get `constant` added instead. In place.
+    """Project and add in place: `residual[:m] += x @ weight.T`, and `residual[m:] += constant`.
 
-    x: `[m, in_features]`; weight: `[hidden, in_features]`; residual: `[rows, hidden]`, `rows >= m`;
-    constant: `[hidden]`, required exactly when `rows > m` (the unconditional rows' cross-attention, docs/dia.md).
+    The sum is formed in fp32 and rounded once.
+
+    Args:
+        x: `[m, in_features]`, float32, float16 or bfloat16; the kernel takes `m` from 1 to 64.
+        weight: `[hidden, in_features]`, a tensor or what `pack` made of it.
+        residual: `[rows, hidden]` with `rows >= m`, added to.
+        constant: `[hidden]`, required exactly when `rows > m`: the cross-attention of unconditional rows (docs/dia.md).
+
+    Returns:
+        `residual`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     m = x.shape[0]
     residual[:m] += _linear(x, weight)
@@ -75,26 +112,59 @@ def linear_residual(x: Tensor, weight: Weight, residual: Tensor, constant: Tenso
 
 
 def glu(x: Tensor, out: Tensor) -> Tensor:
-    """`out = silu(gate) * up` where `gate, up = x.chunk(2, -1)`, in fp32, rounded once.
+    """Gate: `out = silu(gate) * up` with `gate, up = x.chunk(2, -1)`, in fp32, rounded once.
 
-    x: `[rows, 2 * intermediate]`, gate first; out: `[rows, intermediate]`.
+    Args:
+        x: `[rows, 2 * intermediate]`, gate first; the last axis contiguous.
+        out: `[rows, intermediate]`, written; the last axis contiguous.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     gate, up = x.float().chunk(2, -1)
     return out.copy_(F.silu(gate) * up)
 
 
 def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float, out: Tensor) -> Tensor:
-    """`out = silu(gate) * up` of `rms_norm(x) @ weight.T`: RMSNorm, gate and up projections, activation.
+    """Normalise, project and gate: `out = silu(gate) * up` with `gate, up = (rms_norm(x) @ weight.T).chunk(2, -1)`.
 
-    x: `[rows, hidden]`; weight: `[2 * intermediate, hidden]`, gate rows first; out: `[rows, intermediate]`.
+    Args:
+        x: `[rows, hidden]`, float32, float16 or bfloat16; the kernel takes 1 to 64 rows.
+        norm_weight: `[hidden]`.
+        weight: `[2 * intermediate, hidden]`, gate rows first, a tensor or what `pack` made of it.
+        eps: Added to the mean square.
+        out: `[rows, intermediate]`, written.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     return glu(_normed_linear(x, norm_weight, weight, eps), out)
 
 
 def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float, out: Tensor) -> Tensor:
-    """Final RMSNorm and the heads of all channels: `out = (rms_norm(x) @ weight.T)` as float32.
+    """Apply the final norm and the heads of all channels: `out = rms_norm(x) @ weight.T`, as float32.
 
-    x: `[rows, hidden]`; weight: `[channels * vocab, hidden]`; out: `[rows, channels, vocab]` float32, holding
-    values rounded to `x.dtype` (docs/dia.md: the head's result is rounded, all that follows is float32).
+    Args:
+        x: `[rows, hidden]`, float32, float16 or bfloat16; the kernel takes 1 to 64 rows.
+        norm_weight: `[hidden]`.
+        weight: `[channels * vocab, hidden]`, a tensor or what `pack` made of it.
+        eps: Added to the mean square.
+        out: `[rows, channels, vocab]` float32, written with values rounded to `x.dtype`: the head's result is rounded,
+            all that follows is float32 (docs/dia.md).
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     return out.copy_(_normed_linear(x, norm_weight, weight, eps).to(x.dtype).view(out.shape))

@@ -14,10 +14,14 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor) -> Tensor:
-    """First word of Philox4x32-10 for 64-bit keys and counters `(c0, c1, 0, 0)`, as int64 in `[0, 2^32)`.
+    """Return the first word of Philox4x32-10 for 64-bit keys and counters `(c0, c1, 0, 0)`, as int64 in `[0, 2^32)`.
 
-    seed, c0, c1: int tensors of one shape; the key is the low and the high word of the seed (its sign bit included).
     Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; `triton.language.philox` is the same.
+
+    Args:
+        seed: Integers; the low and the high word, its sign bit included, are the key.
+        c0: Integers in the shape of seed.
+        c1: Integers in the shape of seed.
     """
     seed = seed.to(torch.int64)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
@@ -51,7 +55,7 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 
 def _most_kept(top_k: Tensor, vocab: int) -> int:
-    """The largest `top_k` of all requests, where 0 means all."""
+    """Return the largest `top_k` of all requests, where 0 means all."""
     return vocab if bool((top_k <= 0).any()) else int(top_k.max())
 
 
@@ -71,7 +75,7 @@ def _numbers(scores: Tensor) -> Tensor:
 def _candidates(
     logits: Tensor, guidance_scale: Tensor, top_k: Tensor, eos: int, first_generation: bool
 ) -> tuple[Tensor, Tensor]:
-    """Steps 1 to 4 of `sample_weights`: scores, minus infinity for ids that are out, and where one was no number.
+    """Take steps 1 to 4 of `sample_weights`: scores, -inf for ids that are out, and where one was no number.
 
     `[batch, channels, vocab]` float32 and `[batch, channels]` bool.
     """
@@ -119,9 +123,9 @@ def sample_weights(
     eos: int,
     first_generation: bool = False,
 ) -> Tensor:
-    """The distribution that `sample` draws from, as integer weights `[batch, channels, vocab]` (int64).
+    """Return the distribution that `sample` draws from, as integer weights.
 
-    An id's probability is its weight divided by the sum over `vocab`. Arguments as in `sample`. Steps (docs/dia.md):
+    Steps (docs/dia.md):
 
     1. guided requests (`rows == 2 * batch` and `guidance_scale != 1`): `guided = cond + scale * (cond - uncond)`; with
        `top_k > 0` the conditional logits of the `top_k` best guided ids stay, without it `guided` itself goes on;
@@ -135,9 +139,20 @@ def sample_weights(
     Ties are broken by the lower id throughout. NaN and infinity count as minus infinity, among the logits and among
     the guided ones. If no candidate is left, id 0 gets the weight (argmax of nothing).
 
-    first_generation: the rules of the first Dia-1.6B. In step 1 `guided` itself goes on, whatever `top_k` is; before
-    step 2 the logit of `eos` on channel 0 is multiplied by 0.8; in step 3 an `eos` that is the argmax does not stay
-    alone; step 4 is for all requests.
+    Args:
+        logits: As in `sample`, as are all arguments up to eos.
+        guidance_scale: `[batch]` float32.
+        temperature: `[batch]` float32.
+        top_k: `[batch]` int32.
+        top_p: `[batch]` float32.
+        eos: Id of the end of sequence.
+        first_generation: The rules of the first Dia-1.6B. In step 1 `guided` itself goes on, whatever `top_k` is;
+            before
+            step 2 the logit of `eos` on channel 0 is multiplied by 0.8; in step 3 an `eos` that is the argmax does not
+            stay alone; step 4 is for all requests.
+
+    Returns:
+        `[batch, channels, vocab]` int64. An id's probability is its weight divided by the sum over `vocab`.
     """
     return _weights(_candidates(logits, guidance_scale, top_k, eos, first_generation)[0], temperature, top_k, top_p)
 
@@ -175,21 +190,35 @@ def sample(
     eos: int,
     first_generation: bool = False,
 ) -> Tensor:
-    """Draws one code per request and channel.
+    """Draw one code per request and channel.
 
-    logits: `[rows, channels, vocab]` float32; rows is batch (no guidance) or 2 * batch: conditional rows first.
-    step: `[batch]` int32, the step being sampled, also in the random key; a request with `step < 0` is inert.
-    seed: `[batch]` int64; guidance_scale: `[batch]` float32, 1 for none; temperature: `[batch]` float32, 0 for greedy;
-    top_k: `[batch]` int32, 0 for all; top_p: `[batch]` float32 in (0, 1]; out: `[batch, channels]` int32.
-    first_generation: as in `sample_weights`.
     The draw is `floor(u * total)` on the cumulative integer weights in id order, `u` the 32-bit Philox word of
-    (seed, step, channel): the same seed gives the same code whatever else is in the batch.
+    (seed, step, channel): the same seed gives the same code whatever else is in the batch. Whatever the bits of the
+    logits are, a code is from 0 to `vocab - 1`.
 
-    status: `[batch, channels]` int32, where 0 means that all has been well; then it becomes `4 * step + kind` once
-    something is not, and stays that. The kinds are `NOT_FINITE`: a logit of the request, or what guidance makes of it,
-    is NaN or infinity, and `EMPTY`: not that, no candidate is left, and the draw is not greedy (a greedy one takes id
-    0, as transformers does, which raises in the other case). Minus infinity is no fault by itself: such an id is out.
-    Whatever the bits of the logits are, a code is from 0 to `vocab - 1`.
+    Args:
+        logits: `[rows, channels, vocab]` float32; rows is batch (no guidance) or 2 * batch: conditional rows first.
+        step: `[batch]` int32, the step being sampled, also in the random key; a request with `step < 0` is inert.
+        seed: `[batch]` int64.
+        guidance_scale: `[batch]` float32, 1 for none.
+        temperature: `[batch]` float32, 0 for greedy.
+        top_k: `[batch]` int32, 0 for all.
+        top_p: `[batch]` float32 in (0, 1].
+        out: `[batch, channels]` int32, written.
+        status: `[batch, channels]` int32, where 0 means that all has been well; then it becomes `4 * step + kind` once
+            something is not, and stays that. The kinds are `NOT_FINITE`: a logit of the request, or what guidance makes
+            of it, is NaN or infinity, and `EMPTY`: not that, no candidate is left, and the draw is not greedy (a greedy
+            one takes id 0, as transformers does, which raises in the other case). Minus infinity is no fault by itself:
+            such an id is out.
+        eos: Id of the end of sequence; ids above it are special.
+        first_generation: As in `sample_weights`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: On the Triton op set, a shape, layout or device that the kernel does not take; the message names it.
+        TypeError: On the Triton op set, a dtype that the kernel does not take.
     """
     scores, wrong = _candidates(logits, guidance_scale, top_k, eos, first_generation)
     weights = _weights(scores, temperature, top_k, top_p)
@@ -208,6 +237,6 @@ def sample(
 
 
 def _high32(a: Tensor, b: Tensor) -> Tensor:
-    """`(a * b) >> 32` for unsigned 32-bit values held in int64, without overflow."""
+    """Return `(a * b) >> 32` for unsigned 32-bit values held in int64, without overflow."""
     low = (a & 0xFFFF) * b
     return ((a >> 16) * b + (low >> 16)) >> 16

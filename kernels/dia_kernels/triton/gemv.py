@@ -82,7 +82,7 @@ def prefetch(
     K: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Requests the weights of the first `DEPTH` steps, then waits for the launch before this one: `project` goes on."""
+    """Request the weights of the first `DEPTH` steps, then wait for the launch before this one: `project` goes on."""
     DEPTH: tl.constexpr = T.DEPTH
     STEP: tl.constexpr = T.SPLIT_K * T.CHUNKS * T.K_LANES * T.VECTOR
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
@@ -244,7 +244,7 @@ def configuration(op: str, x: Tensor, features: int) -> tuple[Tile, dict[str, in
 
 
 def check(rows: int, named: Mapping[str, tuple[Tensor, tuple[int, ...]]], out_dtype: torch.dtype | None = None) -> None:
-    """Raises ValueError or TypeError naming the argument that the kernels cannot take.
+    """Raise ValueError or TypeError naming the argument that the kernels cannot take.
 
     named: each tensor with the shape it must have, x first. Rows 1 to 64, hidden size (the last axis of x) a multiple
     of 16, everything contiguous, 16-byte aligned, on one device and of one dtype (float32, float16 or bfloat16), but

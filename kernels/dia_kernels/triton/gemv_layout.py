@@ -69,7 +69,7 @@ _FROM_FIRST = tl.constexpr(tuple(int(part) for part in triton.__version__.split(
 
 @triton.jit
 def program_tile(T: tl.constexpr):
-    """The tile of weights of this program, and its first row: programs of the same weights follow one another."""
+    """Return this program's tile of weights, and its first row: programs of the same weights follow one another."""
     if T.ROW_BLOCKS > 1:
         return tl.program_id(0) // T.ROW_BLOCKS, tl.program_id(0) % T.ROW_BLOCKS * T.BLOCK_R
     return tl.program_id(0), 0

@@ -12,7 +12,7 @@ from dia_kernels import launcher as launch
 
 @triton.jit
 def silu(x):
-    """x * sigmoid(x), from the exponential of -|x| so that it cannot overflow."""
+    """Return x * sigmoid(x), from the exponential of -|x| so that it cannot overflow."""
     small = tl.exp(-tl.abs(x))
     return x * tl.where(x >= 0, 1.0, small) / (1.0 + small)
 

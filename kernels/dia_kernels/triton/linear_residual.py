@@ -18,7 +18,7 @@ def _add_constant(
     residual_ptr, constant_ptr, n, rows, all_rows,
     N: tl.constexpr, BLOCK_C: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The rows without an input, from `rows` on, in columns n."""
+    """Add the constant to the rows without an input, from `rows` on, in columns n."""
     c = rows + tl.arange(0, BLOCK_C)[:, None]
     inside = (c < all_rows) & (n < N)
     if ROW_BLOCKS > 1:

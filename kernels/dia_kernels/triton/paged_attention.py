@@ -104,7 +104,7 @@ def run(
     workspace: object,
     kv_ready: bool,
 ) -> None:
-    """Launches a decode attention: one program per row, kv head and split of the longest row the block table can hold.
+    """Launch a decode attention: one program per row, kv head and split of the longest row the block table can hold.
 
     inputs: the kernel's own tensors; cache: k_pages, v_pages, block_table, lengths or positions, out. kv_ready: whether
     the cache may be read while launches before this one still run.
@@ -204,7 +204,7 @@ def load_tile(
 
 @triton.jit
 def keep_both_in_flight(k, v, TARGET: tl.constexpr):
-    """k and v unchanged.
+    """Return k and v unchanged.
 
     The compiler moves K into shared memory, and so waits for it, right behind its load: before V is requested. Neither
     can pass an assembly statement that takes both, even one without instructions.
@@ -219,7 +219,7 @@ def keep_both_in_flight(k, v, TARGET: tl.constexpr):
 
 @triton.jit
 def settle(x, TARGET: tl.constexpr):
-    """x unchanged, computed where it is.
+    """Return x unchanged, computed where it is.
 
     On AMD, left to itself, the compiler moves the arithmetic behind a matrix operand into the operand's layout, where
     every warp holds all of it: RoPE of q then takes hundreds of registers. It cannot move an assembly statement.
@@ -305,7 +305,7 @@ def finish(
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """Writes the row's result if this program is its only split, or the last of them to get here."""
+    """Write the row's result if this program is its only split, or the last of them to get here."""
     g = tl.arange(0, BLOCK_G)
     mask = (g < GROUP)[:, None] & used[None, :]
     if splits == 1:
@@ -345,7 +345,7 @@ def merge(
     BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Merges the splits of a row and kv head in order, CHUNK at a time. Loads skip the L1 cache, which may be stale.
+    """Merge the splits of a row and kv head in order, CHUNK at a time. Loads skip the L1 cache, which may be stale.
 
     Every lane reads the scores it needs by itself: nothing is exchanged, so nothing waits for a barrier.
     """

@@ -17,7 +17,7 @@ from dia_kernels.triton.paged_attention import mix, scores
 
 @triton.jit
 def _own_tile(starts_ptr, index, sequences, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The sequence of tile `index` (`sequences` or more if there is no such tile) and the tile's first query in it."""
+    """Return the sequence of tile `index`, or `sequences` and more if there is none, and its first query in it."""
     i = tl.arange(0, BLOCK_S)
     real = i < sequences
     length = tl.load(starts_ptr + i + 1, mask=real, other=0) - tl.load(starts_ptr + i, mask=real, other=0)
@@ -109,7 +109,7 @@ def _ragged_attention(
 
 
 def _default_config(dtype: torch.dtype, arch: str, *, head_dim: int, paged: int) -> dict[str, int]:
-    """Queries and keys per tile, stages of loads, and warps; chosen so that nothing spills at head_dim 128.
+    """Return queries and keys per tile, stages of loads, and warps; chosen so that nothing spills at head_dim 128.
 
     Must not depend on how many sequences there are, or a sequence's result would.
     """
