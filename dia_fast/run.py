@@ -19,12 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dia_fast.run", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--also", action="append", default=[], metavar="MODULE", help="one more module that holds Dia")
     parser.add_argument("--only-dia", action="store_true", help="leave copies of the package under other names alone")
+    parser.add_argument("--quirks", action="store_true", help="repeat the original's off-by-one, for the same tokens")
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is a module")
     parser.add_argument("program", metavar="PROGRAM", help="a script, or with -m a module")
     parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="what the program is given")
     given = parser.parse_args(arguments)
     try:
-        original.install(also=given.also, discover=not given.only_dia)
+        original.install(also=given.also, discover=not given.only_dia, quirks=given.quirks)
     except DiaFastError as error:
         print(f"dia_fast.run: {error}", file=sys.stderr)
         return 2

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from bench.tools.codec_files import save_official
 from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
 from dia_fast.audio.codec.weights import fold_weight_norm, rename_official
 from dia_fast.errors import CheckpointError, InputError
-from tests.helpers.codecs import SMALL, assert_same_sound, imported_dac, random_codes, save_official
+from tests.helpers.codecs import SMALL, assert_same_sound, imported_dac, random_codes
 
 # The dac package uses the old spelling of weight norm.
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")

@@ -27,6 +27,7 @@ import numpy as np
 import soundfile
 import torch
 
+from bench.tools.codec_files import save_official
 from bench.tools.tiny_models import make_original_checkpoint, make_transformers_checkpoint, tiny_config
 from dia_fast.audio.audio import load_audio
 from dia_fast.audio.codec import load_codec, random_codec
@@ -43,7 +44,7 @@ from dia_fast.training.options import TrainOptions
 from dia_fast.training.run import Run
 from dia_kernels import launcher as launch
 from dia_kernels import reference
-from tests.helpers.codecs import SMALL, save_official
+from tests.helpers.codecs import SMALL
 
 SECONDS, BYTES = 10, 2 << 30
 """What one case may take; tiny files need some milliseconds and some megabytes."""

@@ -16,6 +16,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from bench.tools.codec_files import save_official
 from bench.tools.tiny_models import make_original_checkpoint, tiny_config
 from dia_fast.audio.codec import load_codec
 from dia_fast.engine import Request, generate
@@ -25,7 +26,7 @@ from dia_fast.integrations.original import ComputeDtype, Dia, OriginalConfig
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.delay import apply_delay
 from dia_fast.text.tokenizer import encode_text
-from tests.helpers.codecs import assert_same_sound, imported_dac, save_official
+from tests.helpers.codecs import assert_same_sound, imported_dac
 from tests.integrations import hub
 
 TEXT = "[S1] Did you hear that? [S2] Hear what?"

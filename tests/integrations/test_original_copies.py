@@ -14,6 +14,7 @@ import dia_fast.run
 from dia_fast.errors import InputError
 from dia_fast.integrations import original
 from dia_fast.integrations.original import Dia, copies
+from dia_fast.model.config import DiaConfig
 from tests.integrations import hub
 
 EARLY = """
@@ -43,7 +44,8 @@ class Dia:
 
     def _load_dac_model(self): ...
 
-    def generate(self, text, seed: int = 42, verbose=True): ...
+    def generate(self, text: str | list[str], seed: int = 42, verbose=True):
+        return outputs
 """
 
 
@@ -176,6 +178,16 @@ def test_a_copy_takes_arguments_in_its_own_order_with_its_own_defaults(
             dia.generate(*wrong.pop("args"), **wrong)
 
 
+def test_a_copy_that_returns_lists_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Dia, "generate", lambda self, text, **_: list(text) if len(text) > 1 else "one")
+    late = LATE.replace("return outputs", "return outputs if len(outputs) > 1 else outputs[0]")
+    for source, wanted in ((LATE, ["one"]), (late, "one"), (EARLY, "one")):
+        node = copies.class_of(source.encode())
+        assert node is not None
+        dia = copies.alike(node, "some.model")(DiaConfig(), device="cpu")
+        assert dia.generate("a") == wanted and dia.generate(["a", "b"]) == ["a", "b"]
+
+
 PROGRAM = """
 import json, sys
 from box.model import Dia
@@ -198,3 +210,11 @@ def test_programs_that_cannot_be_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no such script" in capsys.readouterr().err
     assert dia_fast.run.main(["--also", "a b", "x.py"]) == 2
     assert subprocess.run([sys.executable, "-m", "dia_fast.run"], capture_output=True).returncode == 2
+
+
+def test_quirks_of_a_whole_program() -> None:
+    made = [Dia(DiaConfig(), device="cpu").quirks]
+    original.install(quirks=True)
+    made += [Dia(DiaConfig(), device="cpu").quirks, Dia(DiaConfig(), device="cpu", quirks=False).quirks]
+    original.uninstall()
+    assert [*made, Dia(DiaConfig(), device="cpu").quirks] == [False, True, False, False]

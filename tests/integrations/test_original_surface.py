@@ -15,6 +15,7 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
+from bench.tools.codec_files import save_official
 from bench.tools.pairs import pack
 from bench.tools.tiny_models import make_original_checkpoint, original_state, random_state, tiny_config
 from dia_fast.audio.codec import Codec, load_codec
@@ -27,7 +28,7 @@ from dia_fast.model.config import DiaConfig
 from dia_fast.model.model import DiaModel
 from dia_fast.text.tokenizer import TextWarning, encode_text
 from dia_kernels import get_ops, reference
-from tests.helpers.codecs import imported_dac, save_official
+from tests.helpers.codecs import imported_dac
 from tests.helpers.front import make_codec
 from tests.helpers.tolerance import EVALUATIONS, nudged
 

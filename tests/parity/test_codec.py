@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench.tools.codec_files import save_official
 from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
-from tests.helpers.codecs import assert_same_sound, imported_dac, save_official
+from tests.helpers.codecs import assert_same_sound, imported_dac
 
 # The 44.1 kHz codec of Dia at its full size, and one with odd and reordered ratios, where lengths are uneven.
 FULL = CodecConfig()

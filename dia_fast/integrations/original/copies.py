@@ -36,7 +36,7 @@ def alike(node: ast.ClassDef, module: str) -> type[Dia]:
     made: dict[str, Any] = {"__module__": module, "__doc__": Dia.__doc__}
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name in _METHODS:
-            made[item.name] = _bound(item.name, _arguments(item))
+            made[item.name] = _bound(item.name, _arguments(item), item.name == "generate" and _always_a_list(item))
     return type("Dia", (Dia,), made)
 
 
@@ -56,6 +56,13 @@ def _arguments(function: ast.FunctionDef) -> dict[str, Any]:
     return found
 
 
+def _always_a_list(generate: ast.FunctionDef) -> bool:
+    """Tell if the `generate` of a copy returns a list for a list of one text, too, which the original does not."""
+    takes_lists = any("list" in ast.unparse(item.annotation) for item in generate.args.args[1:2] if item.annotation)
+    results = [node.value for node in ast.walk(generate) if isinstance(node, ast.Return) and node.value is not None]
+    return takes_lists and bool(results) and all(isinstance(value, ast.Name) for value in results)
+
+
 def _value(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
@@ -63,7 +70,7 @@ def _value(node: ast.expr) -> Any:
         return _SKIP
 
 
-def _bound(method: str, theirs: Mapping[str, Any]) -> Any:
+def _bound(method: str, theirs: Mapping[str, Any], always_a_list: bool) -> Any:
     """A method of the class for a copy. theirs: its arguments and their defaults."""
     base = getattr(Dia, method)
 
@@ -82,7 +89,8 @@ def _bound(method: str, theirs: Mapping[str, Any]) -> Any:
         return defaults | {name: value for name, value in given.items() if name not in extra}
 
     def call(owner: Any, *args: Any, **options: Any) -> Any:
-        return getattr(base, "__func__", base)(owner, **ours(args, options))
+        found = getattr(base, "__func__", base)(owner, **ours(args, options))
+        return [found] if always_a_list and not isinstance(found, list) else found
 
     call.__name__, call.__doc__ = method, base.__doc__
     return classmethod(call) if method.startswith("from_") else call

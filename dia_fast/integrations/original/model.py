@@ -106,6 +106,8 @@ class Dia(OneProcess):
     whose `load_state_dict` takes the original's names; it may be replaced too, by the original's own `DiaModel`.
     """
 
+    quirks = False  # of the models that say nothing of it
+
     def __init__(
         self,
         config: Any,
@@ -115,19 +117,21 @@ class Dia(OneProcess):
         *,
         dac_model: Any = None,
         dac_model_path: str | os.PathLike[str] | None = None,
-        quirks: bool = False,
+        quirks: bool | None = None,
     ) -> None:
         """config: sizes; weights come with `from_pretrained`, `from_local` or `model.load_state_dict`. load_dac:
         without it `generate` returns codes. dac_model: as above, or the name of one for `load_codec`, instead of the
         default; dac_model_path: the same, by the name that forks have for it.
 
         quirks: repeat the original's off-by-one, which lets the model choose one code of the audio prompt (the last
-        channel's in its last row); tokens are then those of the original. Raises InputError, CheckpointError.
+        channel's in its last row); tokens are then those of the original. By default as `install` was told, else False.
+
+        Raises InputError, CheckpointError.
         """
         self.config = OriginalConfig(as_config(config))
         self.compute_dtype = ComputeDtype(compute_dtype).to_dtype()
         self.device = torch.device(device) if device is not None else default_device()
-        self.load_dac, self.quirks = load_dac, quirks
+        self.load_dac, self.quirks = load_dac, Dia.quirks if quirks is None else quirks
         self._model: OriginalModel | None = OriginalModel(self.config.native, self.device, self.compute_dtype)
         dac_model = dac_model_path if dac_model is None else dac_model
         self.dac_model = None if isinstance(dac_model, str | os.PathLike) else dac_model

@@ -45,7 +45,7 @@ _CONTENTS: dict[str, dict[str, Any]] = {
 _before: dict[str, ModuleType] = {}
 
 
-def install(also: Collection[str] = (), *, discover: bool = True) -> None:
+def install(also: Collection[str] = (), *, discover: bool = True, quirks: bool = False) -> None:
     """Makes the original package's `Dia` resolve to dia-fast wherever it is imported from now on, until `uninstall`.
 
     Call it before the program imports the package. What was imported before is imported anew; what was taken out of it
@@ -54,6 +54,7 @@ def install(also: Collection[str] = (), *, discover: bool = True) -> None:
     Args:
         also: names of modules that hold a `Dia` of the original's kind and are not known by themselves.
         discover: look for copies of the package under other names than `dia`.
+        quirks: repeat the original's off-by-one (see `Dia`), for its tokens to the last one.
 
     Raises:
         InputError: for names that cannot be those of modules.
@@ -63,6 +64,7 @@ def install(also: Collection[str] = (), *, discover: bool = True) -> None:
             raise InputError(f"also must be names of modules, such as 'program.dia.model', not {shown(name)}")
     if isinstance(also, str):
         raise InputError(f"also must be a list of names, not the one name {shown(also)}")
+    model.Dia.quirks = quirks
     if _finder in sys.meta_path:
         _finder.also |= set(also)
         _finder.discover |= discover
@@ -83,6 +85,7 @@ def uninstall() -> None:
     if _finder not in sys.meta_path:
         return
     sys.meta_path.remove(_finder)
+    model.Dia.quirks = False
     for name in list(sys.modules):
         if name in _finder.made or name.split(".")[0] == "dia":
             del sys.modules[name]
