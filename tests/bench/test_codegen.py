@@ -44,6 +44,46 @@ def test_one_request_in_bf16(target: str, tmp_path: Path) -> None:
         "codebook_logits", "sample", "rms_norm", "rope", "ragged_attention", "glu", "snake",
         "cross_attention of the first generation", "sample of the first generation",
     }  # fmt: skip
+    assert not planned_with(tmp_path / "report.json", target), "make the figures of dia-fast plan anew"
+
+
+def planned_with(report: Path, target: str) -> list[str]:
+    """Kernels that are larger than the figures of `dia-fast plan` say, which are those of the worst row count."""
+    from dia_fast.diagnostics.roofline import figures, work
+
+    found, known = (
+        json.loads(report.read_text()),
+        json.loads((Path(figures.__file__).parent / figures.FILE).read_text()),
+    )
+    if found["triton"] != known["triton"]:
+        return []
+    recorded = known["figures"][target]["bfloat16"]
+    sizes = {line["kernel"]: line["instructions"] for line in found["lines"] if line["rows"]}
+    others = [name for name in work.LAUNCHES if name not in work.PROJECTIONS]
+    return [name for name in others if sizes[work.KERNELS[name]] > recorded[name]["0"][-1]]
+
+
+SAMPLE = """
+import sys, torch
+from bench.codegen import line
+from dia_fast.diagnostics import launches
+from dia_kernels import aot, launcher
+
+def only_sample(run, kernel, grid, args, meta):
+    if kernel.fn.__name__ == "_sample":
+        run(kernel, grid, *args, **meta)
+
+for rows in (8, 64):
+    with aot.compiling(sys.argv[1]) as compiled, launcher.listening(only_sample):
+        launches.decode(rows, torch.bfloat16)
+    assert line(compiled[0], sys.argv[1], "bfloat16", rows).spills == 0, rows
+"""
+
+
+def test_sample_does_not_spill_with_many_requests(tmp_path: Path) -> None:
+    """On sm_100, whose compiler stops at 128 registers of a thread there."""
+    run = in_a_process(tmp_path, "-c", SAMPLE, "sm_100")
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.slow
