@@ -101,7 +101,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home: Path, tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_a_log_ahead_of_its_state_and_cut_in_the_middle(home: Path, tmp_path: Path) -> None:
+def test_a_log_ahead_of_its_state_and_cut_in_the_middle(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(home, tmp_path / "whole")
     output = tmp_path / "run"
     train(home, output)
@@ -112,6 +114,7 @@ def test_a_log_ahead_of_its_state_and_cut_in_the_middle(home: Path, tmp_path: Pa
     (output / "states" / ".dia-fast-0123456789abcdef.part").write_bytes(b"half a state")
     log = (output / "log.jsonl").read_bytes()
     (output / "log.jsonl").write_bytes(log[:-20])
+    monkeypatch.setattr("dia_fast.utils.files._swept", set())  # as in a new process
     train(home, output, resume=True)
     assert log_of(output) == log_of(tmp_path / "whole")
     assert tree(output / "model") == tree(tmp_path / "whole" / "model")
