@@ -109,20 +109,29 @@ class Dia(OneProcess):
     ) -> "Dia":
         """Loads a checkpoint in the transformers or the original layout.
 
-        name_or_path: Hub repository (`nari-labs/Dia-1.6B-0626`), folder, file of weights, folder of a LoRA adapter, or
-        `"demo"` for the voice of the package. device: by default the
-        GPU if torch sees one, else the CPU. dtype: by default bfloat16 on a GPU (float16 where it lacks that), float32
-        on a CPU. backend: the ops, `"torch"`, `"triton"` or `"auto"` (triton on a GPU). codec: Hub repository, folder
-        or file of a DAC, loaded when first used; `"auto"` is the folder `codec` in the model's folder if there is one,
-        else `descript/dac_44khz`; `"descript"` the dac package's own; a loaded codec; None for none, which leaves
-        `generate_codes`. max_batch: most texts spoken at once, 1 to 32; more wait. memory: for keys and
-        values, in bytes or as in `"4GB"`; by default what `max_batch` texts can need, at most half of what is free at
-        first use. A GPU sets it aside then; on a CPU it is taken as it is used. background: make the steps in a thread
-        of their own, so that a stream goes on, up to 10 s ahead, while what it gave is played. pack: on a CPU, lay
-        16-bit weights out for the product that this processor is fast with, or for the one of this name (`dia-fast
-        doctor` lists them); False leaves them as tensors, for `DiaModel.state_dict` and training. revision: branch, tag
-        or commit on the Hub. local_files_only: stay offline.
-        Raises InputError for an argument, CheckpointError for a checkpoint that cannot be used.
+        Args:
+            name_or_path: Hub repository (`nari-labs/Dia-1.6B-0626`), folder, file of weights, folder of a LoRA adapter,
+                or `"demo"` for the voice of the package.
+            device: By default the GPU if torch sees one, else the CPU.
+            dtype: By default bfloat16 on a GPU (float16 where it lacks that), float32 on a CPU.
+            backend: The ops, `"torch"`, `"triton"` or `"auto"` (triton on a GPU).
+            codec: Hub repository, folder or file of a DAC, loaded when first used; `"auto"` is the folder `codec` in
+                the model's folder if there is one, else `descript/dac_44khz`; `"descript"` the dac package's own; a
+                loaded codec; None for none, which leaves `generate_codes`.
+            max_batch: Most texts spoken at once, 1 to 32; more wait.
+            memory: For keys and values, in bytes or as in `"4GB"`; by default what `max_batch` texts can need, at most
+                half of what is free at first use. A GPU sets it aside then; on a CPU it is taken as it is used.
+            background: Make the steps in a thread of their own, so that a stream goes on, up to 10 s ahead, while what
+                it gave is played.
+            pack: On a CPU, lay 16-bit weights out for the product that this processor is fast with, or for the one of
+                this name (`dia-fast doctor` lists them); False leaves them as tensors, for `DiaModel.state_dict` and
+                training.
+            revision: Branch, tag or commit on the Hub.
+            local_files_only: Stay offline.
+
+        Raises:
+            InputError: For an argument that cannot be used.
+            CheckpointError: For a checkpoint that cannot be used.
         """
         if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
             raise InputError(f"name_or_path must be a Hub repository or a path, not {shown(name_or_path)}")
@@ -157,7 +166,12 @@ class Dia(OneProcess):
 
     @property
     def codec(self) -> "Codec":
-        """The codec, loaded now if it was not. Raises InputError if there is none, CheckpointError if it is no fit."""
+        """The codec, loaded now if it was not.
+
+        Raises:
+            InputError: If there is none.
+            CheckpointError: If it is no fit.
+        """
         if self._codec is None:
             raise InputError("this Dia has no codec (codec=None): use generate_codes, or name one in from_pretrained")
         with self._making:
@@ -181,7 +195,11 @@ class Dia(OneProcess):
 
     @property
     def engine(self) -> Engine:
-        """The engine that all calls share, made at first use. Raises InputError if its memory holds nothing."""
+        """The engine that all calls share, made at first use.
+
+        Raises:
+            InputError: If its memory holds nothing.
+        """
         with self._making:
             if self._engine is None:
                 check_device(self.device)
@@ -333,8 +351,10 @@ class Dia(OneProcess):
         """`stream` for asyncio: `async for chunk in dia.astream(text)`. Never blocks the event loop.
 
         Streams of one loop share a batch, and one thread that makes the steps. A task that is cancelled, or an iterator
-        that is closed with `aclose()`, ends its request. Raises InputError at once for a text or a setting, and with
-        the first chunk for an audio prompt or the codec.
+        that is closed with `aclose()`, ends its request.
+
+        Raises:
+            InputError: At once for a text or a setting, and with the first chunk for an audio prompt or the codec.
         """
         params = params_for(self.config, self.defaults, sampling_params, **options)
         sizes = (
@@ -362,10 +382,17 @@ class Dia(OneProcess):
     def forward_logits(self, text: Texts, delayed_codes: Any, *, guidance: bool = True) -> tuple[Tensor, Tensor | None]:
         """Teacher forcing: the logits that follow each of the given steps, for research and comparisons.
 
-        text: one, or a list of `batch`. delayed_codes: integers `[batch, steps, channels]` from step 0 on
-        (all BOS), special codes included. Returns `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32 on
-        the model's device; without guidance uncond is None. Raises InputError, and NumericError if a logit is NaN or
-        infinite.
+        Args:
+            text: One, or a list of `batch`.
+            delayed_codes: Integers `[batch, steps, channels]` from step 0 on (all BOS), special codes included.
+
+        Returns:
+            `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32 on the model's device; without guidance
+            uncond is None.
+
+        Raises:
+            InputError: For a value that cannot be used.
+            NumericError: If a logit is NaN or infinite.
         """
         texts = texts_of(text)
         codes = checked_delayed_codes(self.config, delayed_codes, len(texts))

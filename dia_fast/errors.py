@@ -23,7 +23,11 @@ class NumericError(DiaFastError, RuntimeError):
 
 
 def not_finite(where: str) -> NumericError:
-    """The error about logits that are NaN or infinite. where: of which step and channel."""
+    """The error about logits that are NaN or infinite.
+
+    Args:
+        where: Of which step and channel.
+    """
     return NumericError(
         f"the logits of {where} are NaN or infinity. The weights may be damaged: get the checkpoint again. In "
         "float16 values may have grown too large: use bfloat16 or float32"

@@ -41,11 +41,16 @@ FORMATS = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Audio:
-    """Mono sound. `samples`: float32 `[n]`, full scale is -1 to 1. `sample_rate`: samples per second.
-    `seed`: of generated sound, the seed that speaks it again. `outcome`: of generated sound, what became of its text;
-    of a chunk of a stream it is None, as the stream has one.
+    """Mono sound.
 
-    In a notebook it shows as a player. Raises InputError if samples are not one-dimensional, or hold NaN or infinity.
+    `samples`: float32 `[n]`, full scale is -1 to 1. `sample_rate`: samples per second. `seed`: of generated sound, the
+    seed that speaks it again. `outcome`: of generated sound, what became of its text; of a chunk of a stream it is
+    None, as the stream has one.
+
+    In a notebook it shows as a player.
+
+    Raises:
+        InputError: If samples are not one-dimensional, or hold NaN or infinity.
     """
 
     samples: Samples
@@ -76,7 +81,8 @@ class Audio:
     def to_bytes(self, format: str = "wav") -> bytes:
         """The contents of a `wav`, `flac`, `ogg`, `mp3` or `aiff` file. Louder than full scale is clipped.
 
-        Raises InputError for another format, for one that cannot hold this sample rate, and for no samples at all.
+        Raises:
+            InputError: For another format, for one that cannot hold this sample rate, and for no samples at all.
         """
         if not isinstance(format, str):
             raise InputError(f"format must be one of {', '.join(FORMATS)}, not {shown(format)}")
@@ -104,8 +110,11 @@ class Audio:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes a file in the format that the extension names: .wav, .flac, .ogg, .mp3 or .aiff (16 bit or lossy).
 
-        The file appears complete or not at all. Raises InputError for an unknown extension, a missing or read-only
-        folder, a full disk; an existing file is untouched then.
+        The file appears complete or not at all.
+
+        Raises:
+            InputError: For an unknown extension, a missing or read-only folder, a full disk; an existing file is
+                untouched then.
         """
         path = checked_path(path)
         if path.suffix.lower() not in FORMATS:

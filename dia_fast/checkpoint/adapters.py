@@ -38,7 +38,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened adapter; its weights are still in the file. parts: by fused name."""
+    """An opened adapter; its weights are still in the file.
+
+    Args:
+        parts: By fused name.
+    """
 
     folder: Path
     scale: float
@@ -66,7 +70,8 @@ def is_adapter(folder: Path) -> bool:
 def base_of(folder: Path) -> str:
     """The model that an adapter belongs to: a name, or a path, relative ones from here or from the adapter's folder.
 
-    Raises CheckpointError if it is not recorded.
+    Raises:
+        CheckpointError: If it is not recorded.
     """
     base = _read_config(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -76,7 +81,11 @@ def base_of(folder: Path) -> str:
 
 
 def open_adapter(folder: Path, config: DiaConfig) -> Adapter:
-    """Checks an adapter against the configuration of its base. Raises CheckpointError for what is not computed here."""
+    """Checks an adapter against the configuration of its base.
+
+    Raises:
+        CheckpointError: For what is not computed here.
+    """
     adapter_config = _read_config(folder)
     where = folder / CONFIG
     if adapter_config.get("peft_type") != "LORA":

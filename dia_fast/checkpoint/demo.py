@@ -31,7 +31,11 @@ def demo_voice() -> Path:
 
 
 def located(model: str | os.PathLike[str]) -> str:
-    """The name of a model, or for `"demo"` the folder of the demo voice. Raises CheckpointError if that is missing."""
+    """The name of a model, or for `"demo"` the folder of the demo voice.
+
+    Raises:
+        CheckpointError: If that is missing.
+    """
     if not os.fspath(model):
         raise InputError("name_or_path must be a Hub repository or a path, not ''")
     return str(demo_voice()) if os.fspath(model) == DEMO else os.fspath(model)

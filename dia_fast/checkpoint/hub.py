@@ -21,7 +21,10 @@ def download(
 
     find_weights chooses among the names of the repository's files; read_index names the shards of an index. The
     configuration comes first and is read, so that what cannot be used is refused before gigabytes of it are fetched.
-    Without a connection, or under `local_files_only`, the folder is what the cache has. Raises CheckpointError.
+    Without a connection, or under `local_files_only`, the folder is what the cache has.
+
+    Raises:
+        CheckpointError: For a checkpoint that cannot be used.
     """
     names = _names_or_cache(repository, revision, local_files_only)
     if isinstance(names, Path):
@@ -86,7 +89,12 @@ class Unreachable(CheckpointError):
 
 
 def file_names(repository: str, revision: str | None = None) -> list[str]:
-    """The files of a repository, asked for once. Raises Unreachable, and CheckpointError for what the Hub refuses."""
+    """The files of a repository, asked for once.
+
+    Raises:
+        Unreachable: Without a connection.
+        CheckpointError: For what the Hub refuses.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -106,7 +114,11 @@ def file_names(repository: str, revision: str | None = None) -> list[str]:
 
 
 def fetch_file(repository: str, name: str, revision: str | None = None) -> Path:
-    """One file of a repository, in the cache. Raises CheckpointError."""
+    """One file of a repository, in the cache.
+
+    Raises:
+        CheckpointError: For a checkpoint that cannot be used.
+    """
     import huggingface_hub
 
     # By the name of the revision, not by its commit: so the cache knows later, offline, what the name stands for.

@@ -33,7 +33,9 @@ T = TypeVar("T")
 class TensorSlice:
     """One tensor of a layout: rows `first` to `last` (exclusive) of the fused weight `fused`.
 
-    shape: as stored. transposed: the stored tensor, its axes merged to `[in, out]`, is the transpose of those rows.
+    Args:
+        shape: As stored.
+        transposed: The stored tensor, its axes merged to `[in, out]`, is the transpose of those rows.
     """
 
     fused: str
@@ -54,7 +56,11 @@ def tensor_slices(config: DiaConfig, layout: str) -> dict[str, TensorSlice]:
 
 
 def detect_layout(names: Iterable[str]) -> str:
-    """Tell the layouts apart by the names of the tensors. Raises CheckpointError if they are of neither."""
+    """Tell the layouts apart by the names of the tensors.
+
+    Raises:
+        CheckpointError: If they are of neither.
+    """
     names = list(names)
     if any(name.startswith("model.") or name == "logits_dense.weight" for name in names):
         return "transformers"
@@ -67,7 +73,8 @@ def detect_layout(names: Iterable[str]) -> str:
 def plain_names(tensors: Mapping[str, T]) -> dict[str, T]:
     """The tensors by their names in a layout, without what torch.compile and DistributedDataParallel put in front.
 
-    Raises CheckpointError for two tensors that have the same name then.
+    Raises:
+        CheckpointError: For two tensors that have the same name then.
     """
     found: dict[str, T] = {}
     for name, tensor in tensors.items():

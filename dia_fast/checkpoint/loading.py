@@ -36,9 +36,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Checkpoint:
     """An opened and checked checkpoint; its weights are still in the files.
 
-    source: as the caller named it. layout: "transformers" or "original". tensors: by their name in the files.
-    defaults: the sampling parameters that its generation_config.json names. adapter: what is added when it is
-    loaded, or None.
+    Args:
+        source: As the caller named it.
+        layout: "transformers" or "original".
+        tensors: By their name in the files.
+        defaults: The sampling parameters that its generation_config.json names.
+        adapter: What is added when it is loaded, or None.
     """
 
     source: str
@@ -127,10 +130,14 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Find a checkpoint and check it completely, short of reading the weights.
 
-    name_or_path: a folder, a file of weights (its config.json beside it, or given as `config`), `"demo"` for the demo
-    voice, a folder with an adapter (see `adapters`), or the id of a repository on the Hugging Face Hub, of which
-    `revision` is loaded. local_files_only: do not go online.
-    Raises CheckpointError for whatever is missing, damaged, unsupported or does not fit together.
+    Args:
+        name_or_path: A folder, a file of weights (its config.json beside it, or given as `config`), `"demo"` for the
+            demo voice, a folder with an adapter (see `adapters`), or the id of a repository on the Hugging Face Hub, of
+            which `revision` is loaded.
+        local_files_only: Do not go online.
+
+    Raises:
+        CheckpointError: For whatever is missing, damaged, unsupported or does not fit together.
     """
     source = str(name_or_path)
     path = checked_path(located(source), "name_or_path")
@@ -164,7 +171,11 @@ def open_checkpoint(
 
 
 def checkpoint_of(state: Mapping[str, Tensor], config: DiaConfig) -> Checkpoint:
-    """A checkpoint of tensors in memory, by their names in either official layout. Raises CheckpointError."""
+    """A checkpoint of tensors in memory, by their names in either official layout.
+
+    Raises:
+        CheckpointError: For a checkpoint that cannot be used.
+    """
     where = Path("state_dict")
     tensors: dict[str, StoredTensor] = {}
     for offset, (name, tensor) in enumerate(state.items()):

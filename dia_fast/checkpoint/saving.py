@@ -135,8 +135,10 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint whose weights are made or read one by one; returns the folder.
 
-    dtypes: of every fused weight by name. fetch: called with such a name, maybe twice; returns the fused weight, on
-    the CPU, in that dtype. codec: a folder that is copied along. Otherwise as `save_pretrained` and `convert`.
+    Args:
+        dtypes: Of every fused weight by name.
+        fetch: Called with such a name, maybe twice; returns the fused weight, on the CPU, in that dtype.
+        codec: A folder that is copied along. Otherwise as `save_pretrained` and `convert`.
     """
     folder = checked_path(folder, "folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

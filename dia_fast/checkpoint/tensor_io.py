@@ -59,7 +59,11 @@ def save_torch(state: Mapping[str, Any], file: BinaryIO) -> None:
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file as transformers does, from tensors in memory. Raises OSError."""
+    """Write a safetensors file as transformers does, from tensors in memory.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     try:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, path, {"format": "pt"})
@@ -69,7 +73,11 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 @dataclass(frozen=True)
 class SafeTensor:
-    """A tensor of a safetensors file. offset: of its first byte in the file."""
+    """A tensor of a safetensors file.
+
+    Args:
+        offset: Of its first byte in the file.
+    """
 
     name: str
     path: Path
@@ -97,7 +105,11 @@ class SafeTensor:
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """A tensor of a `torch.save` file, mapped into memory. offset: orders the tensors of one file."""
+    """A tensor of a `torch.save` file, mapped into memory.
+
+    Args:
+        offset: Orders the tensors of one file.
+    """
 
     name: str
     path: Path
@@ -132,8 +144,9 @@ StoredTensor = SafeTensor | MappedTensor
 def open_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name, their contents unread.
 
-    Raises CheckpointError, naming the file and where possible the tensor, for a file that is missing, damaged,
-    truncated, of another kind, or that would run code when it is loaded.
+    Raises:
+        CheckpointError: Naming the file and where possible the tensor, for a file that is missing, damaged, truncated,
+            of another kind, or that would run code when it is loaded.
     """
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise CheckpointError(f"{path} is {'not a file' if os.path.exists(path) else 'missing'}")
@@ -238,7 +251,8 @@ def _weights_of(content: dict[Any, Any]) -> dict[Any, Any]:
 def load_pickle(path: Path) -> Any:
     """Read a `torch.save` file as data only, mapped where its format allows.
 
-    Raises CheckpointError for a file that is damaged or that would run code. Its tensors are not checked yet.
+    Raises:
+        CheckpointError: For a file that is damaged or that would run code. Its tensors are not checked yet.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -57,7 +57,11 @@ def prefill(
 
 
 def place(state: DecodeState, batch_idx: int, item: Plan, codes: Tensor | None = None) -> None:
-    """Put a prefilled request at its first step into the batch. codes: what `prefill` returned."""
+    """Put a prefilled request at its first step into the batch.
+
+    Args:
+        codes: What `prefill` returned.
+    """
     params = item.request.params
     if codes is None:
         codes = item.delayed_codes.to(state.codes.device)
@@ -119,7 +123,11 @@ def swap_out(state: DecodeState, batch_idx: int, table_idx: int, guided: bool) -
 
 
 def swap_in(state: DecodeState, batch_idx: int, table_idx: int, guided: bool, swapped: Swapped) -> None:
-    """Put back what `swap_out` took, at any batch index and in any pages. Raises OutOfPages, with nothing taken."""
+    """Put back what `swap_out` took, at any batch index and in any pages.
+
+    Raises:
+        OutOfPages: With nothing taken.
+    """
     pool, held = state.pool, swapped.keys[0].shape[1]
     state.grow(table_idx, held * pool.shape.page_size, guided)
     for index, table_row in enumerate(state.table_rows(table_idx, guided)):

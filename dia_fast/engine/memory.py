@@ -20,8 +20,11 @@ def sizes_for_any(
 ) -> Sizes:
     """Room for `max_batch` requests of any kind, in at most `memory` bytes of pages.
 
-    memory: None is as much as the requests could ever need, but no more than half of what is free. Raises InputError if
-    it does not hold one request of one page.
+    Args:
+        memory: None is as much as the requests could ever need, but no more than half of what is free.
+
+    Raises:
+        InputError: If it does not hold one request of one page.
     """
     decoder, encoder = config.decoder, config.encoder
     sound, text = self_pages(config), cross_pages(config)

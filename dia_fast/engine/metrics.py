@@ -9,9 +9,16 @@ from typing import Literal, TypeAlias
 class Stats:
     """An engine at one moment.
 
-    waiting, running, swapped: requests not started, in the batch, and swapped out for lack of pages; steps: decode
-    steps since the engine was made; pages, text_pages: in use; page_bytes: bytes of all of them; peak_bytes: the most
-    there were after a step; total_bytes: bytes of the pools.
+    Args:
+        waiting: Requests that have not started.
+        running: Requests in the batch.
+        swapped: Requests swapped out for lack of pages.
+        steps: Decode steps since the engine was made.
+        pages: Pages of self-attention in use.
+        text_pages: Pages of cross-attention in use.
+        page_bytes: Bytes of all pages in use.
+        peak_bytes: The most there were after a step.
+        total_bytes: Bytes of the pools.
     """
 
     waiting: int
@@ -29,10 +36,13 @@ class Stats:
 class EngineEvent:
     """One thing that happened to one request.
 
-    kind: `"queued"`, `"started"`, `"first_frame"`, `"swapped_out"`, `"swapped_in"` or `"ended"`. number: of the request
-    in its engine, from 0, as in `Handle.number`. seconds: since it was queued. reason: of an end, `"done"`,
-    `"failed"`, `"cancelled"` or `"deadline"`. frames: complete at this moment. steps: whose codes the
-    host has, those of the prompt included.
+    Args:
+        kind: `"queued"`, `"started"`, `"first_frame"`, `"swapped_out"`, `"swapped_in"` or `"ended"`.
+        number: Of the request in its engine, from 0, as in `Handle.number`.
+        seconds: Since it was queued.
+        reason: Of an end, `"done"`, `"failed"`, `"cancelled"` or `"deadline"`.
+        frames: Complete at this moment.
+        steps: Whose codes the host has, those of the prompt included.
     """
 
     kind: Literal["queued", "started", "first_frame", "swapped_out", "swapped_in", "ended"]

@@ -71,7 +71,11 @@ class Polling:
         self._count = 0
 
     def send(self, sequences: Listing[Sequence]) -> Event:
-        """Report on the step launched last. sequences: in the order of the batch, not to be changed afterwards."""
+        """Report on the step launched last.
+
+        Args:
+            sequences: In the order of the batch, not to be changed afterwards.
+        """
         assert len(self._sent) < _REPORTS
         step, index, expanded, codes, recent, report, *parts = self._prepared(len(sequences))
         torch.add(step, self._offsets, out=index)

@@ -54,7 +54,11 @@ def is_list(text: Texts) -> bool:
 
 
 def texts_of(text: Texts) -> list[str | bytes]:
-    """One text or several, as a list. Raises InputError for an empty one."""
+    """One text or several, as a list.
+
+    Raises:
+        InputError: For an empty one.
+    """
     if not is_list(text):
         return [text]  # type: ignore[list-item]
     if not text:
@@ -70,7 +74,11 @@ def one_text(text: str | bytes) -> str | bytes:
 
 
 def seeds_of(seed: Seeds, count: int, params: SamplingParams) -> list[int]:
-    """A checked seed for each text. params: with the one that holds if none is given."""
+    """A checked seed for each text.
+
+    Args:
+        params: With the one that holds if none is given.
+    """
     seed = params.seed if seed is None else seed
     if seed is None:
         return [random_seed() for _ in range(count)]
@@ -87,7 +95,11 @@ def least_seconds(config: DiaConfig) -> float:
 
 
 def progress_of(progress: Progress, total: int, frames_per_second: float = FRAMES_PER_SECOND) -> Any:
-    """A context whose value is what to call with the number of steps so far, or None. total: steps expected."""
+    """A context whose value is what to call with the number of steps so far, or None.
+
+    Args:
+        total: Steps expected.
+    """
     if callable(progress):
         return nullcontext(progress)
     if not isinstance(progress, bool):
@@ -107,8 +119,13 @@ def params_for(
 ) -> SamplingParams:
     """Checked parameters that leave room for a frame of sound.
 
-    given: parameters in the place of the defaults; options: single ones, in the place of either. Raises InputError for
-    a value, and TypeError for a name that is no setting.
+    Args:
+        given: Parameters in the place of the defaults.
+        options: Single ones, in the place of either.
+
+    Raises:
+        InputError: For a value that cannot be used.
+        TypeError: For a name that is no setting.
     """
     if given is not None and not isinstance(given, SamplingParams):
         raise InputError(f"sampling_params must be a SamplingParams, not {shown(given)}")
@@ -173,7 +190,8 @@ def checked_delayed_codes(config: DiaConfig, delayed_codes: Any, count: int) -> 
 def cut_remark(config: DiaConfig, limit: int, given: int) -> str:
     """The remark about speech that reached its limit: `max_new_tokens`, or the positions that the prompt leaves.
 
-    given: frames of the prompt.
+    Args:
+        given: Frames of the prompt.
     """
     left = config.decoder.max_position_embeddings - given
     cause = "max_new_tokens" if limit <= left else "the model's positions"

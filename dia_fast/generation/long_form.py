@@ -60,8 +60,11 @@ def cut(
 ) -> list[str]:
     """The text itself, if the model takes it well in one segment (20 s, its bytes); else segments of it.
 
-    voice: the one that each segment is to be spoken in; without it there is room for one more segment as the voice.
-    Raises InputError for a text that cannot be spoken, and for a voice that leaves no room.
+    Args:
+        voice: The one that each segment is to be spoken in; without it there is room for one more segment as the voice.
+
+    Raises:
+        InputError: For a text that cannot be spoken, and for a voice that leaves no room.
     """
     text = checked_text(text)
     size = config.encoder.max_position_embeddings
@@ -100,11 +103,17 @@ class Script:
     segments serve as a voice, since text and sound must match: none that the length limit has cut, and none that leaves
     no room.
 
-    config: of the model. segments: as from `cut`. params: for every segment; with a seed. name: the caller's own.
-    frames_per_second: of the codec. A silent segment is tried again, `params.retries` times, before anything goes on in
-    its voice. `frames` are the codes of each segment, `remarks` what the user should hear about, `error` what ended it,
-    if anything.
-    Raises InputError for a text that cannot be spoken.
+    Args:
+        config: Of the model.
+        segments: As from `cut`.
+        params: For every segment; with a seed.
+        name: The caller's own.
+        frames_per_second: Of the codec. A silent segment is tried again, `params.retries` times, before anything goes
+            on in its voice. `frames` are the codes of each segment, `remarks` what the user should hear about, `error`
+            what ended it, if anything.
+
+    Raises:
+        InputError: For a text that cannot be spoken.
     """
 
     def __init__(
@@ -276,9 +285,11 @@ def speak_all(
 ) -> Generator[Script, None, None]:
     """Speaks scripts, and yields each when it is done or has failed, in that order.
 
-    scripts: taken one by one, only when there is room. at_once: most requests in the engine. stepped: called after
-    each step. What goes wrong with one is in its `error`; an interruption is raised. The engine is left with none of
-    these requests, whatever happens.
+    Args:
+        scripts: Taken one by one, only when there is room.
+        at_once: Most requests in the engine.
+        stepped: Called after each step. What goes wrong with one is in its `error`; an interruption is raised. The
+            engine is left with none of these requests, whatever happens.
     """
     source = iter(scripts)
     begun: list[Script] = []
@@ -351,7 +362,14 @@ def make_scripts(
     seeds: Sequence[int],
     frames_per_second: float = FRAMES_PER_SECOND,
 ) -> list[Script]:
-    """One for each text, with its prompt's codes and its seed. split: "auto" or None. Raises InputError."""
+    """One for each text, with its prompt's codes and its seed.
+
+    Args:
+        split: "auto" or None.
+
+    Raises:
+        InputError: For a value that cannot be used.
+    """
     if split is not None and not (isinstance(split, str) and split == "auto"):
         raise InputError(f'split must be "auto" or None, not {shown(split)}')
     if prompt_text is not None:
@@ -369,7 +387,8 @@ def make_scripts(
 def speak_scripts(engine: Engine, scripts: Sequence[Script], progress: Progress) -> None:
     """Speaks all scripts at once. Warns of what there is to remark.
 
-    progress: as in `Dia.generate`; a bar counts segments too. Raises what ended one of the scripts.
+    Args:
+        progress: As in `Dia.generate`; a bar counts segments too. Raises what ended one of the scripts.
     """
     which = [f"text {index}: " if len(scripts) > 1 else "" for index in range(len(scripts))]
     known = [warn_of(script, 0, text) for script, text in zip(scripts, which, strict=True)]
@@ -393,7 +412,11 @@ def speak_scripts(engine: Engine, scripts: Sequence[Script], progress: Progress)
 
 
 def warn_of(script: Script, first: int = 0, which: str = "") -> int:
-    """Warns of a script's remarks from the `first` on; returns how many there are. which: goes before each."""
+    """Warns of a script's remarks from the `first` on; returns how many there are.
+
+    Args:
+        which: Goes before each.
+    """
     for remark in script.remarks[first:]:
         warn(which + remark, TextWarning)
     return len(script.remarks)

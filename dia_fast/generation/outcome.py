@@ -12,8 +12,12 @@ Status = Literal["done", "partial", "failed"]
 class Segment:
     """One segment of a text: all of a short one.
 
-    text: its words; finish_reason: `"end"`, the model ended it; `"length"`, a limit did; `"silent"`, the model ended it
-    before its first frame, so no code of sound exists; frames: of the codec; seeds: of all attempts, the one used last.
+    Args:
+        text: Its words.
+        finish_reason: `"end"`, the model ended it; `"length"`, a limit did; `"silent"`, the model ended it before its
+            first frame, so no code of sound exists.
+        frames: Of the codec.
+        seeds: Of all attempts, the one used last.
     """
 
     text: str
@@ -24,7 +28,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a text. warnings: remarks, one sentence each."""
+    """The outcome of a text.
+
+    Args:
+        warnings: Remarks, one sentence each.
+    """
 
     segments: tuple[Segment, ...]
     warnings: tuple[str, ...] = ()

@@ -35,10 +35,15 @@ def longest_prompt(config: DiaConfig) -> int:
 
 
 def prompt_for_each(prompt: "AudioPrompt | Sequence[AudioPrompt]", count: int, listed: bool) -> list[AudioPrompt]:
-    """One prompt, or None, for each of `count` texts. A list gives each text its own; anything else is for all of them.
+    """One prompt, or None, for each of `count` texts.
 
-    listed: whether the caller passed a list of texts; only then may the prompts be a list.
-    Raises InputError for a list beside a single text or of another length.
+    A list gives each text its own; anything else is for all of them.
+
+    Args:
+        listed: Whether the caller passed a list of texts; only then may the prompts be a list.
+
+    Raises:
+        InputError: For a list beside a single text or of another length.
     """
     if not isinstance(prompt, list):
         return [prompt] * count  # type: ignore[list-item]

@@ -29,13 +29,18 @@ CHECKPOINT = Default.CHECKPOINT
 class SamplingParams:
     """Checked values; the defaults are those of Dia's authors and of transformers.
 
-    max_new_tokens: most rows to generate, 1 / 86.13 s each, the 15 that the delay pattern adds included.
-    guidance_scale: 1 to 100; `None` or 1 turns guidance off (half the work, less faithful to the text).
-    temperature: 0 to 100; 0 is greedy. top_p: above 0, at most 1. top_k: 1 or more, `None` for all.
-    do_sample: False takes the likeliest code each time, whatever temperature, top_p, top_k and seed are.
-    seed: 0 to 2^64 - 1, or `None` for a random one; -1 draws one at once, and the object holds it.
-    retries: how often a segment that stays silent is tried again, each time with a seed derived from its own.
-    Raises InputError, naming the parameter and its value.
+    Args:
+        max_new_tokens: Most rows to generate, 1 / 86.13 s each, the 15 that the delay pattern adds included.
+        guidance_scale: 1 to 100; `None` or 1 turns guidance off (half the work, less faithful to the text).
+        temperature: 0 to 100; 0 is greedy.
+        top_p: Above 0, at most 1.
+        top_k: 1 or more, `None` for all.
+        do_sample: False takes the likeliest code each time, whatever temperature, top_p, top_k and seed are.
+        seed: 0 to 2^64 - 1, or `None` for a random one; -1 draws one at once, and the object holds it.
+        retries: How often a segment that stays silent is tried again, each time with a seed derived from its own.
+
+    Raises:
+        InputError: Naming the parameter and its value.
     """
 
     max_new_tokens: int = 3072
@@ -72,7 +77,11 @@ class SamplingParams:
         put(self, "retries", whole_number("retries", self.retries, 0, 100, "0 for none"))
 
     def given(self, **values: Any) -> "SamplingParams":
-        """These parameters with other values; `CHECKPOINT` leaves one as it is. Raises InputError."""
+        """These parameters with other values; `CHECKPOINT` leaves one as it is.
+
+        Raises:
+            InputError: For a value that cannot be used.
+        """
         return replace(self, **{name: value for name, value in values.items() if value is not CHECKPOINT})
 
     @property
@@ -111,7 +120,11 @@ FROM_FILE = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k"
 def from_generation_config(data: Mapping[str, Any]) -> SamplingParams:
     """The defaults of a checkpoint, as transformers' `generate` takes them; what the file lacks is as in the class.
 
-    data: the contents of `generation_config.json`. Raises InputError for a value that cannot be used.
+    Args:
+        data: The contents of `generation_config.json`.
+
+    Raises:
+        InputError: For a value that cannot be used.
     """
     named = {name: data[name] for name in FROM_FILE if data.get(name) is not None}
     if named.get("top_k") == 0:

@@ -25,10 +25,16 @@ _LONGEST_LINE = 16 * ABSURD_BYTES  # JSON may take six bytes for one, and there 
 
 @dataclass(frozen=True)
 class Item:
-    """One script. line: its number, from 1. split: whether it may be cut into segments. file: its name in the folder.
+    """One script.
 
-    params: with the seed. described: the sampling parameters and options as the manifest tells them. fingerprint: of
-    everything that the sound depends on. prompt_digest: SHA-256 of the recording, "" for none.
+    Args:
+        line: Its number, from 1.
+        split: Whether it may be cut into segments.
+        file: Its name in the folder.
+        params: With the seed.
+        described: The sampling parameters and options as the manifest tells them.
+        fingerprint: Of everything that the sound depends on.
+        prompt_digest: SHA-256 of the recording, "" for none.
     """
 
     line: int
@@ -46,7 +52,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Failed:
-    """A line that cannot be used. id: None if it is not known."""
+    """A line that cannot be used.
+
+    Args:
+        id: None if it is not known.
+    """
 
     line: int
     id: str | None
@@ -57,8 +67,10 @@ class Failed:
 class Defaults:
     """Values for lines that do not name their own.
 
-    params: their seed is what the items' seeds come from. made_with: model, codec and whatever else changes the
-    sound, for the manifest. identity: what tells two versions of them apart, for the fingerprint only.
+    Args:
+        params: Their seed is what the items' seeds come from.
+        made_with: Model, codec and whatever else changes the sound, for the manifest.
+        identity: What tells two versions of them apart, for the fingerprint only.
     """
 
     params: SamplingParams
@@ -76,8 +88,11 @@ def item_seed(seed: int, identity: str) -> int:
 def read_items(path: Path, defaults: Defaults) -> list[Item | Failed]:
     """The items of a JSON Lines file, and what is wrong with the lines that are none; blank lines are left out.
 
-    Paths of prompts are relative to the folder of the file. An item without an id is called by its line's number, as
-    in "00007". Raises InputError for a file that cannot be read, or holds nothing.
+    Paths of prompts are relative to the folder of the file. An item without an id is called by its line's number, as in
+    "00007".
+
+    Raises:
+        InputError: For a file that cannot be read, or holds nothing.
     """
     if "." + defaults.format not in FORMATS:
         raise InputError(f"unknown audio format {defaults.format!r}; supported: {', '.join(FORMATS)}")

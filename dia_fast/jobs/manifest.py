@@ -53,8 +53,11 @@ class Manifest:
     def load(self) -> dict[str, dict[str, Any]]:
         """The entries of items that are done, by id; none if there is no file. Later lines replace earlier ones.
 
-        Forgets what it knew. A last line that is not complete was being written when the run was killed, and counts
-        for nothing. Raises InputError for any other line that is not an entry.
+        Forgets what it knew. A last line that is not complete was being written when the run was killed, and counts for
+        nothing.
+
+        Raises:
+            InputError: For any other line that is not an entry.
         """
         self._done, self._failed = {}, {}
         try:

@@ -47,9 +47,14 @@ class Totals:
 class Batch:
     """A file of scripts, the folder for their sound, and what is left to do.
 
-    items: as from `read_items`. folder: made if it is missing. `pending` are the items that the manifest does not know
-    as done, or knows with other sampling parameters: those are done again, over the old file. An item that failed
-    before is tried again. Raises InputError for a manifest that is damaged or not one.
+    Args:
+        items: As from `read_items`.
+        folder: Made if it is missing. `pending` are the items that the manifest does not know as done, or knows with
+            other sampling parameters: those are done again, over the old file. An item that failed before is tried
+            again.
+
+    Raises:
+        InputError: For a manifest that is damaged or not one.
     """
 
     def __init__(self, items: Sequence[Item | Failed], folder: Path) -> None:

@@ -116,10 +116,13 @@ class DecoderConfig:
 class DiaConfig:
     """A whole model. The defaults are those of `nari-labs/Dia-1.6B-0626`.
 
-    delay_pattern: for each channel, by how many steps its codes are late; the first must be 0.
-    first_generation: the rules of `nari-labs/Dia-1.6B` of April 2025: cross-attention rotates its queries and keys, and
-    codes are sampled from the guided logits.
-    Raises CheckpointError for values that cannot work or that this package does not compute.
+    Args:
+        delay_pattern: For each channel, by how many steps its codes are late; the first must be 0.
+        first_generation: The rules of `nari-labs/Dia-1.6B` of April 2025: cross-attention rotates its queries and keys,
+            and codes are sampled from the guided logits.
+
+    Raises:
+        CheckpointError: For values that cannot work or that this package does not compute.
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -160,9 +163,10 @@ class DiaConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> "DiaConfig":
         """Read the contents of a `config.json`, whichever library wrote it. A field that is absent has its default.
 
-        Raises CheckpointError for another model, for a field of a wrong type and for an unknown field of the encoder or
-        the decoder (it might change what the model computes). Elsewhere tools leave notes of their own, so that an
-        unknown field is a warning.
+        Raises:
+            CheckpointError: For another model, for a field of a wrong type and for an unknown field of the encoder or
+                the decoder (it might change what the model computes). Elsewhere tools leave notes of their own, so that
+                an unknown field is a warning.
         """
         if not isinstance(data, Mapping):
             raise CheckpointError(f"config: expected an object of named fields, got {type(data).__name__}")
@@ -194,7 +198,11 @@ class DiaConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "DiaConfig":
-        """Read a `config.json`. Raises CheckpointError, naming the file, if it is missing, broken or unsupported."""
+        """Read a `config.json`.
+
+        Raises:
+            CheckpointError: Naming the file, if it is missing, broken or unsupported.
+        """
         path = checked_path(path)
         data = read_json(path)
         try:
@@ -205,7 +213,8 @@ class DiaConfig:
     def to_transformers(self) -> dict[str, Any]:
         """The contents of a `config.json` that transformers 4 and 5 both read.
 
-        Raises CheckpointError for the first generation, which transformers would run by the rules of the second.
+        Raises:
+            CheckpointError: For the first generation, which transformers would run by the rules of the second.
         """
         if self.first_generation:
             raise CheckpointError(

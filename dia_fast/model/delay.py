@@ -35,9 +35,10 @@ def apply_delay(frames: Tensor, delay: Sequence[int], bos: int) -> Tensor:
 def undo_delay(codes: Tensor, delay: Sequence[int], eos: int) -> Tensor:
     """The frames that are complete: `[frames, channels]` int64, every code in `0 .. eos - 1`.
 
-    codes: `[steps, channels]` from step 0 on. The step with `eos` in channel 0, if any, ends the speech; what comes
-    before it is whole. Without one, the last `max(delay)` steps only complete earlier frames. A code from `eos` on is
-    no sound; should one turn up, it becomes 0, as in the original package.
+    Args:
+        codes: `[steps, channels]` from step 0 on. The step with `eos` in channel 0, if any, ends the speech; what comes
+            before it is whole. Without one, the last `max(delay)` steps only complete earlier frames. A code from `eos`
+            on is no sound; should one turn up, it becomes 0, as in the original package.
     """
     ended = (codes[:, 0] == eos).nonzero()
     total = codes.shape[0] - max(delay)

@@ -20,7 +20,8 @@ DTYPES = {
 def choose_device(device: torch.device | str | int | None) -> torch.device:
     """The device to use: as given, or the first GPU, or the CPU. An `int` counts GPUs, as in torch.
 
-    Raises InputError for a device that torch does not know or that this machine does not have.
+    Raises:
+        InputError: For a device that torch does not know or that this machine does not have.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +67,8 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
 def choose_ops(backend: str, device: torch.device) -> ModuleType:
     """The op set of a backend, see `dia_kernels.get_ops`.
 
-    Raises InputError for a backend that is unknown or cannot run there, or a `DIA_KERNELS_TABLE` that cannot be read.
+    Raises:
+        InputError: For a backend that is unknown or cannot run there, or a `DIA_KERNELS_TABLE` that cannot be read.
     """
     try:
         return get_ops(backend, device)

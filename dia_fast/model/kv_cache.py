@@ -146,8 +146,12 @@ class BlockTable:
     def grow(self, table_row: int, tokens: int, *, write: bool = True) -> None:
         """Take the pages that a table row lacks for `tokens` tokens.
 
-        write: False leaves the row on the device to a later `write_row`. One page is written without anything sent from
-        the host. Raises OutOfPages, and changes nothing, if too few are free.
+        Args:
+            write: False leaves the row on the device to a later `write_row`. One page is written without anything sent
+                from the host.
+
+        Raises:
+            OutOfPages: And changes nothing, if too few are free.
         """
         missing = self.missing(table_row, tokens)
         if not missing:
@@ -172,7 +176,11 @@ class BlockTable:
                 table[row, begin:end] = pages
 
     def write_row(self, table_row: int, pages: Tensor) -> None:
-        """Write a row that grew with `write=False`. pages: `[held]`, those it holds, on the device."""
+        """Write a row that grew with `write=False`.
+
+        Args:
+            pages: `[held]`, those it holds, on the device.
+        """
         self.table[table_row, : len(pages)] = pages
 
     def held_pages(self, table_row: int) -> list[int]:

@@ -41,7 +41,11 @@ class Sentences:
         return len(self._rest)
 
     def take(self, text: str, *, last: bool = False) -> list[str]:
-        """The sentences that are complete, now that this has been said; last: and what is left."""
+        """The sentences that are complete, now that this has been said.
+
+        Args:
+            last: And what is left.
+        """
         self._rest += text
         cuts = sentence_ends(self._rest)
         cuts += [found.start() for found in TAG.finditer(self._rest) if self._rest[: found.start()].strip()]

@@ -51,7 +51,11 @@ class Format:
     make: Callable[[int], Encoder]
 
     def rate_for(self, native: int, wanted: int | None) -> int:
-        """The rate to write: as asked for, or the best for the model's own. Raises InputError."""
+        """The rate to write: as asked for, or the best for the model's own.
+
+        Raises:
+            InputError: For a value that cannot be used.
+        """
         if wanted is None:
             return self.rate(native)
         if not LOWEST <= wanted <= HIGHEST:

@@ -80,7 +80,11 @@ class Server(uvicorn.Server):
 
 
 def listen(options: Options) -> socket.socket:
-    """The socket, bound before anything takes time. Raises InputError if the address cannot be had."""
+    """The socket, bound before anything takes time.
+
+    Raises:
+        InputError: If the address cannot be had.
+    """
     try:
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         sock = socket.create_server((options.host, options.port), family=family, backlog=2048)

@@ -163,7 +163,12 @@ class Service:
     # Requests
 
     async def prepared(self, body: SpeechOptions, text: str, voice: ServedVoice | None = None) -> Plan:
-        """Check a request; `voice` stands in for the one it names. Raises ApiError or InputError."""
+        """Check a request; `voice` stands in for the one it names.
+
+        Raises:
+            ApiError: For a request that cannot be served.
+            InputError: For a text or a parameter that cannot be used.
+        """
         dia = self.dia
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._preparing, self._prepare, dia, body, text, voice)

@@ -107,7 +107,11 @@ class Voices:
         return found
 
     def open(self, config: "DiaConfig", codec: "Codec") -> None:
-        """Read the folder. Raises InputError if it cannot be read."""
+        """Read the folder.
+
+        Raises:
+            InputError: If it cannot be read.
+        """
         self._config, self._store = config, CodeStore(default_cache(), codec)
         if self.folder is not None:
             if not self.folder.is_dir():
@@ -178,7 +182,12 @@ class Voices:
         return found
 
     def add(self, name: str, data: bytes, text: str, seed: int | None = None) -> ServedVoice:
-        """Keep a recording that was sent. Raises ApiError or InputError."""
+        """Keep a recording that was sent.
+
+        Raises:
+            ApiError: For a name that cannot be used.
+            InputError: For a recording or a text that cannot be used.
+        """
         assert self.folder is not None and self._store is not None
         if not NAME.match(name):
             raise ApiError(400, "name must be 1 to 64 letters, digits, - and _", param="name")

@@ -55,8 +55,10 @@ def split_script(
     [S1]. Turns of the same speaker that follow each other become one, so tags alternate within a segment. Each segment
     takes at most `max_seconds` (by `spoken_seconds`) and `max_bytes` of the model's text; among the ways to cut, the
     one with the most even segments and the least harm is taken. A tag that ends the script, so that its last words are
-    not clipped, ends each segment: that of the segment's last speaker if it is the script's, else the other one. Raises
-    InputError as `checked_text` does, and for limits that no segment could keep to.
+    not clipped, ends each segment: that of the segment's last speaker if it is the script's, else the other one.
+
+    Raises:
+        InputError: As `checked_text` does, and for limits that no segment could keep to.
     """
     max_seconds, max_bytes = real_number("max_seconds", max_seconds), whole_number("max_bytes", max_bytes, 0)
     if not LEAST_SECONDS <= max_seconds < math.inf or max_bytes < 16:

@@ -40,9 +40,12 @@ class TextWarning(UserWarning):
 def encode_text(text: str | bytes, *, max_length: int = MAX_BYTES) -> list[int]:
     """Ids of one transcript, 1 to `max_length` of them, each in 1..255.
 
-    text: a `str`, or `bytes` holding UTF-8. A longer one is cut at exactly `max_length` ids, even inside a character,
-    as transformers and the original do; `text_warnings` says so beforehand.
-    Raises InputError: not text, not UTF-8, a NUL or a raw byte 1 or 2, nothing to say, or longer than `ABSURD_BYTES`.
+    Args:
+        text: A `str`, or `bytes` holding UTF-8. A longer one is cut at exactly `max_length` ids, even inside a
+            character, as transformers and the original do; `text_warnings` says so beforehand.
+
+    Raises:
+        InputError: For what is not text, not UTF-8, a NUL or a raw byte 1 or 2, nothing to say, or longer than `ABSURD_BYTES`.
     """
     data = checked_text(text).encode()
     for tag, number in SPEAKER_IDS.items():
@@ -96,9 +99,12 @@ def text_warnings(
 ) -> list[str]:
     """List what is known to sound bad about a text, one sentence each.
 
-    prompt_seconds: length of the audio prompt whose transcript the text begins with; that part is not spoken again.
-    least_seconds: below which speech sounds unnatural.
-    Raises InputError as `encode_text` does.
+    Args:
+        prompt_seconds: Length of the audio prompt whose transcript the text begins with; that part is not spoken again.
+        least_seconds: Below which speech sounds unnatural.
+
+    Raises:
+        InputError: As `encode_text` does.
     """
     text, max_length = checked_text(text), whole_number("max_length", max_length, 1)
     prompt_seconds = real_number("prompt_seconds", prompt_seconds)

@@ -19,7 +19,12 @@ IGNORED = -100  # a label that does not count, as in torch.nn.functional.cross_e
 
 @dataclass(frozen=True)
 class Example:
-    """A text and how it is spoken. text: ids, see `tokenizer.encode_text`; codes: `[frames, channels]` integer."""
+    """A text and how it is spoken.
+
+    Args:
+        text: Ids, see `tokenizer.encode_text`.
+        codes: `[frames, channels]` integer.
+    """
 
     text: Sequence[int]
     codes: Tensor
@@ -29,9 +34,11 @@ class Example:
 class Batch:
     """Examples that the model learns from at a time, all on one device.
 
-    text: `[batch, length]` int64, 0 where `text_mask` (bool, same shape) is False. rows: `[batch, steps, channels]`
-    int64, the decoder's input; step_mask: `[batch, steps]` bool, False on the left of shorter items. labels: as rows,
-    the code that follows each, `IGNORED` where the delayed_codes has BOS or PAD.
+    Args:
+        text: `[batch, length]` int64, 0 where `text_mask` (bool, same shape) is False. rows: `[batch, steps, channels]`
+            int64, the decoder's input.
+        step_mask: `[batch, steps]` bool, False on the left of shorter items.
+        labels: As rows, the code that follows each, `IGNORED` where the delayed_codes has BOS or PAD.
     """
 
     text: Tensor
@@ -78,7 +85,11 @@ def check_example(example: Example, config: DiaConfig) -> None:
 
 @isolated()
 def build_batch(examples: Sequence[Example], config: DiaConfig) -> Batch:
-    """A batch on the CPU. Raises InputError if there is no example, or if one cannot be used, naming its index."""
+    """A batch on the CPU.
+
+    Raises:
+        InputError: If there is no example, or if one cannot be used, naming its index.
+    """
     if not examples:
         raise InputError("a batch needs at least one example")
     for index, example in enumerate(examples):
@@ -114,7 +125,10 @@ def drop_conditions(batch: Batch, probability: float, generator: torch.Generator
     """Takes the text from some items, each with `probability`, so that the model learns what guidance starts from.
 
     An item without its text reads zeros, as many as the text has bytes: what the unconditional branch of guidance
-    reads. generator: on the CPU; one number is drawn for each item, whatever the probability.
+    reads.
+
+    Args:
+        generator: On the CPU; one number is drawn for each item, whatever the probability.
     """
     keep = torch.rand(len(batch.text), generator=generator, dtype=torch.float32, device="cpu") >= probability
     return replace(batch, text=batch.text * keep.to(batch.text.device)[:, None])
@@ -125,7 +139,10 @@ def disturb_codes(batch: Batch, probability: float, config: DiaConfig, generator
     """Puts a random code in the place of some of those that the decoder reads, each with `probability`.
 
     The labels stay, so that the model learns to go on after a code that it would better not have sampled. BOS, EOS and
-    PAD stay, too. generator: on the CPU; nothing is drawn if probability is 0.
+    PAD stay, too.
+
+    Args:
+        generator: On the CPU; nothing is drawn if probability is 0.
     """
     if not probability:
         return batch

@@ -31,7 +31,11 @@ SHOWN = 3  # sentences about data before "and n more"
 
 @dataclass(frozen=True)
 class Recording:
-    """An audio file and its transcript. where: what to call it in a message."""
+    """An audio file and its transcript.
+
+    Args:
+        where: What to call it in a message.
+    """
 
     audio: Path
     text: str
@@ -40,7 +44,11 @@ class Recording:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples to learn from. digest: of all audio, texts and the codec; equal data have equal digests."""
+    """Examples to learn from.
+
+    Args:
+        digest: Of all audio, texts and the codec; equal data have equal digests.
+    """
 
     examples: list[Example]
     digest: str
@@ -60,7 +68,9 @@ def read_recordings(source: str | os.PathLike[str]) -> list[Recording]:
 
     A folder: audio files at any depth (.wav, .flac, .ogg, .mp3), the transcript of `a.wav` beside it in `a.txt`. A
     JSONL file: one object a line with `audio`, a path relative to the file, and `text`.
-    Raises InputError for a missing transcript, a line that is not such an object, or nothing at all.
+
+    Raises:
+        InputError: For a missing transcript, a line that is not such an object, or nothing at all.
     """
     path = checked_path(source, "data")
     if path.is_dir():
@@ -83,9 +93,14 @@ def load_dataset(
     skip_bad: bool = False,
     hidden: bool = False,
 ) -> Dataset:
-    """Checks and encodes recordings. Raises InputError naming the first that cannot be used, and why.
+    """Checks and encodes recordings.
 
-    skip_bad: leave such recordings out with a warning; only if all are bad it is an error. hidden: no progress bar.
+    Args:
+        skip_bad: Leave such recordings out with a warning; only if all are bad it is an error.
+        hidden: No progress bar.
+
+    Raises:
+        InputError: Naming the first that cannot be used, and why.
     """
     store = CodeStore(cache, codec)
     examples, digest, bad, doubts = [], hashlib.sha256(store.codec_key.encode()), [], []
@@ -145,7 +160,11 @@ class CodeStore:
         self.folder, self.codec, self.codec_key = folder, codec, _codec_key(codec)
 
     def codes(self, audio: Path, max_seconds: float) -> tuple[Tensor, str]:
-        """`(codes [frames, channels] int16, key of their content)`. Raises InputError as `load_audio` does."""
+        """`(codes [frames, channels] int16, key of their content)`.
+
+        Raises:
+            InputError: As `load_audio` does.
+        """
         try:
             key = hashlib.sha256(read_regular(audio, LARGEST_SOUND)).hexdigest()
         except FileNotFoundError:

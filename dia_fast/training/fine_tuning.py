@@ -42,12 +42,21 @@ def finetune(
 ) -> Path:
     """Trains and writes `output/model`, a checkpoint in the layout of transformers; returns its path.
 
-    output: a new folder, or with `resume` that of a run that was interrupted. options: fields of `TrainOptions`;
-    when resuming only those that are to be checked, or changed where that changes no result. device, backend: see
-    `Dia.from_pretrained`. cache: the folder of codes (default: `data.default_cache`). offline: use only what has been
-    downloaded before. quiet: no progress bar while audio is encoded. report: called with each line of the log.
-    Raises InputError and CheckpointError for what cannot be used, KeyboardInterrupt when it was asked to stop, with a
-    state saved from which `resume` goes on to the same end.
+    Args:
+        output: A new folder, or with `resume` that of a run that was interrupted.
+        options: Fields of `TrainOptions`; when resuming only those that are to be checked, or changed where that
+            changes no result.
+        device: See `Dia.from_pretrained`.
+        backend: See `Dia.from_pretrained`.
+        cache: The folder of codes (default: `data.default_cache`).
+        offline: Use only what has been downloaded before.
+        quiet: No progress bar while audio is encoded.
+        report: Called with each line of the log.
+
+    Raises:
+        InputError: For a value that cannot be used.
+        CheckpointError: For a checkpoint that cannot be used.
+        KeyboardInterrupt: When it was asked to stop, with a state saved from which `resume` goes on to the same end.
     """
     folder, place = checked_path(output, "output"), choose_device(device)
     named = _absolute(options)

@@ -30,10 +30,13 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy of a batch. total: what to differentiate, the weighted sum over all labels, a float32 scalar.
+    """Cross-entropy of a batch.
 
-    weight: the sum of the weights of those labels, so that `total / weight` is the mean. sums, counts: the unweighted
-    losses and the number of labels of each channel, `[channels]`.
+    Args:
+        total: What to differentiate, the weighted sum over all labels, a float32 scalar.
+        weight: The sum of the weights of those labels, so that `total / weight` is the mean.
+        sums: The unweighted losses and the number of labels of each channel, `[channels]`.
+        counts: As `sums`.
     """
 
     total: Tensor
@@ -59,8 +62,11 @@ def batch_loss(
 ) -> Loss:
     """The cross-entropy of a batch on the model's device; call `.mean.backward()` on it.
 
-    dtype: of activations and matrix products (default: that of the weights). channel_weights: `[channels]` float32 on
-    the device (default: ones). adapters, recompute: see `Forward`.
+    Args:
+        dtype: Of activations and matrix products (default: that of the weights).
+        channel_weights: `[channels]` float32 on the device (default: ones).
+        adapters: See `Forward`.
+        recompute: See `Forward`.
     """
     run = Forward(model, dtype or model.dtype, adapters or {}, recompute)
     x = run.hidden_states(batch)
@@ -75,9 +81,11 @@ def batch_loss(
 class Forward:
     """One pass through a model.
 
-    dtype: of activations and matrix products. adapters: by packed name, such as `decoder.layers.0.qkv`. recompute:
-    keep only the input of each layer and compute the rest again in the backward pass: much less memory, a third more
-    time.
+    Args:
+        dtype: Of activations and matrix products.
+        adapters: By packed name, such as `decoder.layers.0.qkv`.
+        recompute: Keep only the input of each layer and compute the rest again in the backward pass: much less memory,
+            a third more time.
     """
 
     def __init__(
@@ -197,8 +205,10 @@ class Forward:
 class _Rotation:
     """The tables of RoPE and the position of every token of `x`, `[batch, tokens, hidden]`.
 
-    Padding on the left shifts positions; within a sequence only their differences matter. mask: `[batch, tokens]`
-    bool; with it only real tokens are counted.
+    Padding on the left shifts positions; within a sequence only their differences matter.
+
+    Args:
+        mask: `[batch, tokens]` bool; with it only real tokens are counted.
     """
 
     def __init__(self, config: DiaConfig, part: str, x: Tensor, mask: Tensor | None = None) -> None:

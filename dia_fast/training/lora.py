@@ -51,7 +51,11 @@ def make_adapters(config: DiaConfig, targets: tuple[str, ...], rank: int, alpha:
 
 
 def save_adapters(folder: Path, config: DiaConfig, adapters: Mapping[str, LoRA], base: str) -> None:
-    """Writes `adapter_model.safetensors` and `adapter_config.json` as PEFT does. base: the checkpoint adapted."""
+    """Writes `adapter_model.safetensors` and `adapter_config.json` as PEFT does.
+
+    Args:
+        base: The checkpoint adapted.
+    """
     tensors, modules = {}, set()
     for tensor, (fused, first, last) in fused_slices(config).items():
         if fused in adapters:

@@ -18,18 +18,32 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of a training run. Raises InputError, naming the option, for a value that cannot work.
+    """Options of a training run.
 
-    model: the checkpoint to begin with, and codec: see `Dia.from_pretrained`. data, eval_data: see `read_recordings`;
-    without eval_data, `eval_share` of the data is held out. steps: optimizer steps, each of
-    `batch_size * accumulate` examples. learning_rate: at its peak, by default 1e-5, or 1e-4 for LoRA; it rises over
-    `warmup` steps and falls along a cosine to `final_share` of the peak. clip: largest norm of the gradient, 0 for
-    any. drop_text: probability that an example comes without its text, for guidance. drop_codes: probability that the
-    decoder reads a random code in the place of the right one, from which it learns to go on after a bad one.
-    channel_weights: of the loss, one per channel. lora_rank: 0 trains all weights; lora_alpha: by default twice the
-    rank. dtype: of activations and matrix products, and of weights that are not trained; what is trained is always
-    float32. recompute: less memory for a third more time. eval_every, save_every: in steps; keep: how many states to
-    keep for resuming.
+    Args:
+        model: The checkpoint to begin with; see `Dia.from_pretrained`.
+        codec: See `Dia.from_pretrained`.
+        data: See `read_recordings`; without eval_data, `eval_share` of the data is held out.
+        eval_data: As `data`.
+        steps: Optimizer steps, each of `batch_size * accumulate` examples.
+        learning_rate: At its peak, by default 1e-5, or 1e-4 for LoRA; it rises over `warmup` steps and falls along a
+            cosine to `final_share` of the peak.
+        clip: Largest norm of the gradient, 0 for any.
+        drop_text: Probability that an example comes without its text, for guidance.
+        drop_codes: Probability that the decoder reads a random code in the place of the right one, from which it learns
+            to go on after a bad one.
+        channel_weights: Of the loss, one per channel.
+        lora_rank: 0 trains all weights.
+        lora_alpha: By default twice the rank.
+        dtype: Of activations and matrix products, and of weights that are not trained; what is trained is always
+            float32.
+        recompute: Less memory for a third more time.
+        eval_every: In steps.
+        save_every: In steps.
+        keep: How many states to keep for resuming.
+
+    Raises:
+        InputError: Naming the option, for a value that cannot work.
     """
 
     model: str

@@ -39,7 +39,11 @@ class Run:
 
     @classmethod
     def create(cls, folder: Path, options: TrainOptions) -> "Run":
-        """A new run in a new or empty folder. Raises InputError if there is something in it."""
+        """A new run in a new or empty folder.
+
+        Raises:
+            InputError: If there is something in it.
+        """
         if (folder / "run.json").is_file():
             last = cls.reopen(folder, {}).last_step
             raise InputError(
@@ -54,9 +58,13 @@ class Run:
 
     @classmethod
     def reopen(cls, folder: Path, given: Mapping[str, Any]) -> "Run":
-        """An existing run. given: options that the caller names again.
+        """An existing run.
 
-        Raises InputError if there is none, or if a option that decides the result differs from that of the run.
+        Args:
+            given: Options that the caller names again.
+
+        Raises:
+            InputError: If there is none, or if an option that decides the result differs from that of the run.
         """
         path = folder / "run.json"
         if not path.is_file():
@@ -88,7 +96,8 @@ class Run:
     def begin(self, digest: str) -> None:
         """Fixes the data of a new run, or checks that they are still the same; removes what a killed run left.
 
-        Raises InputError if the data have changed, or if the folder cannot be written.
+        Raises:
+            InputError: If the data have changed, or if the folder cannot be written.
         """
         if self.digest is not None and digest != self.digest:
             raise InputError(
@@ -142,7 +151,11 @@ class Run:
             self._path(old).unlink()
 
     def load(self, step: int) -> dict[str, Any]:
-        """Read what `save` wrote, on the CPU. Raises InputError if the file is damaged."""
+        """Read what `save` wrote, on the CPU.
+
+        Raises:
+            InputError: If the file is damaged.
+        """
         path = self._path(step)
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

@@ -65,7 +65,11 @@ class Trainer:
     @isolated(grad=True)
     @torch.enable_grad()
     def step(self, number: int, dataset: Dataset) -> dict[str, Any]:
-        """Takes one step, counted from 1; returns its line of the log. Raises NumericError if the loss is no number."""
+        """Takes one step, counted from 1; returns its line of the log.
+
+        Raises:
+            NumericError: If the loss is no number.
+        """
         started, rate = time.perf_counter(), self.options.rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -141,7 +145,11 @@ class Trainer:
 
     @isolated()
     def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Takes up a state. Raises InputError if it is of another model."""
+        """Takes up a state.
+
+        Raises:
+            InputError: If it is of another model.
+        """
         shapes = {name: tensor.shape for name, tensor in self.trained.items()}
         if shapes != {name: tensor.shape for name, tensor in weights.items()}:
             raise InputError("the saved state is of another model: it has other weights")
@@ -193,8 +201,9 @@ def train_steps(
 ) -> None:
     """Takes the steps that are left of a run, logs, evaluates and saves.
 
-    report: called with every line of the log. Ctrl-C and SIGTERM end it after the current step with a saved state and
-    KeyboardInterrupt; a second Ctrl-C ends it at once.
+    Args:
+        report: Called with every line of the log. Ctrl-C and SIGTERM end it after the current step with a saved state
+            and KeyboardInterrupt; a second Ctrl-C ends it at once.
     """
     options, first = run.options, run.last_step
     if first:

@@ -44,8 +44,12 @@ _alive: set[Path] = set()
 def checked_path(path: str | os.PathLike[str], name: str = "path") -> Path:
     """The path that a caller gave, `~` expanded; whether there is something is not asked.
 
-    name: of the argument, for messages. Raises InputError for a value that is no path, or one that the system cannot
-    look up: too long, with a null character, or behind a folder that may not be read.
+    Args:
+        name: Of the argument, for messages.
+
+    Raises:
+        InputError: For a value that is no path, or one that the system cannot look up: too long, with a null character,
+            or behind a folder that may not be read.
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(text := os.fspath(path), str) or not text:
         raise InputError(f"{name} must be a path, not {shown(path)}")
@@ -93,7 +97,11 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Bina
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Read a regular file of at most `limit` bytes, even if it grows meanwhile. Raises OSError as `open_regular`."""
+    """Read a regular file of at most `limit` bytes, even if it grows meanwhile.
+
+    Raises:
+        OSError: As `open_regular`.
+    """
     with open_regular(path, limit) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -113,7 +121,8 @@ def read_json(path: Path, error: type[DiaFastError] = CheckpointError) -> Any:
 def parse_json(data: str | bytes, where: str, error: type[DiaFastError] = CheckpointError) -> Any:
     """Parse a JSON text. Raises `error` for a text that is not JSON, or that nests or counts beyond any use.
 
-    where: the file, for messages. Integers must fit 64 bits, so that no later conversion overflows.
+    Args:
+        where: The file, for messages. Integers must fit 64 bits, so that no later conversion overflows.
     """
     try:
         value = json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
@@ -413,7 +422,9 @@ class replacing(_Temporary):
     Whatever goes wrong (an exception, Ctrl-C, SIGTERM, a full disk), nothing is left of it and a file that stood at
     `path` before is untouched. The end of a symbolic link is replaced, not the link. A file that stood there keeps its
     mode and owner; one with further hard links is written in place once the new contents are complete and have room.
-    Raises InputError where the system refuses to write, saying why.
+
+    Raises:
+        InputError: Where the system refuses to write, saying why.
     """
 
     def _find(self) -> Path:

@@ -36,7 +36,8 @@ def renew_in_child(holder: Any) -> None:
 def check_threads() -> None:
     """Look whether this process can compute. Every entry point calls it.
 
-    Raises InputError in a child that was forked after several threads had computed, and would use several itself.
+    Raises:
+        InputError: In a child that was forked after several threads had computed, and would use several itself.
     """
     global _threaded
     threads = torch.get_num_threads()

@@ -9,9 +9,11 @@ from typing import Any
 class StepBar:
     """Counts decode steps: call it with the number of steps so far. Use it in a `with` block.
 
-    total: steps expected; a longer run moves it. steps_per_second: steps that make one second of sound. hidden: count,
-    but draw nothing. `steps` and `seconds` say how far it is, from the beginning of the block to the last step:
-    reading the text and the audio prompt counts, decoding the sound does not.
+    Args:
+        total: Steps expected; a longer run moves it.
+        steps_per_second: Steps that make one second of sound.
+        hidden: Count, but draw nothing. `steps` and `seconds` say how far it is, from the beginning of the block to the
+            last step: reading the text and the audio prompt counts, decoding the sound does not.
     """
 
     def __init__(self, total: int, steps_per_second: float, *, hidden: bool = False) -> None:
@@ -37,7 +39,11 @@ class StepBar:
             self._bar.refresh()
 
     def segments(self, done: int, count: int, total: int) -> None:
-        """Shows how many of `count` segments of a script are done; total: steps expected of all."""
+        """Shows how many of `count` segments of a script are done.
+
+        Args:
+            total: Steps expected of all.
+        """
         self._bar.total = max(total, self.steps)
         self._bar.set_description_str(f"{done}/{count} segments", refresh=False)
 
@@ -52,8 +58,11 @@ class StepBar:
 class ItemBar:
     """Counts items, and shows how fast they come in terms of the speed of speech. Use it in a `with` block.
 
-    total: items; done: of them, before now. steps_per_second: steps that make one second of sound. hidden: draw
-    nothing.
+    Args:
+        total: items.
+        done: Of them, before now.
+        steps_per_second: Steps that make one second of sound.
+        hidden: Draw nothing.
     """
 
     def __init__(self, total: int, done: int, steps_per_second: float, *, hidden: bool = False) -> None:

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def whole_number(name: str, value: object, least: int, most: int | None = None, hint: str = "") -> int:
-    """`value` as a Python int; integers of numpy and torch count, so does 300.0, and no bool. Raises InputError."""
+    """`value` as a Python int; integers of numpy and torch count, so does 300.0, and no bool.
+
+    Raises:
+        InputError: For a value that cannot be used.
+    """
     try:
         if isinstance(value, Real) and not isinstance(value, SupportsIndex) and float(value).is_integer():
             value = int(float(value))
@@ -28,7 +32,11 @@ def whole_number(name: str, value: object, least: int, most: int | None = None, 
 
 
 def real_number(name: str, value: object) -> float:
-    """`value` as a Python float, infinite if it is too large for one. Raises InputError for what is no number."""
+    """`value` as a Python float, infinite if it is too large for one.
+
+    Raises:
+        InputError: For what is no number.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name} must be a number, not {shown(value)}")
     try:
@@ -38,7 +46,11 @@ def real_number(name: str, value: object) -> float:
 
 
 def tensor_of(name: str, value: Any) -> "Tensor":
-    """`value` as a dense tensor; on the device it is on, and without a copy if it can be. Raises InputError."""
+    """`value` as a dense tensor; on the device it is on, and without a copy if it can be.
+
+    Raises:
+        InputError: For a value that cannot be used.
+    """
     import numpy as np  # settings and texts are checked without them
     import torch
 

@@ -41,10 +41,14 @@ _BOUNDS = {
 class CodecConfig:
     """Sizes of a DAC; the defaults are those of the 44.1 kHz model that Dia was trained on.
 
-    downsampling_ratios: stride of each encoder block; their product is the hop. upsampling_ratios: stride of each
-    decoder block, same product; empty means the other way round. hidden_size: width of the latent that is quantised;
-    0 means `encoder_hidden_size * 2 ** len(downsampling_ratios)`.
-    Raises CheckpointError for a value of a wrong type or sizes that do not fit together.
+    Args:
+        downsampling_ratios: Stride of each encoder block; their product is the hop.
+        upsampling_ratios: Stride of each decoder block, same product; empty means the other way round.
+        hidden_size: Width of the latent that is quantised; 0 means `encoder_hidden_size * 2 **
+            len(downsampling_ratios)`.
+
+    Raises:
+        CheckpointError: For a value of a wrong type or sizes that do not fit together.
     """
 
     encoder_hidden_size: int = 64

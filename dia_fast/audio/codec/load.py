@@ -34,7 +34,11 @@ def codec_for(model: str | os.PathLike[str], codec: str | os.PathLike[str] = AUT
 
 
 def codec_beside(model: str | os.PathLike[str]) -> Path | None:
-    """The folder `codec` beside a model's weights, or None. model: a folder, a file of weights, an adapter, a name."""
+    """The folder `codec` beside a model's weights, or None.
+
+    Args:
+        model: A folder, a file of weights, an adapter, a name.
+    """
     path = checked_path(located(model), "model")
     folder = path.parent if path.is_file() else path
     if (folder / "codec").is_dir():
@@ -54,12 +58,15 @@ def load_codec(
 ) -> Codec:
     """Loads a DAC codec.
 
-    name_or_path: a folder in the transformers layout; a `.pth` file of descript-audio-codec; a repository on the
-    Hugging Face Hub; `"descript"` for the original `dac` package with the weights it downloads, `"descript:FILE"` with
-    others.
-    ops: an op set of `dia_kernels` for the activations; the torch reference by default.
-    Raises CheckpointError for files that are missing, damaged, unsafe or do not fit together, and if `dac` is not
-    installed where it is asked for.
+    Args:
+        name_or_path: A folder in the transformers layout; a `.pth` file of descript-audio-codec; a repository on the
+            Hugging Face Hub; `"descript"` for the original `dac` package with the weights it downloads,
+            `"descript:FILE"` with others.
+        ops: An op set of `dia_kernels` for the activations; the torch reference by default.
+
+    Raises:
+        CheckpointError: For files that are missing, damaged, unsafe or do not fit together, and if `dac` is not
+            installed where it is asked for.
     """
     if not isinstance(name_or_path, str | os.PathLike):
         raise InputError(f"the codec must be a name or a path, not {shown(name_or_path)}")

@@ -18,9 +18,14 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attention of whole sequences by the op `ragged_attention`.
 
-    query: `[batch, heads, tokens, head_dim]`; key, value: `[batch, kv_heads, tokens, head_dim]`. Returns
-    `[batch, tokens, heads, head_dim]` and no weights. What the op does not do is torch's: steps with a cache, masks
-    (padding), gradients.
+    Args:
+        query: `[batch, heads, tokens, head_dim]`.
+        key: `[batch, kv_heads, tokens, head_dim]`.
+        value: `[batch, kv_heads, tokens, head_dim]`.
+
+    Returns:
+        `[batch, tokens, heads, head_dim]` and no weights. What the op does not do is torch's: steps with a cache, masks
+        (padding), gradients.
     """
     if not serves(query, key, value, attention_mask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -47,7 +47,8 @@ def read_params(
 ) -> CallParams:
     """CallParams from transformers' own objects, which hold what `generate` made of all its arguments.
 
-    Raises NotOurs for a processor or a criterion that the engine has no counterpart of.
+    Raises:
+        NotOurs: For a processor or a criterion that the engine has no counterpart of.
     """
     found = {type(item): item for item in processors}
     tokens, decoder = _tokens(criteria, generation), config.decoder
@@ -108,7 +109,11 @@ def _named(kind: type, generation: GenerationConfig) -> str:
 
 
 def read_texts(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """The texts of a padded batch `[batch, length]`, on either side. Raises NotOurs for a mask with holes."""
+    """The texts of a padded batch `[batch, length]`, on either side.
+
+    Raises:
+        NotOurs: For a mask with holes.
+    """
     if mask is None:
         return ids.tolist()
     texts = []
@@ -124,8 +129,13 @@ def read_texts(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
 def read_delayed_codes(rows: Tensor, mask: Tensor, known: int, config: DiaConfig) -> tuple[list[Tensor], list[int]]:
     """(what is given of each delayed grid, FREE where the model chooses; padding rows before each).
 
-    rows: `[batch, n, channels]`, the pad code where the model chooses; mask: `[batch, known]`; known: rows that
-    decoding starts after. Raises NotOurs for a grid that the engine cannot start from.
+    Args:
+        rows: `[batch, n, channels]`, the pad code where the model chooses.
+        mask: `[batch, known]`.
+        known: Rows that decoding starts after.
+
+    Raises:
+        NotOurs: For a grid that the engine cannot start from.
     """
     rows, pads = rows.cpu(), []
     for keep in (mask != 0).tolist():
@@ -150,7 +160,11 @@ def make_requests(
     known: int,
     seeds: Sequence[int | None],
 ) -> list[Request]:
-    """A request for each text. Raises NotOurs for parameters outside the engine's range."""
+    """A request for each text.
+
+    Raises:
+        NotOurs: For parameters outside the engine's range.
+    """
     try:
         return [
             Request(
@@ -174,7 +188,8 @@ def assemble(
 ) -> Tensor:
     """Assemble the result of transformers' sampling loop: `[batch * channels, rows]` int64 on the device of `start`.
 
-    start: `[batch * channels, known]`, the rows before decoding.
+    Args:
+        start: `[batch * channels, known]`, the rows before decoding.
     """
     channels = config.decoder.num_channels
     ends = [late + len(item.delayed_codes) for late, item in zip(pads, spoken, strict=True)]

@@ -19,7 +19,11 @@ _ROWS, _TEXT = 512, 256
 def speak(
     engine: Engine, requests: Sequence[Request], heard: Callable[[list[Tensor]], None] | None = None
 ) -> list[Generation]:
-    """All requests to their ends. heard: called after each step with the rows that each request has so far."""
+    """All requests to their ends.
+
+    Args:
+        heard: Called after each step with the rows that each request has so far.
+    """
     handles = []
     try:
         handles += [engine.submit(request, stream=heard is not None) for request in requests]
@@ -36,7 +40,10 @@ def speak(
 class Columns:
     """Gives a streamer of transformers a column of `batch * channels` codes as soon as all items have that row.
 
-    known: rows that were there before; pads: padding rows before each item; pad: the code after an item's end.
+    Args:
+        known: Rows that were there before.
+        pads: Padding rows before each item.
+        pad: The code after an item's end.
     """
 
     def __init__(self, streamer: Any, known: int, pads: Sequence[int], pad: int) -> None:
@@ -57,7 +64,11 @@ class Columns:
 
 
 def sizes_with_room(model: DiaModel, requests: Sequence[Request]) -> Sizes:
-    """Sizes of an engine for these requests and for somewhat longer ones. Raises InputError for what cannot be."""
+    """Sizes of an engine for these requests and for somewhat longer ones.
+
+    Raises:
+        InputError: For what cannot be.
+    """
     plans = [plan(model.config, request) for request in requests]
     longer = [replace(item, end=_up(item.end + 1, _ROWS) - 1) for item in plans]
     sizes = sizes_for(model.config, longer, MAX_BATCH, model.dtype, model.device)

@@ -150,17 +150,6 @@ def accelerate(
 ) -> AnyModel:
     """Makes a model generate on the engine of dia-fast, in place, and returns it.
 
-    model: a `DiaForConditionalGeneration`, or what `torch.compile` or PEFT have made of one: the model inside is
-    accelerated. While adapters are neither merged (`merge_adapter`) nor disabled, calls go the model's own way.
-
-    generate: replace the decoding loop. rms_norm, glu, rope_attention: take a single op of `dia_kernels` in the model's
-    own modules, for `model(**inputs)`: training, scoring, and calls that the engine cannot serve. backend: as in
-    `dia_kernels.get_ops`.
-
-    share_memory: at the first call the model's parameters become views of the tensors that the engine streams, so that
-    there is one copy of the weights. With False the engine has a copy, in the form that its ops multiply fastest: on a
-    CPU with 16-bit weights that is faster, elsewhere it makes no difference.
-
     The weights may be trained, loaded, moved and cast as before, by whatever means: `generate` reads them again, and
     what follows from them is computed at each call. (With share_memory=False and 16-bit weights on a CPU it compares
     checksums of all weights instead.) `generate` keeps its arguments and results, and takes `seed` beside them (an int
@@ -168,8 +157,22 @@ def accelerate(
     it as if it were not accelerated, with a `FallbackWarning` that names the argument. Calling `accelerate` again
     replaces the choices of the last call.
 
-    Raises InputError for another model or a backend that cannot run, CheckpointError for a configuration that dia-fast
-    does not compute.
+    Args:
+        model: A `DiaForConditionalGeneration`, or what `torch.compile` or PEFT have made of one: the model inside is
+            accelerated. While adapters are neither merged (`merge_adapter`) nor disabled, calls go the model's own way.
+        generate: Replace the decoding loop.
+        rms_norm: Take a single op of `dia_kernels` in the model's own modules, for `model(**inputs)`: training,
+            scoring, and calls that the engine cannot serve.
+        glu: As `rms_norm`.
+        rope_attention: As `rms_norm`.
+        backend: As in `dia_kernels.get_ops`.
+        share_memory: At the first call the model's parameters become views of the tensors that the engine streams, so
+            that there is one copy of the weights. With False the engine has a copy, in the form that its ops multiply
+            fastest: on a CPU with 16-bit weights that is faster, elsewhere it makes no difference.
+
+    Raises:
+        InputError: For another model or a backend that cannot run.
+        CheckpointError: For a configuration that dia-fast does not compute.
     """
     own = _unwrapped(model)
     unaccelerate(own)

@@ -48,7 +48,8 @@ _KNOWN = {
 def read_config(model: DiaForConditionalGeneration) -> DiaConfig:
     """The configuration of a model of transformers; fields that do not tell what Dia computes are left out.
 
-    Raises CheckpointError for one that dia-fast does not compute.
+    Raises:
+        CheckpointError: For one that dia-fast does not compute.
     """
     given = model.config.to_dict()
     top = {name: given.get(name) for name in ("model_type", "delay_pattern", *_TOKENS)}
@@ -190,7 +191,11 @@ class Watch:
         return self._rebuilt(model) or _state(model) != self._state
 
     def obstacle(self, patched: Collection[Any]) -> str | None:
-        """Name what makes the engine compute something else, or None. patched: forward methods that are ours."""
+        """Name what makes the engine compute something else, or None.
+
+        Args:
+            patched: Forward methods that are ours.
+        """
         top = self._top[0]()
         assert top is not None
         for name, module in (("", top), *((name, module) for name, module, _ in self._modules)):
