@@ -111,7 +111,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def obstacle(part: Part, report: Report, results: Sequence[Result]) -> str | None:
-    """Why a part is not begun: what it builds on is missing or wrong."""
+    """Name the reason why a part is not begun: what it builds on is missing or wrong."""
     wrong = report.wrong()
     if part.speed and wrong:
         return f"results are wrong on this machine, so speeds mean nothing: {wrong[0]}"

@@ -57,8 +57,15 @@ class Dia(OneProcess):
     """A loaded model and, from their first use on, a codec and an engine. Make one with `Dia.from_pretrained`.
 
     The result of a call depends on its arguments alone. Calls from several threads share the batch of one engine. Its
-    memory stays taken until `close`, or the end of a `with` block. It belongs to its process: it
-    cannot be copied or pickled, and a forked child makes an engine of its own (`dia_fast.utils.forks`).
+    memory stays taken until `close`, or the end of a `with` block. It belongs to its process: it cannot be copied or
+    pickled, and a forked child makes an engine of its own (`dia_fast.utils.forks`).
+
+    Args:
+        model: With its weights loaded.
+        codec: As in `from_pretrained`.
+        max_batch: As in `from_pretrained`.
+        memory: As in `from_pretrained`.
+        background: As in `from_pretrained`.
     """
 
     def __init__(
@@ -70,7 +77,6 @@ class Dia(OneProcess):
         memory: Memory = None,
         background: bool = False,
     ) -> None:
-        """model: with its weights loaded. The others: see `from_pretrained`."""
         check_codec(codec)
         self.model = model
         self._codec = codec
@@ -154,14 +160,17 @@ class Dia(OneProcess):
 
     @property
     def config(self) -> DiaConfig:
+        """The model's configuration."""
         return self.model.config
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the model's weights and activations."""
         return self.model.dtype
 
     @property
@@ -254,7 +263,7 @@ class Dia(OneProcess):
                 each text; it is in `Audio.seed`.
             progress: True for a bar on standard error, or a function that is called with the number of steps so far.
             sampling_params: settings in the place of the checkpoint's (`Dia.defaults`, from generation_config.json).
-            options: fields of `SamplingParams`, in the place of either: `temperature=1.0`. `max_new_tokens` is cut to
+            **options: fields of `SamplingParams`, in the place of either: `temperature=1.0`. `max_new_tokens` is cut to
                 the positions that the prompt leaves.
 
         Returns:
@@ -283,9 +292,23 @@ class Dia(OneProcess):
         sampling_params: SamplingParams | None = None,
         **options: "Unpack[SamplingOptions]",
     ) -> list[Tensor]:
-        """As `generate`, but returns the codes of each text, `[frames, channels]` int64 on the CPU, always as a list.
+        """Speak as `generate` does, and return codes instead of sound. Needs no codec, unless a prompt is sound.
 
-        Needs no codec, unless a prompt is sound.
+        Args:
+            text: As in `generate`.
+            audio_prompt: As in `generate`.
+            prompt_text: As in `generate`.
+            split: As in `generate`.
+            seed: As in `generate`.
+            progress: As in `generate`.
+            sampling_params: As in `generate`.
+            **options: As in `generate`.
+
+        Returns:
+            The codes of each text, `[frames, channels]` int64 on the CPU, always as a list.
+
+        Raises:
+            InputError: As in `generate`.
         """
         params = params_for(self.config, self.defaults, sampling_params, **options)
         scripts = self._scripts(text, audio_prompt, prompt_text, split, params, seed)
@@ -318,7 +341,13 @@ class Dia(OneProcess):
             chunk_seconds: length of every chunk but the first and a segment's last, rounded to frames of 11.6 ms.
             first_chunk_seconds: length of the first one, if that is less. It comes when its own frames, 10 more that
                 its samples depend on and the 15 steps of the delay pattern are done.
-            audio_prompt, prompt_text, split, seed, progress, sampling_params, options: as in `generate`.
+            audio_prompt: As in `generate`.
+            prompt_text: As in `generate`.
+            split: As in `generate`.
+            seed: As in `generate`.
+            progress: As in `generate`.
+            sampling_params: As in `generate`.
+            **options: As in `generate`.
 
         Raises:
             InputError: at once, as `generate` does; after the first chunk only what went wrong since, and then in this
@@ -353,6 +382,17 @@ class Dia(OneProcess):
         Streams of one loop share a batch, and one thread that makes the steps. A task that is cancelled, or an iterator
         that is closed with `aclose()`, ends its request.
 
+        Args:
+            text: As in `stream`.
+            chunk_seconds: As in `stream`.
+            first_chunk_seconds: As in `stream`.
+            audio_prompt: As in `generate`.
+            prompt_text: As in `generate`.
+            split: As in `generate`.
+            seed: As in `generate`.
+            sampling_params: As in `generate`.
+            **options: As in `generate`.
+
         Raises:
             InputError: At once for a text or a setting, and with the first chunk for an audio prompt or the codec.
         """
@@ -385,6 +425,7 @@ class Dia(OneProcess):
         Args:
             text: One, or a list of `batch`.
             delayed_codes: Integers `[batch, steps, channels]` from step 0 on (all BOS), special codes included.
+            guidance: Compute the unconditional logits, too.
 
         Returns:
             `(cond, uncond)`, each `[batch, steps, channels, vocab]` float32 on the model's device; without guidance
@@ -406,9 +447,16 @@ class Dia(OneProcess):
         return found
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes the model, without the codec, in the transformers layout and in its present dtype; returns the folder.
+        """Write the model, without the codec, in the transformers layout and in its present dtype.
 
-        Raises CheckpointError if the folder exists and is not empty, or cannot be written; nothing is left behind then.
+        Args:
+            folder: A new or an empty one.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: If the folder is not empty, or cannot be written; nothing is left behind then.
         """
         return save_pretrained(os.fspath(folder), self.config, self.model.state_dict(), defaults=self.defaults)
 

@@ -1,9 +1,12 @@
 """The shape of the tree: which way imports point, how long functions get, what documents link to, how names read."""
 
 import ast
+import inspect
+import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -148,16 +151,6 @@ def test_tests_mirror_the_package() -> None:
 
 def test_files_that_make_test_isa_names_exist() -> None:
     assert [name for name in isa.NUMERIC if not (ROOT / name).exists()] == []
-
-
-@pytest.mark.parametrize("folder", ["bench", "kernels"])
-def test_docstrings_name_their_subject(folder: str) -> None:
-    opening = re.compile(r"(?:What|Whatever|Whether|Who|How)\b")
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    for path in (ROOT / folder).rglob("*.py"):
-        nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
-        found = [text for text in map(ast.get_docstring, nodes) if text and opening.match(text)]
-        assert not found, f"{path.relative_to(ROOT)}: {found[0].splitlines()[0]}"
 
 
 LOOSE = 8  # modules that lie beside the rooms of a package
@@ -495,7 +488,7 @@ def asking(source: str) -> list[tuple[int, str]]:
 def test_docstrings_state_instead_of_asking() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {text}"
-        for folder in ("dia_fast", "examples", "tests", ".ci")
+        for folder in (*SOURCE_FOLDERS, ".ci")
         for path in sorted((ROOT / folder).rglob("*.py"))
         for line, text in asking(path.read_text(encoding="utf-8"))
     ]
@@ -505,3 +498,30 @@ def test_docstrings_state_instead_of_asking() -> None:
 def test_the_check_of_docstrings_itself() -> None:
     assert asking('"""What a caller may pass."""') == [(1, "What a caller may pass.")]
     assert not asking('def f():\n    """Whole frames only."""')
+
+
+def undocumented(item: object, name: str) -> list[str]:
+    """Parameters of a public function, or of a class and its public methods, that its docstring does not list."""
+    if inspect.isclass(item):
+        members = [(f"{name}.{key}", member) for key, member in vars(item).items() if not key.startswith("_")]
+        found = [line for key, member in members for line in undocumented(inspect.unwrap(plain(member)), key)]
+        takes_any = issubclass(item, BaseException | Generator | AsyncGenerator)
+        return found + ([] if takes_any else unlisted(item, item.__doc__ or "", name))
+    return unlisted(item, item.__doc__ or "", name) if inspect.isfunction(item) else []
+
+
+def plain(member: object) -> Any:
+    """The function behind a class method or a static one."""
+    return member.__func__ if isinstance(member, classmethod | staticmethod) else member
+
+
+def unlisted(item: Any, text: str, name: str) -> list[str]:
+    given = [key for key in inspect.signature(item).parameters if key not in ("self", "cls")]
+    return [f"{name}: {key}" for key in given if not re.search(rf"^ +\*{{0,2}}{key}: \S", text, re.MULTILINE)]
+
+
+def test_the_api_reference_tells_every_argument() -> None:
+    names = re.findall(r"^::: (dia_fast[\w.]*)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(names) > 15
+    found = [line for name in names for line in undocumented(pkgutil.resolve_name(name), name)]
+    assert not found, "\n".join(found)

@@ -41,13 +41,13 @@ FORMATS = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Audio:
-    """Mono sound.
+    """Mono sound. In a notebook it shows as a player.
 
-    `samples`: float32 `[n]`, full scale is -1 to 1. `sample_rate`: samples per second. `seed`: of generated sound, the
-    seed that speaks it again. `outcome`: of generated sound, what became of its text; of a chunk of a stream it is
-    None, as the stream has one.
-
-    In a notebook it shows as a player.
+    Args:
+        samples: `[n]` float32, full scale is -1 to 1.
+        sample_rate: Samples per second.
+        seed: Of generated sound, the seed that speaks it again.
+        outcome: Of generated sound, what became of its text. It is None of a chunk of a stream, which has one itself.
 
     Raises:
         InputError: If samples are not one-dimensional, or hold NaN or infinity.
@@ -75,11 +75,18 @@ class Audio:
         return f"Audio({self.duration:.2f} s at {self.sample_rate} Hz)"
 
     def resampled(self, sample_rate: int) -> "Audio":
-        """The same sound at another rate (soxr, high quality)."""
+        """Resample the sound (soxr, high quality).
+
+        Args:
+            sample_rate: Samples per second of the result.
+        """
         return Audio(convert(self.samples, self.sample_rate, sample_rate), sample_rate, self.seed, self.outcome)
 
     def to_bytes(self, format: str = "wav") -> bytes:
-        """The contents of a `wav`, `flac`, `ogg`, `mp3` or `aiff` file. Louder than full scale is clipped.
+        """Encode the sound as the contents of a file. Louder than full scale is clipped.
+
+        Args:
+            format: `"wav"`, `"flac"`, `"ogg"`, `"mp3"` or `"aiff"`.
 
         Raises:
             InputError: For another format, for one that cannot hold this sample rate, and for no samples at all.
@@ -108,9 +115,10 @@ class Audio:
         return buffer.getvalue()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes a file in the format that the extension names: .wav, .flac, .ogg, .mp3 or .aiff (16 bit or lossy).
+        """Write a file, complete or not at all; return its path.
 
-        The file appears complete or not at all.
+        Args:
+            path: Its extension names the format: .wav, .flac, .ogg, .mp3 or .aiff (16 bit or lossy).
 
         Raises:
             InputError: For an unknown extension, a missing or read-only folder, a full disk; an existing file is

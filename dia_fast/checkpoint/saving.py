@@ -50,14 +50,20 @@ def save_pretrained(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     defaults: SamplingParams | None = None,
 ) -> Path:
-    """Write fused weights as a checkpoint that transformers loads (of the first generation: that the original package
-    of its time loads); returns the folder.
+    """Write fused weights as a checkpoint that transformers loads; return its folder.
 
-    weights: by fused name, on any device, floating point; they are written in their own dtype, in shards of at most
-    `max_shard_bytes` (a larger tensor gets its own), beside config.json and generation_config.json,
-    which holds `defaults`.
-    Raises CheckpointError if a weight is missing or misshapen, if the folder exists and is not empty, or if writing
-    fails; then nothing is left behind.
+    One of the first generation is written as the original package of its time loads it.
+
+    Args:
+        folder: A new or an empty one.
+        config: Of the model.
+        weights: By fused name, on any device, floating point. They are written in their own dtype.
+        max_shard_bytes: Of a file; a larger tensor gets its own.
+        defaults: Sampling parameters, for generation_config.json.
+
+    Raises:
+        CheckpointError: If a weight is missing or misshapen, if the folder is not empty, or if writing fails; then
+            nothing is left behind.
     """
     for name, shape in fused_shapes(config).items():
         if name not in weights:

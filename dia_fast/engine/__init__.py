@@ -40,13 +40,15 @@ def generate(
     """Speaks all requests as one batch, up to 32 at a time.
 
     Args:
+        model: With its weights loaded.
+        requests: What to speak.
         progress: Called after every decode step with the number of steps since the start.
         engine: The one to use, of the same model; by default one that is made for these requests. A request whose
             prompt and `max_new_tokens` together exceed the model's positions is cut there.
 
     Raises:
-        InputError: Before any work, for a text or a prompt that the model cannot take, and whatever ends one of the
-            requests; the others are cancelled then.
+        InputError: Before any work, for a text or a prompt that the model cannot take.
+        Exception: Of the request that ended with one; the others are cancelled then.
     """
     plans = [plan(model.config, request) for request in requests]
     if not plans:

@@ -25,6 +25,13 @@ class Handle(OneProcess):
 
     Whoever waits for a handle, by `result` or `frames`, makes the engine's steps meanwhile, for all requests, unless
     the engine has a thread of its own.
+
+    Args:
+        sequence: The request as the engine keeps it.
+        config: Of the model.
+        advance: Makes a step of the engine, or waits for one for at most so many seconds.
+        cancel: Ends the request.
+        wake: Wakes the engine's thread.
     """
 
     def __init__(
@@ -46,10 +53,12 @@ class Handle(OneProcess):
 
     @property
     def status(self) -> Status:
+        """The state of the request: waiting, running, done, failed or cancelled."""
         return self._sequence.status
 
     @property
     def error(self) -> BaseException | None:
+        """The exception that ended the request, or None."""
         return self._sequence.error
 
     @property
@@ -65,10 +74,13 @@ class Handle(OneProcess):
         self._cancel(self._sequence)
 
     def want(self, frames: int | None) -> None:
-        """Say how many frames may be there ahead of need; None for all, as at first.
+        """Say how many frames may be there ahead of need.
 
         The engine's own thread, if it has one, rests while every request has as many as are wanted, so that speech
         that nobody may listen to is not made. Somebody who waits for steps gets them anyway.
+
+        Args:
+            frames: From the beginning; None for all, as at first.
         """
         self._sequence.wanted = math.inf if frames is None else frames
         self._wake()
@@ -134,7 +146,11 @@ class Handle(OneProcess):
         return torch.from_numpy(sequence.codes[:count].copy())
 
     def has(self, frames: int) -> bool:
-        """Tell cheaply if `ready` holds at least so many frames."""
+        """Tell cheaply if `ready` holds enough frames.
+
+        Args:
+            frames: That must be there, from the beginning.
+        """
         steps = self._sequence.plan.first + 1 + frames + max(self._config.delay_pattern)
         return (self._sequence.received >= steps or self.done) and len(self.ready()) >= frames
 

@@ -22,8 +22,10 @@ class Request:
         text_ids: Bytes of the text.
         prompt: `[frames, channels]` integer codes to go on from, or None.
         max_new_tokens: Most steps to generate, the `max(delay)` that complete the last frames included.
-        guidance_scale: As in `SamplingParams`, like `top_k` and `top_p`.
+        guidance_scale: As in `SamplingParams`.
         temperature: 0 takes the likeliest code.
+        top_k: As in `SamplingParams`.
+        top_p: As in `SamplingParams`.
         seed: None draws one.
         delayed_codes: Instead of a prompt, the first delayed codes themselves, `[steps, channels]` integers from step 0
             on, special ones too, and -1 where the model chooses: never in step 0, and always in channel 0 after the
@@ -113,6 +115,7 @@ class Plan:
 
     @property
     def guided(self) -> bool:
+        """True if a second, unconditional row is computed."""
         return self.request.params.guided
 
 

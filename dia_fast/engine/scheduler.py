@@ -218,7 +218,11 @@ class Engine(OneProcess):
         self.step()
 
     def cancel(self, sequence: Sequence) -> None:
-        """End a request as `Handle.cancel` does."""
+        """End a request as `Handle.cancel` does.
+
+        Args:
+            sequence: Of this engine.
+        """
         if not sequence.done and self._ours:
             self._inbox.append(("cancel", sequence))
             self._wake.set()

@@ -31,6 +31,7 @@ class Outcome:
     """The outcome of a text.
 
     Args:
+        segments: In their order.
         warnings: Remarks, one sentence each.
     """
 

@@ -77,7 +77,10 @@ class SamplingParams:
         put(self, "retries", whole_number("retries", self.retries, 0, 100, "0 for none"))
 
     def given(self, **values: Any) -> "SamplingParams":
-        """These parameters with other values; `CHECKPOINT` leaves one as it is.
+        """Replace some parameters.
+
+        Args:
+            **values: By name; `CHECKPOINT` leaves one as it is.
 
         Raises:
             InputError: For a value that cannot be used.
@@ -91,6 +94,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
+        """True if the likeliest code is taken each time."""
         return not self.do_sample or self.temperature == 0.0
 
 

@@ -59,15 +59,18 @@ class Stream(OneProcess, Generator[Audio, None, None]):
         return _outcome(self._script)
 
     def send(self, value: None) -> Audio:
+        """Return the next chunk, as `next` does."""
         return self._chunks.send(value)
 
     def __next__(self) -> Audio:
         return next(self._chunks)
 
     def throw(self, *error: Any) -> Audio:
+        """End the stream with an exception."""
         return self._chunks.throw(*error)
 
     def close(self) -> None:
+        """End the request and free its memory."""
         self._chunks.close()
 
 
@@ -88,12 +91,15 @@ class AsyncStream(OneProcess, AsyncGenerator[Audio, None]):
         return self._chunks.__anext__()
 
     def asend(self, value: None) -> Any:
+        """Return the next chunk, as `anext` does."""
         return self._chunks.asend(value)
 
     def athrow(self, *error: Any) -> Any:
+        """End the stream with an exception."""
         return self._chunks.athrow(*error)
 
     def aclose(self) -> Any:
+        """End the request and free its memory."""
         return self._chunks.aclose()
 
 

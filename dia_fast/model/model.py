@@ -390,12 +390,19 @@ class DiaModel(OneProcess, nn.Module):
 
 
 def rope_table(config: DiaConfig, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[positions + 1, head_dim / 2]` float32; one more row than positions, because a request of the
-    greatest length has its last step there.
+    """Compute the tables of RoPE. Source: Su et al. 2021, "RoFormer".
 
-    part: "encoder", "decoder", or "cross" for cross-attention, which only the first generation rotates.
     Frequencies and angles are float32, as in transformers: at scale 1.0 the difference to float64 would show. The code
-    of the first generation divides by the wavelength instead. Source: Su et al. 2021, "RoFormer".
+    of the first generation divides by the wavelength instead.
+
+    Args:
+        config: Of the model.
+        part: "encoder", "decoder", or "cross" for cross-attention, which only the first generation rotates.
+        device: Of the tables.
+
+    Returns:
+        Cosines and sines, each `[positions + 1, head_dim / 2]` float32: a request of the greatest length has its last
+        step beyond the positions.
     """
     stack = config.encoder if part == "encoder" else config.decoder
     head_dim, positions = stack.head_dim, stack.max_position_embeddings

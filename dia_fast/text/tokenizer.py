@@ -45,7 +45,8 @@ def encode_text(text: str | bytes, *, max_length: int = MAX_BYTES) -> list[int]:
             character, as transformers and the original do; `text_warnings` says so beforehand.
 
     Raises:
-        InputError: For what is not text, not UTF-8, a NUL or a raw byte 1 or 2, nothing to say, or longer than `ABSURD_BYTES`.
+        InputError: For what is not text, not UTF-8, a NUL or a raw byte 1 or 2, nothing to say, or longer than
+            `ABSURD_BYTES`.
     """
     data = checked_text(text).encode()
     for tag, number in SPEAKER_IDS.items():

@@ -35,10 +35,11 @@ class Batch:
     """Examples that the model learns from at a time, all on one device.
 
     Args:
-        text: `[batch, length]` int64, 0 where `text_mask` (bool, same shape) is False. rows: `[batch, steps, channels]`
-            int64, the decoder's input.
+        text: `[batch, length]` int64, 0 where `text_mask` is False.
+        text_mask: `[batch, length]` bool.
+        delayed_codes: `[batch, steps, channels]` int64, the decoder's input.
         step_mask: `[batch, steps]` bool, False on the left of shorter items.
-        labels: As rows, the code that follows each, `IGNORED` where the delayed_codes has BOS or PAD.
+        labels: `[batch, steps, channels]` int64, the code that follows each, `IGNORED` for BOS and PAD.
     """
 
     text: Tensor
@@ -85,7 +86,11 @@ def check_example(example: Example, config: DiaConfig) -> None:
 
 @isolated()
 def build_batch(examples: Sequence[Example], config: DiaConfig) -> Batch:
-    """A batch on the CPU.
+    """Build a batch on the CPU.
+
+    Args:
+        examples: One or more; shorter ones are padded.
+        config: Of the model.
 
     Raises:
         InputError: If there is no example, or if one cannot be used, naming its index.
@@ -128,6 +133,8 @@ def drop_conditions(batch: Batch, probability: float, generator: torch.Generator
     reads.
 
     Args:
+        batch: As from `build_batch`.
+        probability: Of each item.
         generator: On the CPU; one number is drawn for each item, whatever the probability.
     """
     keep = torch.rand(len(batch.text), generator=generator, dtype=torch.float32, device="cpu") >= probability
@@ -142,6 +149,9 @@ def disturb_codes(batch: Batch, probability: float, config: DiaConfig, generator
     PAD stay, too.
 
     Args:
+        batch: As from `build_batch`.
+        probability: Of each code.
+        config: Of the model.
         generator: On the CPU; nothing is drawn if probability is 0.
     """
     if not probability:

@@ -46,6 +46,7 @@ def finetune(
         output: A new folder, or with `resume` that of a run that was interrupted.
         options: Fields of `TrainOptions`; when resuming only those that are to be checked, or changed where that
             changes no result.
+        resume: Go on with the run in `output`.
         device: See `Dia.from_pretrained`.
         backend: See `Dia.from_pretrained`.
         cache: The folder of codes (default: `data.default_cache`).

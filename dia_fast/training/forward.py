@@ -25,7 +25,9 @@ from dia_kernels.autograd.differentiable import glu, gradient_ops, linear_cross_
 class Adapter(Protocol):
     """Something added to the product of an input and a packed weight: `added(x)` is `[..., out]` for x `[..., in]`."""
 
-    def added(self, x: Tensor) -> Tensor: ...
+    def added(self, x: Tensor) -> Tensor:
+        """Compute what is added, `[..., out]`, for x `[..., in]`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def batch_loss(
     """The cross-entropy of a batch on the model's device; call `.mean.backward()` on it.
 
     Args:
+        model: With its weights loaded.
+        batch: On the model's device.
         dtype: Of activations and matrix products (default: that of the weights).
         channel_weights: `[channels]` float32 on the device (default: ones).
         adapters: See `Forward`.

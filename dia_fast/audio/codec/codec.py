@@ -36,7 +36,11 @@ class Codec(OneProcess):
     mode for serving on a GPU: operands of convolutions in float16, all else in float32; its error is some 68 dB below
     the signal.
 
-    network: has `encode`, `decode` and `tensors` as `DacNetwork` does.
+    Args:
+        network: Has `encode`, `decode` and `tensors` as `DacNetwork` does.
+        config: Of the network.
+        device: Of its weights.
+        dtype: Of its weights.
     """
 
     @isolated()
@@ -64,6 +68,7 @@ class Codec(OneProcess):
 
     @property
     def frames_per_second(self) -> float:
+        """Frames of codes per second of sound."""
         return self.sample_rate / self.hop_length
 
     @property
@@ -90,11 +95,17 @@ class Codec(OneProcess):
     @isolated()
     @exact_convolutions()
     def encode(self, samples: Tensor | np.ndarray) -> Tensor:
-        """Mono samples `[n]`, floating point at `sample_rate` -> codes `[frames, num_codebooks]` int64, on the device.
+        """Encode sound. The end is padded with silence to a whole number of frames.
 
-        The end is padded with silence to a whole number of frames: `frames = ceil(n / hop_length)`.
-        Raises InputError for no samples, another shape or dtype, and for NaN or infinity; NumericError where what the
-        network makes of the samples is not finite.
+        Args:
+            samples: Mono, `[n]` floating point at `sample_rate`.
+
+        Returns:
+            Codes, `[frames, num_codebooks]` int64 on the device; `frames = ceil(n / hop_length)`.
+
+        Raises:
+            InputError: For no samples, another shape or dtype, and for NaN or infinity.
+            NumericError: Where what the network makes of the samples is not finite.
         """
         if not isinstance(samples, Tensor | np.ndarray):
             raise InputError(f"samples: expected a torch tensor or numpy array, got {type(samples).__name__}")
@@ -113,13 +124,21 @@ class Codec(OneProcess):
     @isolated()
     @exact_convolutions()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes `[frames, num_codebooks]`, integers from 0 to `codebook_size - 1` -> samples `[n]` float32.
+        """Decode codes to sound.
 
-        `n = frames * hop_length` (a few less if an upsampling ratio is odd, as none is in Dia's codec); on the device.
-        A long sound is decoded in pieces of 256 frames, which bounds the memory. With weights in float16 or bfloat16
+        A long sound is decoded in spans of 256 frames, which bounds the memory. With weights in float16 or bfloat16
         the convolutions alone compute in that dtype: activations, residual sums and what is kept stay in float32.
-        Raises InputError for another shape or dtype and for a code outside the codebook, NumericError where the sound
-        comes out as NaN or infinity.
+
+        Args:
+            codes: `[frames, num_codebooks]`, integers from 0 to `codebook_size - 1`.
+
+        Returns:
+            Samples, `[n]` float32 on the device; `n = frames * hop_length` (a few less if an upsampling ratio is odd,
+            as none is in Dia's codec).
+
+        Raises:
+            InputError: For another shape or dtype and for a code outside the codebook.
+            NumericError: Where the sound comes out as NaN or infinity.
         """
         self.check_codes(codes)
         if not len(codes):
@@ -157,12 +176,22 @@ class Codec(OneProcess):
     @isolated()
     @exact_convolutions()
     def decode_span(self, codes: Tensor, start: int, stop: int) -> Tensor:
-        """The samples of frames start..stop-1 as in `decode(codes)`, at the price of those frames and their context.
+        """Decode a span of frames as `decode(codes)` does, at the price of those frames and their context.
 
-        Pieces of consecutive spans, joined, are the whole to 1e-6 on a CPU, single frames to 1.4e-6: a sum here and
-        there rounds differently.
-        A span is final as soon as `codes` holds `decode_context_frames` frames beyond `stop`, or all there will be.
-        Raises InputError for a span outside `codes`, and as `decode` does.
+        The sound of consecutive spans, joined, is the whole to 1e-6 on a CPU, single frames to 1.4e-6: a sum here and
+        there rounds differently. A span is final as soon as `codes` holds `decode_context_frames` frames beyond
+        `stop`, or all there will be.
+
+        Args:
+            codes: As in `decode`.
+            start: First frame of the span.
+            stop: The frame after the last one.
+
+        Returns:
+            Samples as from `decode`.
+
+        Raises:
+            InputError: For a span outside `codes`, and as `decode` does.
         """
         self.check_codes(codes)
         start, stop = whole_number("start", start, -(1 << 63)), whole_number("stop", stop, -(1 << 63))
@@ -174,11 +203,25 @@ class Codec(OneProcess):
 
     @isolated()
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes the codec in the transformers layout; makes the folder if needed. Raises InputError if that fails."""
+        """Write the codec in the transformers layout.
+
+        Args:
+            folder: Made if needed.
+
+        Raises:
+            InputError: If that fails.
+        """
         return write_transformers(folder, self.config, self.network.tensors())
 
     def check_codes(self, codes: Tensor) -> None:
-        """Raise InputError for anything but codes that can be decoded, `[frames, num_codebooks]` integers."""
+        """Check that codes can be decoded.
+
+        Args:
+            codes: `[frames, num_codebooks]` integers from 0 to `codebook_size - 1`.
+
+        Raises:
+            InputError: For anything else.
+        """
         if (
             not isinstance(codes, Tensor)
             or codes.is_floating_point()

@@ -62,7 +62,11 @@ def load_codec(
         name_or_path: A folder in the transformers layout; a `.pth` file of descript-audio-codec; a repository on the
             Hugging Face Hub; `"descript"` for the original `dac` package with the weights it downloads,
             `"descript:FILE"` with others.
+        device: Of the codec.
+        dtype: Of its weights and activations.
         ops: An op set of `dia_kernels` for the activations; the torch reference by default.
+        revision: Branch, tag or commit on the Hub.
+        local_files_only: Do not go online.
 
     Raises:
         CheckpointError: For files that are missing, damaged, unsafe or do not fit together, and if `dac` is not

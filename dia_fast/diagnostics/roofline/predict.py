@@ -31,8 +31,14 @@ SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Workload:
-    """A step to predict. requests: at once; context: tokens of sound, text: bytes of text of each; graph: a CUDA graph
-    of the step, in which requests are padded to the next size that the engine captures."""
+    """A step to predict.
+
+    Args:
+        requests: At once.
+        context: Tokens of sound of each.
+        text: Bytes of text of each.
+        graph: A CUDA graph of the step, in which requests are padded to the next size that the engine captures.
+    """
 
     config: DiaConfig
     dtype: str
@@ -75,8 +81,14 @@ class Range:
 
 @dataclass(frozen=True)
 class Line:
-    """One launch. each: time of one of them; parts: what it consists of, see the module; ceiling: seconds that its
-    weights, keys and values take at the published bandwidth; bound: the part that decides."""
+    """One launch.
+
+    Args:
+        each: Time of one of them.
+        parts: The parts of that time, see the module.
+        ceiling: Seconds that its weights, keys and values take at the published bandwidth.
+        bound: The part that decides.
+    """
 
     work: Work
     each: Range
@@ -199,8 +211,11 @@ def _per_program(item: Work, figure: Figure, device: Device, size: int) -> tuple
 
 
 def _operations(item: Work, figure: Figure, found: Figures, workload: Workload) -> float:
-    """Operations of a program, those on padding included: rows of x, the group's 16 rows of a matrix instruction, and
-    tokens of a split beyond the context."""
+    """Count the operations of a program.
+
+    Those on padding are included: rows of x, the group's 16 rows of a matrix instruction, and tokens of a split beyond
+    the context.
+    """
     decoder = workload.config.decoder
     if item.features:
         return 2 * found.bucket(item.rows) * figure.block * item.width

@@ -34,8 +34,12 @@ RESULTS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """ceiling: steps per second at which the weights alone take all of the published bandwidth; predicted: for these
-    kernels, in a CUDA graph, at the context and text asked for."""
+    """A published speed beside its bound and a prediction.
+
+    Args:
+        ceiling: Steps per second at which the weights alone take all of the published bandwidth.
+        predicted: For these kernels, in a CUDA graph, at the context and text asked for.
+    """
 
     result: Published
     ceiling: float

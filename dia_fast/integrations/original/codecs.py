@@ -61,8 +61,11 @@ class _Transformers:
 
 
 class Encoded(NamedTuple):
-    """Result of `dac.DAC.encode`: `z` `[batch, hidden, frames]`, codes `[batch, codebooks, frames]` int64, latents
-    `[batch, codebooks * codebook_dim, frames]`, and the two losses of its training."""
+    """Result of `dac.DAC.encode`.
+
+    `z` `[batch, hidden, frames]`, codes `[batch, codebooks, frames]` int64, latents `[batch, codebooks * codebook_dim,
+    frames]`, and the two losses of its training.
+    """
 
     z: Tensor
     codes: Tensor

@@ -151,8 +151,10 @@ class TrainingConfig(Fields):
 
 
 class OriginalConfig:
-    """A configuration under the original's names: `config.decoder_config.num_channels`, `config.eos_token_id`, and of
-    the first generation `config.data.audio_length`, `config.model.decoder.n_layer`. Any has both.
+    """A configuration under the original's names.
+
+    `config.decoder_config.num_channels`, `config.eos_token_id`, and of the first generation
+    `config.data.audio_length`, `config.model.decoder.n_layer`. Any has both.
 
     config: one of dia_fast. fields: or the original's own, as keywords, of either generation; those that are not given
     have the values of Dia-1.6B-0626. Raises CheckpointError for a field that cannot be.

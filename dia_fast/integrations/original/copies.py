@@ -1,5 +1,6 @@
-"""Copies of the original package's `model.py` in other programs: how they are known, and a `Dia` that takes arguments
-as that copy does. Forks have another order of arguments and other defaults, and their programs count on them.
+"""Copies of the original package's `model.py` in other programs, and a `Dia` that takes arguments as a copy does.
+
+Forks have another order of arguments and other defaults, and their programs count on them.
 """
 
 import ast

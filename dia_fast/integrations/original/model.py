@@ -119,7 +119,9 @@ class Dia(OneProcess):
         dac_model_path: str | os.PathLike[str] | None = None,
         quirks: bool | None = None,
     ) -> None:
-        """config: sizes; weights come with `from_pretrained`, `from_local` or `model.load_state_dict`. load_dac:
+        """Make a Dia without weights.
+
+        config: sizes; weights come with `from_pretrained`, `from_local` or `model.load_state_dict`. load_dac:
         without it `generate` returns codes. dac_model: as above, or the name of one for `load_codec`, instead of the
         default; dac_model_path: the same, by the name that forks have for it.
 
@@ -294,8 +296,15 @@ class Dia(OneProcess):
         return self._encode(torch.from_numpy(load_audio(audio_path, DEFAULT_SAMPLE_RATE))[None].to(self.device))
 
     def save_audio(self, path: str, audio: np.ndarray) -> None:
-        """Writes samples, `[n]` or `[n, channels]`, floating point or integers of 16 or 32 bits, none of them too, as a
-        file of any kind that libsndfile knows by its extension, complete or not at all. Raises InputError."""
+        """Write samples as a file of any kind that libsndfile knows by its extension, complete or not at all.
+
+        Args:
+            path: Of the file.
+            audio: `[n]` or `[n, channels]`, floating point or integers of 16 or 32 bits; none of them, too.
+
+        Raises:
+            InputError: If it cannot be written.
+        """
         target = checked_path(path)
         extension = target.suffix.lower()
         kind = extension.removeprefix(".").upper()

@@ -67,8 +67,11 @@ def _rope_attention(
     cache_position: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """RoPE of q and k in one pass, in float32; attention of whole unpadded sequences by the op `ragged_attention`,
-    with a cache, a mask or gradients by the implementation that the model is set to."""
+    """RoPE of q and k in one pass, in float32, then attention.
+
+    Whole unpadded sequences go through the op `ragged_attention`; with a cache, a mask or gradients the implementation
+    that the model is set to computes them.
+    """
     assert position_embeddings is not None
     batch, tokens, _ = hidden_states.shape
     qkv = torch.cat([project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)

@@ -194,7 +194,11 @@ def accelerate(
 
 
 def unaccelerate(model: AnyModel) -> AnyModel:
-    """Gives a model its own methods back and returns it; the weights stay where they are. Harmless on any model."""
+    """Give a model its own methods back and return it; the weights stay where they are. Harmless on any model.
+
+    Args:
+        model: As in `accelerate`.
+    """
     own = _unwrapped(model)
     state = own.__dict__.pop(STATE, None)
     modules.unpatch(own)

@@ -223,8 +223,11 @@ def _captures(hook: Any) -> bool:
 
 
 def computing(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules that a call of the model runs, by name, as `named_modules`: a PEFT layer that leaves all work to the
-    layer that it wraps, since its adapters are merged or disabled, is passed over for that layer."""
+    """The modules that a call of the model runs, by name, as `named_modules`.
+
+    A PEFT layer that leaves all work to the layer that it wraps, since its adapters are merged or disabled, is passed
+    over for that layer.
+    """
     base = model._modules.get("base_layer")
     flags = getattr(model, "merged", None), getattr(model, "disable_adapters", None)
     # Neither (adapters are at work) and both (the next call unmerges them) are states that the layer itself serves.
