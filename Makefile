@@ -104,7 +104,10 @@ test-slow: $(VENV)/.dev ## run the tests that take long or need gigabytes of mem
 	OMP_NUM_THREADS=2 $(PY) -m pytest -q -m slow $(PYTEST_ARGS)
 
 test-ray: $(VENV)/.ray ## run the tests on a Ray cluster of this machine, whose actors and drivers they kill
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow tests/jobs/test_ray.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m slow tests/jobs/test_ray.py tests/server/test_ray.py $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 SERVE_WITH='--ray local --replicas 2 --threads 1' \
+		$(PY) -m pytest -q tests/server/test_clients.py tests/server/test_speech.py tests/server/test_voices.py \
+		--deselect tests/server/test_speech.py::test_requests_have_an_id_and_metrics_count_them $(PYTEST_ARGS)
 
 # The emulator runs the machine code that Triton compiles for an AMD GPU, on the CPU. It is not part of this repository:
 # EMULATOR is the folder of its pytest plugin, TINYGRAD_REPO the checkout that it needs.

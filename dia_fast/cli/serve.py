@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     log = parser.add_argument_group("log")
     log.add_argument("--log-format", choices=("text", "json"), default="text", help="default: %(default)s")
     log.add_argument("--log-text", action="store_true", help="write the texts of requests into the log")
+    cluster = parser.add_argument_group("Ray", 'Replicas on the machines of a cluster; needs the extra "ray".')
+    cluster.add_argument(
+        "--ray", metavar="ADDRESS", help='HOST:PORT, ray://HOST:PORT, "auto", or "local" for one on this machine alone'
+    )
+    cluster.add_argument("--replicas", type=int, default=1, metavar="N", help="engines, at least (%(default)s)")
+    cluster.add_argument("--max-replicas", type=int, metavar="N", help="engines, at most, as requests demand")
+    cluster.add_argument("--cpus-per-replica", type=float, default=1.0, metavar="N", help="which each reserves (1)")
+    cluster.add_argument(
+        "--gpus-per-replica", type=float, metavar="N", help="which each reserves (default: 1 where there are GPUs)"
+    )
     _from_environment(parser)
     return parser
 
@@ -166,7 +177,16 @@ def run(args: argparse.Namespace) -> int:
         log_format=args.log_format,
         log_text=args.log_text,
     )
-    serve(options, lambda: _load(args, model, max_batch))
+    load = partial(_load, args, model, max_batch)
+    if args.ray is None:
+        if args.max_replicas is not None or args.replicas != 1:
+            raise InputError("--replicas and --max-replicas are for --ray ADDRESS")
+        serve(options, load)
+    else:
+        from dia_fast.server.ray_serve import RayOptions, serve_on_ray
+
+        names = ("replicas", "max_replicas", "cpus_per_replica", "gpus_per_replica")
+        serve_on_ray(options, load, RayOptions(args.ray, **{name: getattr(args, name) for name in names}))
     return 0
 
 

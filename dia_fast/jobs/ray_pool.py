@@ -2,13 +2,10 @@
 
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +16,12 @@ from dia_fast.errors import DiaFastError, InputError
 from dia_fast.jobs.items import Item
 from dia_fast.jobs.runner import Spoken, speak_items
 from dia_fast.utils.files import LARGEST_SOUND, read_regular
+from dia_fast.utils.ray import cluster, first_line
 
 if TYPE_CHECKING:
     from dia_fast.api import Dia
 
-EXTRA = 'Ray is not installed: pip install "dia-fast[ray]"'
 MOST_LOSSES = 3  # of actors that had an item, before the item itself is held to be the cause
-_CONNECT_SECONDS = 12.0
 _REPORT_SECONDS = 0.5  # between two words of an actor about its steps
 
 
@@ -135,7 +131,7 @@ def speak_on_ray(
     Raises:
         InputError: Ray is not installed, the cluster cannot be reached, or it has no room for an actor.
     """
-    with _cluster(options, told) as ray:
+    with cluster(options.address) as ray:
         pool = _Pool(ray, items, load, options, told)
         try:
             yield from pool.results(begun, stepped)
@@ -274,12 +270,13 @@ class _Pool:
         self.running[generator] = actor, {item.id: item for item in group}
 
     def _lost(self, report: ActorReport, in_hand: dict[str, Item], error: Exception) -> Iterator[Spoken]:
-        self.told(f"{report.name} was lost with {len(in_hand)} items in hand, which are done again: {_first(error)}")
+        why = first_line(error)
+        self.told(f"{report.name} was lost with {len(in_hand)} items in hand, which are done again: {why}")
         again = []
         for item in in_hand.values():
             self.losses[item.id] += 1
             if self.losses[item.id] >= MOST_LOSSES:
-                said = f"the process that spoke it was lost {MOST_LOSSES} times: {_first(error)}"
+                said = f"the process that spoke it was lost {MOST_LOSSES} times: {why}"
                 yield Spoken(item.id, np.zeros(0, np.float32), 0, None, said)
             elif self.losses[item.id] == MOST_LOSSES - 1:
                 self.suspects.append(item)
@@ -293,61 +290,6 @@ class _Pool:
             self.ray.kill(actor, no_restart=True)
 
 
-@contextmanager
-def _cluster(options: PoolOptions, told: Callable[[str], None]) -> Iterator[Any]:
-    """Ray, connected; disconnected afterwards, and a cluster that was started here is ended."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError(EXTRA) from error
-    if ray.is_initialized():
-        raise InputError("this process is connected to a Ray cluster already")
-    if options.address != "local":
-        check_address(options.address)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if options.address == "local":
-        quiet["include_dashboard"] = False
-    try:
-        ray.init(address=options.address, **quiet)
-    except Exception as error:
-        raise InputError(f"cannot use the Ray cluster at {options.address}: {_first(error)}") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def check_address(address: str) -> None:
-    """See that a cluster answers, within 15 s, since `ray.init` may wait for minutes.
-
-    Raises:
-        InputError: None does, with what to try.
-    """
-    advice = 'start one with "ray start --head", name another address, or use "local"'
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if address != "auto":
-        if not host or not port.isdigit():
-            raise InputError(f'--ray takes HOST:PORT, ray://HOST:PORT, "auto" or "local", not {address!r}')
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        except (OSError, OverflowError) as error:
-            raise InputError(f"no Ray cluster answers at {address} ({error}): {advice}") from error
-    if address.startswith("ray://"):
-        return
-    command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "health-check"]
-    if address != "auto":
-        command += ["--address", address]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=_CONNECT_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise InputError(f"what answers at {address} is no Ray cluster, or does not respond: {advice}") from None
-    if found.returncode:
-        last = (found.stderr.strip() or found.stdout.strip() or "no answer").splitlines()[-1]
-        raise InputError(f"no Ray cluster answers at {address} ({last}): {advice}")
-
-
 def _cause(error: Exception) -> Exception | str:
     """The error of dia_fast for which an actor could not load; else what Ray says of it."""
     cause: BaseException | None = getattr(error, "cause", None) or error.__cause__
@@ -359,8 +301,3 @@ def _cause(error: Exception) -> Exception | str:
         if message and kind.startswith("dia_fast.errors."):
             return InputError(message)
     return lines[-1] if lines else type(error).__name__
-
-
-def _first(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -13,7 +13,7 @@ from tests.helpers.front import tree
 NO_PATHS = {
     "speak": {"text", "prompt_text", "memory", "revision", "device", "dtype", "backend", "format", "split"},
     "batch": {"ray", "memory", "revision", "device", "dtype", "backend", "format", "split"},
-    "serve": {"memory", "revision", "device", "dtype", "backend", "served_name", "preload", "host", "api_key"}
+    "serve": {"ray", "memory", "revision", "device", "dtype", "backend", "served_name", "preload", "host", "api_key"}
     | {"cors_origin", "allowed_host", "max_body", "log_format"},
     "train": {"device", "dtype", "backend"},
     "info": {"revision", "dtype"},

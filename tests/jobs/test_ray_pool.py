@@ -18,8 +18,9 @@ from dia_fast.errors import CheckpointError, InputError
 from dia_fast.generation.outcome import Outcome
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.jobs.items import Item
-from dia_fast.jobs.ray_pool import MOST_LOSSES, PoolOptions, _cause, _Pool, check_address
+from dia_fast.jobs.ray_pool import MOST_LOSSES, PoolOptions, _cause, _Pool
 from dia_fast.jobs.runner import Spoken
+from dia_fast.utils.ray import check_address
 
 
 def an_item(name: str, prompt: Path | None = None) -> Item:

@@ -1,5 +1,6 @@
 """One server process for all tests that leave it as it was."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,8 @@ from tests.server.serving import Server, serving
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    with serving() as running:
+    more = os.environ.get("SERVE_WITH", "").split()  # as `make test-ray` has it
+    with serving(*more, patience=240 if more else 60) as running:
         yield running
 
 

@@ -47,12 +47,12 @@ class Answer:
 class Server:
     """A process that serves at `url`; what it writes to standard error is in `log`."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, process: "subprocess.Popen[str]", patience: float = 60) -> None:
         self.process, self.log, self._told = process, list[str](), threading.Event()
         self._spoken: dict[str, Answer] = {}
         self.port = 0
         threading.Thread(target=self._read, daemon=True).start()
-        assert self._told.wait(60), self.log
+        assert self._told.wait(patience), self.log
         assert self.port, self.log
 
     def _read(self) -> None:
@@ -68,7 +68,9 @@ class Server:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def call(self, path: str, body: Any = None, *, method: str | None = None, **headers: str) -> Answer:
+    def call(
+        self, path: str, body: Any = None, *, method: str | None = None, patience: float = 60, **headers: str
+    ) -> Answer:
         """One request; a body that is not bytes goes as JSON."""
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         data = body
@@ -77,7 +79,7 @@ class Server:
             sent.setdefault("Content-Type", "application/json")
         request = urllib.request.Request(self.url + path, data, sent, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=patience) as answer:
                 return Answer(answer.status, {k.lower(): v for k, v in answer.headers.items()}, answer.read())
         except HTTPError as error:
             return Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
@@ -110,16 +112,16 @@ class Server:
 
 
 @contextmanager
-def serving(*options: str, **environment: str) -> Iterator[Server]:
+def serving(*options: str, patience: float = 60, **environment: str) -> Iterator[Server]:
     """A server until the end of the block, ready for requests."""
     command = [sys.executable, "-m", "dia_fast", "serve", "--port", "0", *options]
     env = {name: value for name, value in os.environ.items() if not name.startswith("DIA_FAST_")}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env | environment)
     try:
-        server = Server(process)
+        server = Server(process, patience)
         start = time.monotonic()
         while server.call("/ready").status != 200:
-            assert process.poll() is None and time.monotonic() - start < 60, server.log
+            assert process.poll() is None and time.monotonic() - start < patience, server.log
             time.sleep(0.02)
         yield server
     finally:
