@@ -1,10 +1,11 @@
 """The compact figures that `dia-fast plan` predicts with, from reports of `bench.codegen`.
 
     python -m bench.codegen --json report.json
-    python -m bench.figures report.json [more.json ...] [--out dia_fast/roofline/codegen.json]
+    python -m bench.figures report.json [more.json ...] [--out FILE] [--update]
 
 Reports are put together; where two have the same target, dtype and rows the whole step of the later one counts. All
-must be of one version of Triton.
+must be of one version of Triton. With --update, figures that the reports do not have stay what they are in the file: a
+report of one row count brings all launches up to date whose code does not depend on it.
 """
 
 import argparse
@@ -63,6 +64,7 @@ def compact(lines: Iterable[Line]) -> Table:
             found: dict[str, dict[str, list[float]]] = {name: {} for name in work.LAUNCHES}
             for rows in sorted(count for a, b, count in steps if (a, b) == (target, dtype)):
                 for name, line in name_launches(steps[target, dtype, rows]).items():
+                    found.setdefault(name, {})
                     x_rows = rows // 2 if rows > 1 and name.startswith("cross") else rows
                     key = str(figures.bucket(target, x_rows)) if name in work.PROJECTIONS else "0"
                     figure = _figure(name, line, x_rows)
@@ -77,9 +79,12 @@ def compact(lines: Iterable[Line]) -> Table:
 def name_launches(lines: Sequence[Line]) -> dict[str, Line]:
     """Return the launches of one step by name. A report leaves out a launch that equals an earlier one."""
     by_kernel: dict[str, list[Line]] = defaultdict(list)
-    for line in lines:
-        by_kernel[line["kernel"]].append(line)
     named: dict[str, Line] = {}
+    for line in lines:
+        if line["kernel"].endswith(work.FIRST):
+            named[line["kernel"]] = line  # kernels whose one launch has their name
+        else:
+            by_kernel[line["kernel"]].append(line)
     for kernel, found in by_kernel.items():
         names = [name for name in work.LAUNCHES if work.KERNELS[name] == kernel]
         if len(found) > len(names):
@@ -91,7 +96,7 @@ def name_launches(lines: Sequence[Line]) -> dict[str, Line]:
         elif len(found) < len(names):
             found = found + [found[-1]] * (len(names) - len(found))
         named |= dict(zip(names, found, strict=True))
-    if set(named) != set(work.LAUNCHES):
+    if not set(named) >= set(work.LAUNCHES):
         raise ValueError(
             f"a step of {lines[0]['target']}, {lines[0]['dtype']} has the launches {sorted(by_kernel)} only"
         )
@@ -103,7 +108,8 @@ def _figure(name: str, line: Line, rows: int) -> list[float]:
     machine, size = MACHINES[line["target"]], SIZES[line["dtype"]]
     resident = max(1, round(line["occupancy"] * machine.warps / line["warps"]))
     if name not in work.PROJECTIONS:
-        wanted = {"self_attention": work.SELF_SPLIT, "cross_attention": work.CROSS_SPLIT}.get(name)
+        splits = {"self_attention": work.SELF_SPLIT, "cross_attention": work.CROSS_SPLIT}
+        wanted = splits.get(name.removesuffix(work.FIRST))
         tokens = work.split(128, size, line["target"], wanted) if wanted else 0
         return [tokens, line["warps"], resident, 0, line["instructions"]]
     features, width = shapes()[name]
@@ -130,6 +136,19 @@ def shapes() -> dict[str, tuple[int, int]]:
     return {item.name: (item.features, item.width) for item in work.launches(DiaConfig(), step, tiles)}
 
 
+def updated(path: Path, triton: str, new: Table) -> Table:
+    """The table of a file with new figures in the place of its own. Raises ValueError for another version of Triton."""
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if old["triton"] != triton:
+        raise ValueError(f"{path} is of Triton {old['triton']}, the reports are of {triton}: give a report of all rows")
+    table: Table = old["figures"]
+    for target, dtypes in new.items():
+        for dtype, names in dtypes.items():
+            for name, figures_by_rows in names.items():
+                table.setdefault(target, {}).setdefault(dtype, {}).setdefault(name, {}).update(figures_by_rows)
+    return table
+
+
 def dump(triton: str, table: Table) -> str:
     """JSON with a line per launch: a change shows as one."""
     targets = []
@@ -147,10 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("reports", nargs="+", type=Path, help="JSON files that bench.codegen has written")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--update", action="store_true", help="keep what the file has and the reports have not")
     options = parser.parse_args(arguments)
     try:
         triton, lines = read(options.reports)
         table = compact(lines)
+        if options.update:
+            table = updated(options.out, triton, table)
     except (OSError, ValueError, KeyError) as error:
         print(f"figures: {error}", file=sys.stderr)
         return 2

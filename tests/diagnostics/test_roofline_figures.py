@@ -11,6 +11,7 @@ from bench.codegen import Line
 from bench.machine_code import MACHINES
 from dia_fast.diagnostics.roofline import figures, work
 
+FIRST = [name + work.FIRST for name in ("cross_attention", "sample")]
 TRITON = pytest.importorskip("triton", reason="the configs that figures are compared with are those of the kernels")
 
 
@@ -43,7 +44,7 @@ def test_every_target_is_there_and_the_file_is_small() -> None:
     for dtypes in table()["figures"].values():
         assert "bfloat16" in dtypes
         for names in dtypes.values():
-            assert set(names) == set(work.LAUNCHES)
+            assert set(names) == {*work.LAUNCHES, *FIRST}
 
 
 def test_rows_per_program_follow_the_default_config() -> None:
@@ -121,6 +122,39 @@ def test_of_two_reports_of_one_step_the_later_one_counts_whole(tmp_path: Path) -
             path.write_text(json.dumps({"triton": "3.7.1", "lines": lines}))
         _, together = maker.read(paths)
         assert maker.compact(together) == maker.compact([*order[1], *report_lines(rows=64)])
+
+
+def test_the_first_generation_has_figures_of_its_own(tmp_path: Path) -> None:
+    """It turns queries in cross-attention, and draws from the guided logits; all else is the same code."""
+    first = [report_lines()[at] | {"kernel": name, "instructions": 77} for at, name in ((5, FIRST[0]), (9, FIRST[1]))]
+    made = maker.compact([*report_lines(), *first])["sm_90"]["bfloat16"]
+    assert made["sample"]["0"][-1] == 3271 and made[FIRST[1]]["0"][-1] == 77
+    assert made[FIRST[0]]["0"][0] == made["cross_attention"]["0"][0] > 0, "tokens of a program"
+    for target in MACHINES:
+        second, other = (figures.load(target, "bfloat16", first_generation=first) for first in (False, True))
+        assert set(second.lines) == set(other.lines) == set(work.LAUNCHES)
+        differing = {name for name in work.LAUNCHES if second.lines[name] != other.lines[name]}
+        assert differing == {"cross_attention", "sample"}, target
+
+
+def test_a_report_of_one_row_count_updates_the_rest_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, out = tmp_path / "report.json", tmp_path / "codegen.json"
+    out.write_text((Path(figures.__file__).parent / figures.FILE).read_text())
+    before = json.loads(out.read_text())
+    report.write_text(json.dumps({"triton": before["triton"], "lines": report_lines()}))
+    assert maker.main([str(report), "--out", str(out), "--update"]) == 0
+    after = json.loads(out.read_text())
+    changed, kept = after["figures"]["sm_90"]["bfloat16"], before["figures"]["sm_90"]["bfloat16"]
+    assert changed["sample"]["0"][-1] == 3271
+    assert changed["qkv"] == kept["qkv"] | {"8": changed["qkv"]["8"]} != kept["qkv"]
+    for table in (before, after):
+        del table["figures"]["sm_90"]["bfloat16"]
+    assert before == after
+    report.write_text(json.dumps({"triton": "3.6.0", "lines": report_lines()}))
+    assert maker.main([str(report), "--out", str(out), "--update"]) == 2
+    assert "is of Triton" in capsys.readouterr().err
 
 
 def test_code_that_does_not_tell_weights_apart_is_counted_whole() -> None:

@@ -157,6 +157,7 @@ INTERRUPTS: dict[str, int] = {}
 def test_there_were_enough_interrupts() -> None:
     if len(INTERRUPTS) < len(WRITERS):
         pytest.skip("counts those of the test before this one, which has not run whole")
+    print(f"{sum(INTERRUPTS.values())} interrupts while files were written")
     assert sum(INTERRUPTS.values()) >= 1000
 
 

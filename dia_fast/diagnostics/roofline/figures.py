@@ -69,8 +69,11 @@ def bucket(target: str, rows: int) -> int:
     return max(least, 1 << (rows - 1).bit_length())
 
 
-def load(target: str, dtype: str) -> Figures:
-    """Figures for a target such as sm_90 and a dtype such as bfloat16, or in that dtype of the target nearest to it."""
+def load(target: str, dtype: str, *, first_generation: bool = False) -> Figures:
+    """Figures for a target such as sm_90 and a dtype such as bfloat16, or in that dtype of the target nearest to it.
+
+    first_generation: those of the code that runs Dia-1.6B of April 2025.
+    """
     table = _read()
     known = [name for name, dtypes in table["figures"].items() if dtype in dtypes]
     found, why = target, ""
@@ -81,6 +84,10 @@ def load(target: str, dtype: str) -> Figures:
         name: {int(rows): Figure(*values) for rows, values in rows_of.items()}
         for name, rows_of in table["figures"][found][dtype].items()
     }
+    for name in [name for name in lines if name.endswith(work.FIRST)]:
+        other = lines.pop(name)
+        if first_generation:
+            lines[name.removesuffix(work.FIRST)] = other
     return Figures(found, dtype, table["triton"], lines, why)
 
 

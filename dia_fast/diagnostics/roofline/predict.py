@@ -124,7 +124,8 @@ class Prediction:
 
 def predict(device: Device, workload: Workload) -> Prediction:
     """The prediction for one device. workload must have been checked, see `dia_fast.cli.plan`."""
-    found, step = load(device.target, workload.dtype), workload.step
+    first = workload.config.first_generation
+    found, step = load(device.target, workload.dtype, first_generation=first), workload.step
     decoder = workload.config.decoder
     tiles = counted.Tiles(
         block=lambda name, rows: found.find(name, rows).block,

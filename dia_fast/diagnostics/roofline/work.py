@@ -19,6 +19,7 @@ KERNELS = {
     "o": "linear_residual", "cross_o": "linear_residual", "down": "linear_residual", "embed": "embed_codes",
     "self_attention": "rope_attention", "cross_attention": "cross_attention", "sample": "sample",
 }  # fmt: skip
+FIRST = " of the first generation"  # after the name of a launch that the first generation runs by other code
 NORMED = ("qkv", "cross_q", "gate_up", "heads")
 PROJECTIONS = ("qkv", "o", "cross_q", "cross_o", "gate_up", "down", "heads")
 ATTENTIONS = ("self_attention", "cross_attention")
