@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dia_fast.audio.audio import Audio
+from dia_fast.audio.editing import at_speed, checked_speed, without_silence
 from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.engine import MAX_BATCH, Engine
@@ -38,13 +39,14 @@ from dia_fast.generation.inputs import (
     texts_of,
 )
 from dia_fast.generation.long_form import Script, make_scripts, speak_scripts
-from dia_fast.generation.prompts import AudioPrompt, encode_prompts, prompt_for_each
+from dia_fast.generation.prompts import AudioPrompt, cut_prompts, encode_prompts, prompt_for_each
 from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.cpu_weights import check_product
 from dia_fast.model.device import choose_device, choose_dtype, choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
+from dia_fast.text.tokenizer import with_tag
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
 
 if TYPE_CHECKING:
@@ -244,6 +246,10 @@ class Dia(OneProcess):
         split: str | None = None,
         seed: Seeds = None,
         progress: Progress = False,
+        speed: float = 1.0,
+        trim_silence: bool = False,
+        add_tag: bool = False,
+        cut_prompt: bool = False,
         sampling_params: SamplingParams | None = None,
         **options: "Unpack[SamplingOptions]",
     ) -> Audio | list[Audio]:
@@ -259,9 +265,14 @@ class Dia(OneProcess):
             split: `"auto"` cuts a text that is too long for the model (some 20 s) into segments of about 9 s, speaks
                 each in the voice of the prompt, or of what was spoken before, and joins them with a fade of 10 ms on
                 either side. `max_new_tokens` then holds for each segment, and the seed for the first.
-            seed: an int for all texts, or one for each; a text sounds the same alone and in a list. None draws one for
-                each text; it is in `Audio.seed`.
+            seed: an int for all texts, or one for each; a text sounds the same alone and in a list. A name, such as
+                `"Anna"`, stands for a seed of its own. None draws one for each text; it is in `Audio.seed`.
             progress: True for a bar on standard error, or a function that is called with the number of steps so far.
+            speed: 0.25 to 4 times as fast, at the same pitch. Needs the extra `media`.
+            trim_silence: cut silence at both ends, and to 0.4 s where it is longer than 0.7 s inside.
+            add_tag: put `[S1]` before a text that begins without a speaker's tag.
+            cut_prompt: take the part with the most speech, 10 to 20 s from pause to pause, of a recording that is
+                longer. A warning names its seconds: `prompt_text` holds the words of that part.
             sampling_params: settings in the place of the checkpoint's (`Dia.defaults`, from generation_config.json).
             **options: fields of `SamplingParams`, in the place of either: `temperature=1.0`. `max_new_tokens` is cut to
                 the positions that the prompt leaves.
@@ -274,10 +285,20 @@ class Dia(OneProcess):
             InputError: before anything is computed, for a value that cannot be used.
         """
         params = params_for(self.config, self.defaults, sampling_params, **options)
+        speed = checked_speed(speed)
+        for name, value in {"trim_silence": trim_silence, "add_tag": add_tag, "cut_prompt": cut_prompt}.items():
+            if not isinstance(value, bool):
+                raise InputError(f"{name} must be True or False, not {shown(value)}")
         codec = self.codec
+        if add_tag:
+            tagged = [with_tag(item) for item in texts_of(text)]
+            text = tagged if is_list(text) else tagged[0]
+        if cut_prompt:
+            audio_prompt = cut_prompts(audio_prompt)
         scripts = self._scripts(text, audio_prompt, prompt_text, split, params, seed)
         speak_scripts(self.engine, scripts, progress)
         audios = [script.audio(codec) for script in scripts]
+        audios = [at_speed(without_silence(audio) if trim_silence else audio, speed) for audio in audios]
         return audios if is_list(text) else audios[0]
 
     def generate_codes(

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 from dia_fast.cli import process
 from dia_fast.cli.paths import path
 from dia_fast.errors import InputError, SilentSpeech
-from dia_fast.generation.sampling_params import CHECKPOINT, SamplingParams, random_seed
-from dia_fast.text.tokenizer import ABSURD_BYTES, TextWarning, checked_text, join_prompt, spoken_seconds
+from dia_fast.generation.sampling_params import CHECKPOINT, SamplingParams, named_seed, random_seed
+from dia_fast.text.tokenizer import ABSURD_BYTES, TextWarning, checked_text, join_prompt, spoken_seconds, with_tag
 from dia_fast.utils.files import NOT_REGULAR, open_regular, writable
 from dia_fast.utils.warn import warn
 
@@ -99,10 +99,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "--format", choices=("raw", "wav"), help="of -o -: bare 16-bit samples, or with a WAV header first (raw)"
     )
     parser.add_argument("--chunk-seconds", type=float, metavar="S", help="how much sound at a time with --stream (0.5)")
+    parser.add_argument("--speed", type=float, default=1.0, metavar="X", help="0.25 to 4, at the same pitch (1)")
+    parser.add_argument("--trim-silence", action="store_true", help="cut silence at the ends, and long silence inside")
+    parser.add_argument("--add-tag", action="store_true", help="put [S1] before a transcript that has no tag there")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
 
     voice = parser.add_argument_group("voice")
     voice.add_argument("--prompt", type=path, metavar="AUDIO", help="the voice to speak in, 5 to 10 seconds")
+    voice.add_argument("--cut-prompt", action="store_true", help="use the best 10 to 20 seconds of a longer recording")
     voice.add_argument("--prompt-text", metavar="TEXT", help="what is said in it, with speaker tags")
 
     add_model(parser)
@@ -116,6 +120,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     memory.add_argument("--memory", metavar="BYTES", help="most for keys and values, as in 4GB (what is needed)")
     add_sampling(parser)
     return parser
+
+
+def _seed(given: str) -> int:
+    try:
+        return int(given)
+    except ValueError:
+        return named_seed(given)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +200,10 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=_none_or(int), metavar="K", help=f"candidates, none for all ({usual.top_k})")
     group.add_argument("--greedy", action="store_true", help="always take the likeliest code")
     group.add_argument(
-        "--seed", type=int, metavar="N", help="the same seed speaks the same way (default or -1: random)"
+        "--seed",
+        type=_seed,
+        metavar="N",
+        help="the same seed, or name, speaks the same way (default or -1: random)",
     )
     group.add_argument(
         "--retries", type=int, metavar="N", help=f"more attempts at a silent segment, other seeds ({usual.retries})"
@@ -267,6 +281,7 @@ def run(args: argparse.Namespace) -> int:
     args.seed = random_seed() if args.seed in (None, -1) else args.seed
     params_from(args, SamplingParams())
     text = transcript(args)
+    text = cast("str", with_tag(text)) if args.add_tag else text
     if args.prompt_text is not None and args.prompt is None:
         raise InputError("--prompt-text needs --prompt: the recording in which it is said")
     if args.prompt is not None and args.prompt_text is None:
@@ -279,6 +294,11 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt is not None:
         check_prompt(args.prompt)
     output = Path(args.output)
+    from dia_fast.audio.editing import checked_speed
+
+    if args.stream and (args.speed != 1 or args.trim_silence or args.cut_prompt):
+        raise InputError("--speed, --trim-silence and --cut-prompt need the whole sound: leave --stream out")
+    checked_speed(args.speed)
     if args.chunk_seconds is not None and not args.stream:
         raise InputError("--chunk-seconds needs --stream: without it the sound is written in one piece")
     if not args.stream or output != STANDARD_OUTPUT:
@@ -366,7 +386,8 @@ def _speak_at_once(
     dia: "Dia", args: argparse.Namespace, params: SamplingParams, text: str, output: Path, bar: "StepBar"
 ) -> Made:
     script = script_options(args)
-    [audio] = cast("list[Audio]", dia.generate([text], **script, progress=bar, sampling_params=params))
+    editing = {"speed": args.speed, "trim_silence": args.trim_silence, "cut_prompt": args.cut_prompt}
+    [audio] = cast("list[Audio]", dia.generate([text], **script, **editing, progress=bar, sampling_params=params))
     if not audio.duration:
         raise SilentSpeech(_lost(audio.outcome))
     audio.save(output)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dia_fast.engine import MAX_BATCH, Request
 from dia_fast.errors import InputError, shown
 from dia_fast.generation.prompts import AudioPrompt
-from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams, random_seed
+from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams, named_seed, random_seed
 from dia_fast.model.config import DecoderConfig, DiaConfig
 from dia_fast.text.tokenizer import SHORT_SECONDS, encode_text
 from dia_fast.utils.ambient import isolated
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Texts: TypeAlias = str | bytes | Sequence[str | bytes]
 Prompts: TypeAlias = AudioPrompt | list[AudioPrompt]
-Seeds: TypeAlias = int | Sequence[int] | None
+Seeds: TypeAlias = int | str | Sequence[int | str] | None
 Progress: TypeAlias = bool | Callable[[int], None]
 AnyCodec: TypeAlias = "str | os.PathLike[str] | Codec | None"
 Memory: TypeAlias = int | str | None
@@ -85,7 +85,8 @@ def seeds_of(seed: Seeds, count: int, params: SamplingParams) -> list[int]:
     given: list[Any] = list(seed) if isinstance(seed, list | tuple) else [seed] * count
     if len(given) != count:
         raise InputError(f"seed has {len(given)} entries for {count} texts: give one for each, or one int for all")
-    checked = (replace(params, seed=random_seed() if item is None else item).seed for item in given)
+    given = [random_seed() if item is None else named_seed(item) if isinstance(item, str) else item for item in given]
+    checked = (replace(params, seed=item).seed for item in given)
     return [item for item in checked if item is not None]
 
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from dia_fast.audio.audio import Audio, convert, load_audio
-from dia_fast.errors import InputError, shown
+from dia_fast.audio.editing import best_part
+from dia_fast.errors import AudioWarning, InputError, shown
 from dia_fast.model.config import DiaConfig
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.values import tensor_of
+from dia_fast.utils.warn import warn
 
 if TYPE_CHECKING:
     from dia_fast.audio.codec import Codec
@@ -26,6 +28,7 @@ AudioPrompt: TypeAlias = str | os.PathLike[str] | Audio | tuple[Any, int] | Tens
 
 KINDS = "a path, an Audio, a pair (samples, sample_rate) or an integer tensor of codes [frames, channels]"
 MIN_SECONDS = 0.02  # two frames of the codec
+CUT_RATE = 44_100  # at which recordings are cut
 _KEPT = 64  # recordings whose codes are remembered
 
 
@@ -106,6 +109,30 @@ def encode_prompt(
             known.pop(next(iter(known)), None)
         known[key] = found
     return found
+
+
+def cut_prompts(prompts: "AudioPrompt | list[AudioPrompt]") -> Any:
+    """Cut recordings that are too long for a voice to their best part, with a warning; codes stay as they are.
+
+    Raises InputError for a recording that cannot be read.
+    """
+    if isinstance(prompts, list):
+        return [cut_prompts(prompt) for prompt in prompts]
+    if prompts is None or _is_codes(prompts):
+        return prompts
+    if isinstance(prompts, str | os.PathLike):
+        whole = Audio(load_audio(prompts, CUT_RATE), CUT_RATE)
+    elif isinstance(prompts, Audio):
+        whole = prompts
+    elif isinstance(prompts, tuple) and len(prompts) == 2:
+        whole = Audio(convert(prompts[0], prompts[1], CUT_RATE), CUT_RATE)
+    else:
+        return prompts  # whose error comes from whoever encodes it
+    part, start = best_part(whole)
+    if part is not whole:
+        told = f"audio_prompt is {whole.duration:.1f} s long and was cut to the seconds from {start:.1f} to"
+        warn(f"{told} {start + part.duration:.1f}: prompt_text must hold the words of these alone", AudioWarning)
+    return part
 
 
 def _from_samples(pair: tuple[Any, ...], sample_rate: int, longest: float) -> np.ndarray:

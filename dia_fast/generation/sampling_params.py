@@ -1,5 +1,6 @@
 """Sampling parameters of one generation, checked in one place for every door."""
 
+import hashlib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -134,6 +135,17 @@ def from_generation_config(data: Mapping[str, Any]) -> SamplingParams:
     if named.get("top_k") == 0:
         named["top_k"] = None  # transformers' "all"
     return SamplingParams(**named)
+
+
+def named_seed(name: str) -> int:
+    """Derive the seed that goes by a name, such as a voice's: the same one on every machine.
+
+    Raises InputError for a name that is empty, or a number that was meant to be one.
+    """
+    if not name.strip() or name.strip().lstrip("+-").isdigit():
+        raise InputError(f"seed must be an integer or the name of a voice, not the text {shown(name)}")
+    spelled = name.strip().casefold().encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(spelled).digest()[:8], "little") >> 1
 
 
 def random_seed() -> int:

@@ -15,6 +15,7 @@ import soundfile
 import soxr
 
 from dia_fast.audio.audio import Samples, pcm16
+from dia_fast.audio.editing import Tempo
 from dia_fast.errors import InputError
 from dia_fast.utils.files import uninterrupted
 
@@ -199,53 +200,6 @@ def media_type(form: Format, rate: int) -> str:
     return f"{form.media_type};rate={rate};channels=1" if form.name == "pcm" else form.media_type
 
 
-def has_media() -> bool:
-    """Tell whether PyAV is installed: for aac, and for a speed other than 1."""
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-class _Tempo:
-    """Changes the speed and keeps the pitch (FFmpeg's atempo, two in series below its lower end)."""
-
-    def __init__(self, rate: int, speed: float) -> None:
-        import av
-
-        self._av, self._rate, self._samples = av, rate, 0
-        self._graph = av.filter.Graph()
-        source = self._graph.add_abuffer(sample_rate=rate, format="fltp", layout="mono")
-        steps = [speed] if speed >= 0.5 else [speed**0.5] * 2
-        chain = [source, *(self._graph.add("atempo", f"{step:.6f}") for step in steps)]
-        chain.append(self._graph.add("abuffersink"))
-        for before, after in zip(chain, chain[1:], strict=False):
-            before.link_to(after)
-        self._graph.configure()
-
-    def write(self, samples: Samples) -> Samples:
-        if not len(samples):
-            return samples
-        frame = self._av.AudioFrame.from_ndarray(np.ascontiguousarray(samples)[None], format="fltp", layout="mono")
-        frame.sample_rate, frame.pts = self._rate, self._samples
-        self._samples += len(samples)
-        self._graph.push(frame)
-        return self._pull()
-
-    def close(self) -> Samples:
-        self._graph.push(None)
-        return self._pull()
-
-    def _pull(self) -> Samples:
-        found = [np.zeros(0, np.float32)]
-        while True:
-            try:
-                found.append(self._graph.pull().to_ndarray()[0])
-            except (self._av.error.BlockingIOError, self._av.error.EOFError):
-                return np.concatenate(found)
-
-
 class Pipeline:
     """From the samples of the codec to the bytes of a response: speed, rate, format. For one thread at a time.
 
@@ -258,7 +212,7 @@ class Pipeline:
 
     def __init__(self, form: Format, native: int, rate: int, speed: float = 1.0) -> None:
         self.form, self.rate = form, rate
-        self._tempo = None if speed == 1.0 else _Tempo(native, speed)
+        self._tempo = None if speed == 1.0 else Tempo(native, speed)
         self._resampler = None if rate == native else soxr.ResampleStream(native, rate, 1, "float32", "HQ")
         self._encoder = form.make(rate)
         self.samples = 0

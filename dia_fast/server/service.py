@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dia_fast
 from dia_fast.audio.audio import Audio
+from dia_fast.audio.editing import has_media
 from dia_fast.checkpoint.demo import unknown_words
 from dia_fast.errors import InputError
 from dia_fast.generation.inputs import params_for
@@ -197,7 +198,7 @@ class Service:
         self.check_model(body.model)
         told = []
         form = FORMATS[body.response_format]
-        if (form.name == "aac" or body.speed != 1) and not encoders.has_media():
+        if (form.name == "aac" or body.speed != 1) and not has_media():
             what, name = ("aac", "response_format") if form.name == "aac" else ("a speed other than 1", "speed")
             raise ApiError(
                 400,

@@ -156,6 +156,15 @@ def _unspeakable(spoken: str) -> list[str]:
     return found
 
 
+def with_tag(text: str | bytes) -> str | bytes:
+    """Put `[S1]` before a text that does not begin with a speaker's tag."""
+    if isinstance(text, bytes):
+        return text if text.lstrip().startswith(tuple(map(str.encode, SPEAKER_IDS))) else b"[S1] " + text.lstrip()
+    if not isinstance(text, str) or text.lstrip().startswith(tuple(SPEAKER_IDS)):
+        return text
+    return f"[S1] {text.lstrip()}"
+
+
 def warn_about(
     text: str | bytes,
     *,

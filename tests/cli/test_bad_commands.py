@@ -202,7 +202,7 @@ def test_command(
 
 @pytest.mark.parametrize(
     "words",
-    [["sing"], ["speak", "a", "b"], ["speak", "--tempo", "3"], ["speak", TEXT, "--seed", "x"], ["convert", "a", "b"]],
+    [["sing"], ["speak", "a", "b"], ["speak", "--tempo", "3"], ["speak", TEXT, "--seed", " "], ["convert", "a", "b"]],
     ids=" ".join,
 )
 def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 import dia_fast
+from dia_fast.audio.editing import has_media
 from dia_fast.checkpoint.demo import vocabulary
-from dia_fast.server.encoders import FORMATS, has_media
+from dia_fast.server.encoders import FORMATS
 from dia_fast.server.service import Service
 
 FOLDER = Path(__file__).parent
