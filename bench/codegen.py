@@ -3,8 +3,9 @@
     python -m bench.codegen                        # all targets, rows and dtypes; prints the tables
     python -m bench.codegen --targets sm_90 --rows 1 2 --dtypes bfloat16 --markdown tables.md --json report.json
 
-Each line is one kernel as one launch of the model compiles it. The exit code is 1 if anything breaks the rules that
-`violations` states. Figures are read off the machine code (`bench/machine_code.py`); none of them is a time.
+Each line is one kernel as one launch of the model compiles it; `bench/occupancy.py` adds the room that a launch leaves
+for the next one. The exit code is 1 if anything breaks the rules that `violations` and `occupancy.violations` state.
+Figures are read off the machine code (`bench/machine_code.py`); none of them is a time.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 import triton
 from tqdm import tqdm
 
-from bench import machine_code
+from bench import machine_code, occupancy
 from bench.machine_code import MACHINES, Code
 from dia_fast.diagnostics import launches
 from dia_fast.model.config import DiaConfig
@@ -152,9 +153,16 @@ def mnemonics_differ(lines: Iterable[Line]) -> list[str]:
 
 
 def report(
-    targets: Sequence[str], rows: Sequence[int], dtypes: Sequence[str], progress: bool = False
+    targets: Sequence[str],
+    rows: Sequence[int],
+    dtypes: Sequence[str],
+    progress: bool = False,
+    steps: list[occupancy.Neighbours] | None = None,
 ) -> Iterator[Line]:
-    """Compiles and reads every kernel of the chosen combinations; kernels outside the step once per dtype."""
+    """Compiles and reads every kernel of the chosen combinations; kernels outside the step once per dtype.
+
+    steps: gets the pairs of launches of every step.
+    """
     jobs = [(target, dtype, count) for target in targets for dtype in dtypes for count in (*rows, 0)]
     for target, dtype, count in tqdm(jobs, desc="compiling", unit="set", disable=not progress):
         with ahead.compiling(target) as compiled:
@@ -165,6 +173,9 @@ def report(
         with ahead.compiling(target) as first:
             if count:
                 launches.decode(count, DTYPES[dtype], model=launches.one_layer(DTYPES[dtype], config=FIRST_GENERATION))
+        if count and steps is not None:
+            codes = [read(item, target) for item in compiled]
+            steps.append(occupancy.neighbours(compiled, codes, target, dtype, count))
         done = set()
         changed = [item for item in first if item.kernel in FIRST_KERNELS]
         for i, item in enumerate((*compiled, *changed)):
@@ -252,17 +263,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the worst of each kernel and target here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     arguments = parser.parse_args(argv)
-    lines = list(report(arguments.targets, arguments.rows, arguments.dtypes, progress=sys.stderr.isatty()))
+    steps: list[occupancy.Neighbours] = []
+    lines = list(report(arguments.targets, arguments.rows, arguments.dtypes, sys.stderr.isatty(), steps))
+    tables = markdown(lines) + "\n" + occupancy.markdown(steps)
     if arguments.json:
         facts = {"triton": triton.__version__, "lines": [asdict(item) for item in lines]}
+        facts["steps"] = [asdict(item) for item in steps]
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(lines), encoding="utf-8")
+        arguments.markdown.write_text(tables, encoding="utf-8")
     else:
-        print(markdown(lines))
+        print(tables)
     if arguments.summary:
         arguments.summary.write_text(summary(lines), encoding="utf-8")
     wrong = [problem for item in lines for problem in violations(item)] + mnemonics_differ(lines)
+    wrong += [problem for item in steps for problem in occupancy.violations(item)]
     print(
         *wrong,
         f"{len(lines)} kernels compiled with Triton {triton.__version__}, {len(wrong)} violations",

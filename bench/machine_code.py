@@ -21,9 +21,9 @@ class Machine:
     """Limits of a GPU that decide its bytes in flight, and the instructions it can issue meanwhile.
 
     units: SMs or CUs; bandwidth: bytes/s of memory; clock: Hz; lanes: of a warp; warps, registers (32-bit, per lane of
-    a warp slot summed over the unit), shared (bytes), per unit; issue: warp instructions per clock and unit. On CDNA a
-    vector instruction of 64 lanes occupies its 16-lane SIMD for 4 clocks, so four SIMDs take one per clock; scalar
-    instructions, loads and waits are issued beside them.
+    a warp slot summed over the unit), shared (bytes), programs (thread blocks), per unit; issue: warp instructions per
+    clock and unit. On CDNA a vector instruction of 64 lanes occupies its 16-lane SIMD for 4 clocks, so four SIMDs take
+    one per clock; scalar instructions, loads and waits are issued beside them.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Machine:
     registers: int
     shared: int
     issue: float
+    programs: int
 
     @property
     def slots_per_load(self) -> float:
@@ -44,14 +45,14 @@ class Machine:
 
 # Vendors' data sheets: memory bandwidth, boost clock, multiprocessors; occupancy limits from the programming guides.
 MACHINES = {
-    "sm_80": Machine("A100 80GB", 108, 2.039e12, 1.41e9, 32, 64, 65536, 163 << 10, 4),
-    "sm_86": Machine("RTX 3090", 82, 0.936e12, 1.695e9, 32, 48, 65536, 99 << 10, 4),
-    "sm_89": Machine("RTX 4090", 128, 1.008e12, 2.52e9, 32, 48, 65536, 99 << 10, 4),
-    "sm_90": Machine("H100 SXM", 132, 3.35e12, 1.755e9, 32, 64, 65536, 227 << 10, 4),
-    "sm_100": Machine("B200", 148, 8.0e12, 1.85e9, 32, 64, 65536, 227 << 10, 4),
-    "sm_120": Machine("RTX 5090", 170, 1.792e12, 2.41e9, 32, 48, 65536, 99 << 10, 4),
-    "gfx942": Machine("MI300X", 304, 5.3e12, 2.1e9, 64, 32, 131072, 64 << 10, 1),
-    "gfx1100": Machine("RX 7900 XTX", 48, 0.96e12, 2.5e9, 32, 64, 196608, 64 << 10, 4),
+    "sm_80": Machine("A100 80GB", 108, 2.039e12, 1.41e9, 32, 64, 65536, 163 << 10, 4, 32),
+    "sm_86": Machine("RTX 3090", 82, 0.936e12, 1.695e9, 32, 48, 65536, 99 << 10, 4, 16),
+    "sm_89": Machine("RTX 4090", 128, 1.008e12, 2.52e9, 32, 48, 65536, 99 << 10, 4, 24),
+    "sm_90": Machine("H100 SXM", 132, 3.35e12, 1.755e9, 32, 64, 65536, 227 << 10, 4, 32),
+    "sm_100": Machine("B200", 148, 8.0e12, 1.85e9, 32, 64, 65536, 227 << 10, 4, 32),
+    "sm_120": Machine("RTX 5090", 170, 1.792e12, 2.41e9, 32, 48, 65536, 99 << 10, 4, 24),
+    "gfx942": Machine("MI300X", 304, 5.3e12, 2.1e9, 64, 32, 131072, 64 << 10, 1, 32),
+    "gfx1100": Machine("RX 7900 XTX", 48, 0.96e12, 2.5e9, 32, 64, 196608, 64 << 10, 4, 32),
 }
 
 
@@ -205,13 +206,25 @@ def outstanding_loads(code: Code) -> tuple[int, int]:
 
 def residents(code: Code, machine: Machine, warps: int) -> int:
     """Programs of `warps` warps that one SM or CU holds at a time."""
-    nvidia = not machine.name.startswith(("MI", "RX"))
-    grain = 8 if nvidia or machine.lanes == 64 else 24
-    registers = -(-code.registers // grain) * grain * machine.lanes * warps
-    limits = [machine.warps // warps, machine.registers // registers]
+    limits = [machine.programs, machine.warps // warps, machine.registers // registers_of_program(code, machine, warps)]
     if code.shared:
-        limits.append(machine.shared // (code.shared + 1024 * nvidia))
+        limits.append(machine.shared // shared_of_program(code, machine))
     return min(limits)
+
+
+def registers_of_program(code: Code, machine: Machine, warps: int) -> int:
+    """Return the registers that one program takes, as the hardware hands them out."""
+    grain = 8 if _nvidia(machine) or machine.lanes == 64 else 24
+    return -(-code.registers // grain) * grain * machine.lanes * warps
+
+
+def shared_of_program(code: Code, machine: Machine) -> int:
+    """Return the bytes of shared memory that one program takes, with what NVIDIA's driver keeps in each."""
+    return code.shared + 1024 * _nvidia(machine)
+
+
+def _nvidia(machine: Machine) -> bool:
+    return not machine.name.startswith(("MI", "RX"))
 
 
 def bytes_in_flight(code: Code, machine: Machine, warps: int, programs: int) -> tuple[float, float]:

@@ -19,6 +19,12 @@ if importlib.util.find_spec("triton") is None:
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 
+# Of neighbours in a step. The first launch and the last one take no part: they are launched behind one another.
+PAIRS = [
+    ("qkv", "self_attention"), ("self_attention", "o"), ("o", "cross_q"), ("cross_q", "cross_attention"),
+    ("cross_attention", "cross_o"), ("cross_o", "gate_up"), ("gate_up", "down"), ("down", "heads"), ("down", "qkv"),
+]  # fmt: skip
+
 
 def in_a_process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Runs Python where Triton compiles: this process may interpret kernels."""
@@ -45,6 +51,13 @@ def test_one_request_in_bf16(target: str, tmp_path: Path) -> None:
         "cross_attention of the first generation", "sample of the first generation",
     }  # fmt: skip
     assert not planned_with(tmp_path / "report.json", target), "make the figures of dia-fast plan anew"
+    [step] = json.loads((tmp_path / "report.json").read_text())["steps"]
+    chained = target in ("sm_90", "sm_100", "sm_120")
+    assert [(pair["first"], pair["second"]) for pair in step["pairs"]] == (PAIRS if chained else [])
+    assert ("room beside the launch in front" in run.stdout) == chained
+    if chained:
+        needed = {pair["second"]: pair["needed"] for pair in step["pairs"]}
+        assert needed["cross_attention"] == 16, "programs beyond the text end at once"
 
 
 def planned_with(report: Path, target: str) -> list[str]:
@@ -259,6 +272,62 @@ def test_instructions_that_change_with_the_rows_are_named() -> None:
     assert mnemonics_differ([sound(), dataclasses.replace(sound(), rows=8)]) == []
     [found] = mnemonics_differ([sound(), other])
     assert "HGMMA" in found and "rms_norm_glu on sm_90" in found
+
+
+def launch_of(name: str, programs: int, registers: int, shared: int = 0, warps: int = 8, residents: int = 2):
+    from bench.occupancy import Launch
+
+    return Launch(name, programs, residents, warps, registers, shared, 16384, triggers=True, waits=True)
+
+
+def room(first, second):
+    """Pairs of a step in which only `first` and `second` matter."""
+    from bench.machine_code import MACHINES
+    from bench.occupancy import pairs
+
+    others = [launch_of(name, 132, 8192) for name in ("qkv", "down")]
+    found = {pair.name: pair for pair in pairs([first, second, *others], MACHINES["sm_90"])}
+    return found[f"{first.name} -> {second.name}"]
+
+
+@pytest.mark.parametrize(
+    ("programs", "registers", "shared", "fits"),
+    [
+        (132, 32768, 0, 132),  # one a unit: half of the registers are left, for one program of 32768
+        (192, 32768, 0, 72),  # 60 units hold two, and are full
+        (256, 32768, 0, 8),
+        (256, 16384, 0, 132),
+        (256, 16384, 65536, 132),
+        (256, 16384, 90000, 8),  # two hold all of the shared memory
+        (1024, 32768, 0, 132),  # in waves: one has ended
+        (1024, 32769, 0, 0),
+    ],
+)
+def test_room_for_the_next_launch_by_hand(programs: int, registers: int, shared: int, fits: int) -> None:
+    first = launch_of("cross_q", programs, registers, shared)
+    pair = room(first, launch_of("cross_attention", 256, 32768, 60000))
+    assert (pair.room, pair.needed) == (fits, 132)
+    assert pair.in_flight == fits * 16384 / 132
+
+
+def test_no_more_programs_have_room_or_are_needed_than_there_are() -> None:
+    pair = room(launch_of("cross_q", 10, 8192), launch_of("cross_attention", 16, 8192))
+    assert (pair.room, pair.needed) == (16, 16)
+
+
+def test_a_crowded_pair_is_named_unless_it_is_recorded_and_a_record_that_is_wrong_too() -> None:
+    from bench.occupancy import Neighbours, Pair, violations
+
+    pairs = (Pair("qkv", "self_attention", 72, 112, 0.0), Pair("o", "cross_q", 140, 132, 0.0))
+    step = Neighbours("sm_90", "bfloat16", 2, pairs)
+    [found] = violations(step, {})
+    assert found.startswith("qkv -> self_attention on sm_90, bfloat16, 2 rows: room for 72") and "112 needed" in found
+    recorded = {"sm_90": {"bfloat16": {"2": ["qkv -> self_attention"]}}}
+    assert violations(step, recorded) == []
+    recorded["sm_90"]["bfloat16"]["2"].append("o -> cross_q")
+    [found] = violations(step, recorded)
+    assert "o -> cross_q" in found and "remove it" in found
+    assert violations(dataclasses.replace(step, rows=64), {}) == []
 
 
 def test_the_report_refuses_an_unknown_target(tmp_path: Path) -> None:
