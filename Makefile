@@ -133,7 +133,7 @@ bench-suite: $(VENV)/.dev ## time every kernel and stage on every backend; JSON 
 	$(PY) -m bench.suite $(SUITE_ARGS)
 
 GPU_ARGS ?=
-bench-gpu: $(VENV)/.dev ## check and measure everything on a GPU, in 10 minutes; report in bench/results/gpu (GPU_ARGS=)
+bench-gpu: $(VENV)/.dev ## check and measure everything on a GPU, in 12 minutes; report in bench/results/gpu (GPU_ARGS=)
 	$(PY) -m bench.gpu $(GPU_ARGS)
 
 CODEGEN_ARGS ?=

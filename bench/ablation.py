@@ -1,6 +1,6 @@
 """Find where the time of a decode step goes: leave one op out at a time, and time the step without it.
 
-    python -m bench.ablation [--rows 2] [--context 860] [--text 200] [--dtype bfloat16] [--json FILE]
+    python -m bench.ablation [--rows 2] [--context 860] [--text 200] [--dtype bfloat16] [--whole] [--json FILE]
 
 The whole model with random weights, as a CUDA graph, as the engine runs it. What an op costs within the step is not
 what it takes alone: its launch hides behind the op before it, or does not. Needs a GPU.
@@ -11,11 +11,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.captured import CapturedStep, Load, random_model, state_for, without
 from bench.device import open_device
+from bench.environment import collect
 from bench.measure import DTYPES, bytes_per_step, read_bandwidth
 from dia_fast.errors import DiaFastError
 from dia_kernels import get_ops
@@ -26,6 +28,11 @@ OPS = (
 )  # fmt: skip
 
 
+def _write(path: Path | None, facts: dict[str, Any]) -> None:
+    if path:
+        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="ablation", description=(__doc__ or "").splitlines()[0])
@@ -33,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=860)
     parser.add_argument("--text", type=int, default=200, help="bytes")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--layers", type=int, help="of the decoder (default: all)")
+    parser.add_argument("--whole", action="store_true", help="time the whole step only")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
@@ -43,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ablation: {error}", file=sys.stderr)
         return 2
     reads = read_bandwidth(device.torch, 2 << 30)
-    model = random_model(DTYPES[options.dtype], device.torch, ops)
+    model = random_model(DTYPES[options.dtype], device.torch, ops, options.layers)
     weights = bytes_per_step(model)
     print(f"{device.name}, reads {reads / 1e12:.2f} TB/s; a step reads {weights / 1e9:.3f} GB of weights")
     found = []
@@ -55,15 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             share = weights / reads / whole
             print(f"{rows} rows: {whole * 1e3:.4f} ms a step, {share:.1%} of what reading the weights alone allows")
             found.append({"rows": rows, "op": "all", "seconds": whole, "share": share})
-            for op in OPS:
+            for op in () if options.whole else OPS:
                 model.ops = without(ops, op)
                 saved = whole - CapturedStep(device, model, state, load).seconds()
                 model.ops = ops
                 print(f"  {op:16} {saved * 1e6:8.1f} us  {saved / whole:6.1%}", flush=True)
                 found.append({"rows": rows, "op": op, "seconds": saved, "share": saved / whole})
             del state
-    if options.json:
-        options.json.write_text(json.dumps({"reads": reads, "weights": weights, "found": found}, indent=1) + "\n")
+            _write(
+                options.json, {"environment": collect(device.torch), "reads": reads, "weights": weights, "found": found}
+            )
     return 0
 
 

@@ -9,6 +9,7 @@ import json
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ QUERY = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"  # none of it 
 
 def collect(device: torch.device) -> dict[str, Any]:
     """Facts by name."""
-    found: dict[str, Any] = {**environment(device), "device": Device(device).name}
+    found: dict[str, Any] = {**environment(device), "device": Device(device).name, "commit": commit()}
     if device.type != "cuda":
         return found | {"processor": platform.machine()}
     properties = torch.cuda.get_device_properties(device)
@@ -43,6 +44,17 @@ def collect(device: torch.device) -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         pass  # not an NVIDIA GPU, or without its tools: the versions above remain
     return found
+
+
+def commit() -> str:
+    """Return the commit of this checkout, with a plus if files differ from it; empty outside of a checkout."""
+    try:
+        asked = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        root = Path(__file__).resolve().parent.parent
+        done = subprocess.run(asked, cwd=root, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
 
 
 def main() -> int:

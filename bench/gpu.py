@@ -1,6 +1,6 @@
 """Everything that a machine with a GPU can say, in one folder: is it right, and how fast is it?
 
-    python -m bench.gpu [--out FOLDER] [--budget 570] [--device cuda] [--model FOLDER] [--only PART ...]
+    python -m bench.gpu [--out FOLDER] [--budget 720] [--device cuda] [--model FOLDER] [--only PART ...]
 
 `make bench-gpu` runs it. Each part is a process with a time limit of its own: one that fails, hangs or crashes is
 reported as such and the others go on. Where a check finds wrong results, the report says so and no speed is given for
@@ -37,7 +37,7 @@ exit status: 0 all is right and was measured; 1 something failed, is wrong or ha
 
 
 def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[Part]:
-    """In the order in which they matter: the later ones are left out when the time is over."""
+    """Return the parts in the order in which they matter: the last ones are left out when the time is over."""
     device = ("--device", options.device)
     model = ("--model", options.model or str(weights))
     against = ("--against", "transformers") if installed("transformers") else ()
@@ -51,36 +51,49 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
     few = ("--layers", "1", "--steps", "6") if options.quick else ()
     sound = ("--rounds", "1", "--steps", "24", "--chunks", "0.1") if options.quick else ("--rounds", "2")
     batches = ("--requests", "1", "2") if options.quick else ()
-    parts = [
-        part("doctor", "every kernel against its reference", 120, "dia_fast", "doctor", *device, "--json",
+    thin = ("--layers", "1") if options.quick else ()
+    layout = ("--layout", "original") if installed("dia") else ()  # which dia-fast reads as well
+
+    def whole_step(name: str, shows: str, limit: float, *rows: str) -> Part:
+        out = ("--json", str(folder / f"{name}.json"))
+        return part(name, shows, limit, "bench.ablation", *device, *thin, "--whole", "--rows", *rows, *out, speed=True)
+
+    def weights_part() -> list[Part]:
+        if options.model is not None:
+            return []
+        return [part("weights", "makes random weights, 3.2 GB", 90, "bench.make_checkpoint", str(weights), *layout)]
+
+    return [
+        part("tests", "every kernel test; the log names each", 180, "pytest", "-v", "tests/kernels", "-p",
+             "no:cacheprovider", *workers, needs=("pytest", "hypothesis", "pytest_timeout")),
+        part("doctor", "every kernel against its reference", 90, "dia_fast", "doctor", *device, "--json",
              output=DOCTOR),
-        part("parity", "tokens and logits in fp32, fp16 and bf16, with graphs and without", 120, "bench.parity",
+        whole_step("baseline", "a captured step of one guided request, by the default configs", 60, "2"),
+        part("residency", "launches whose programs are resident ahead of time", 30, "bench.residency", *device,
+             "--json", str(folder / "residency.json")),
+        part("parity", "tokens and logits in fp32, fp16 and bf16, with graphs and without", 90, "bench.parity",
              *device, "--json", str(folder / PARITY), *few),
-        part("suite", "every kernel, step and stage beside torch and torch.compile", 220, "bench.suite", *device,
-             *quick, "--out", str(folder / "suite"), "--limit", "180", needs=("pytest", "pytest_benchmark")),
-    ]  # fmt: skip
-    if options.model is None:
-        layout = ("--layout", "original") if installed("dia") else ()  # which dia-fast reads as well
-        parts.append(
-            part("weights", "makes random weights, 3.2 GB", 120, "bench.make_checkpoint", str(weights), *layout)
-        )
-    return parts + [
-        part("step", "a decode step beside that of transformers", 90, "bench.decode_step", *device, *model, *against,
+        whole_step("rows", "captured steps of 1, 16 and 64 rows", 60, "1", "16", "64"),
+        *weights_part(),
+        part("step", "a decode step beside that of transformers", 75, "bench.decode_step", *device, *model, *against,
              *step, speed=True),
-        part("original", "a decode step beside that of the original package", 90, "bench.original", *device, *model,
-             *step, needs=("dia",), speed=True),
-        part("throughput", "frames per second over the number of requests", 90, "bench.throughput", *device, *model,
+        part("throughput", "frames per second over the number of requests", 75, "bench.throughput", *device, *model,
              *against, "--rounds", "1", "--out", str(folder / "throughput"), *batches, needs=("matplotlib",),
              speed=True),
-        part("latency", "time to the first sound", 60, "bench.latency", *device, *model, *sound,
+        part("latency", "time to the first sound", 45, "bench.latency", *device, *model, *sound,
              speed=True),
+        part("sanitizer", "a captured step under compute-sanitizer", 90, "bench.sanitizer", *device,
+             programs=("compute-sanitizer",)),
+        part("suite", "every kernel, step and stage beside torch and torch.compile", 220, "bench.suite", *device,
+             *quick, "--out", str(folder / "suite"), "--limit", "180", needs=("pytest", "pytest_benchmark")),
+        part("ablation", "time that each op of a step takes", 60, "bench.ablation", *device, *thin, "--json",
+             str(folder / "ablation.json"), speed=True),
         part("ragged", "requests of different lengths, one after another", 60, "bench.ragged", *device, *model,
              *against, "--gap", "0.1", "--steps", "50", "200", speed=True),
         part("plan", "measured beside predicted", 60, "dia_fast", "plan", *device, "--measure", "--plots",
              str(folder / "plan"), needs=("matplotlib",), speed=True),
-        part("tests", "the kernel tests at the width of Dia-1.6B", 120, "pytest", "-q", "tests/kernels", "-k",
-             "production or test_whole_model or test_graph", "-p", "no:cacheprovider", *workers,
-             needs=("pytest", "hypothesis", "pytest_timeout")),
+        part("original", "a decode step beside that of the original package", 75, "bench.original", *device, *model,
+             *step, needs=("dia",), speed=True),
     ]  # fmt: skip
 
 
@@ -92,8 +105,12 @@ def chosen_parts(parts: Sequence[Part], only: Sequence[str] | None) -> list[Part
     unknown = [name for name in only if name not in names]
     if unknown:
         raise InputError(f"--only: there is no part {unknown[0]!r}; there are {', '.join(names)}")
-    wanted = {*only, *(["weights"] if any(part.speed for part in parts if part.name in only) else [])}
+    wanted = {*only, *(["weights"] if any(_reads_model(part) for part in parts if part.name in only) else [])}
     return [part for part in parts if part.name in wanted]
+
+
+def _reads_model(part: Part) -> bool:
+    return "--model" in part.command
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -115,7 +132,7 @@ def obstacle(part: Part, report: Report, results: Sequence[Result]) -> str | Non
     wrong = report.wrong()
     if part.speed and wrong:
         return f"results are wrong on this machine, so speeds mean nothing: {wrong[0]}"
-    if part.speed and any(result.name == "weights" and result.status != "ok" for result in results):
+    if _reads_model(part) and any(result.name == "weights" and result.status != "ok" for result in results):
         return "there are no weights"
     if part.name == "weights" and shutil.disk_usage(Path(part.command[2]).parent).free < DISK:
         return f"the disk for temporary files has no {DISK / 1e9:.0f} GB free; name another one with --scratch"
@@ -173,7 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("bench/results/gpu"), help="folder (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=570.0, help="seconds for everything (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=720.0, help="seconds for everything (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument("--model", help="folder, file or Hub id (default: random weights, made for the run)")
     parser.add_argument("--only", nargs="+", metavar="PART")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,9 +31,9 @@ Clock = Callable[[], float]
 class Part:
     """A command, after the name of the interpreter.
 
-    limit: seconds. shows: what it is for. needs: packages without which it is skipped. speed: whether it reports speeds
-    of the whole model, which are worth nothing if the results are wrong. output: file in the report for what it prints
-    to its standard output; the rest goes to a log.
+    limit: seconds. shows: what it is for. needs, programs: packages and commands without which it is skipped. speed:
+    whether it reports speeds of the whole model, which are worth nothing if the results are wrong. output: file in the
+    report for what it prints to its standard output; the rest goes to a log.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Part:
     limit: float
     shows: str
     needs: tuple[str, ...] = ()
+    programs: tuple[str, ...] = ()
     speed: bool = False
     output: str | None = None
 
@@ -81,6 +83,7 @@ class Runner:
     def run(self, part: Part) -> Result:
         """Run the command and return its outcome; nothing that it does raises. Raises Interrupted."""
         missing = [package for package in part.needs if not installed(package)]
+        missing += [program for program in part.programs if shutil.which(program) is None]
         if missing:
             return Result(part.name, "skipped", f"{', '.join(missing)} is not installed")
         left = self.end - self.clock()

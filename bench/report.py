@@ -16,6 +16,7 @@ from dia_fast.utils.files import replacing
 DOCTOR = "doctor.json"
 PARITY = "parity.json"
 SUITE = "suite/suite.json"
+FIGURES = ("baseline.json", "rows.json", "ablation.json", "residency.json")
 # What they show, for those who do not see them, by their folder.
 MEASURED = {
     "roofline": "operations per second of every kernel, under what the device itself reaches",
@@ -51,7 +52,7 @@ class Report:
                 raise InputError(f"{self.folder.name} is not empty and holds no report; name another folder with --out")
             self.folder.mkdir(parents=True, exist_ok=True)
             # What an earlier run found is not found by this one.
-            for file in (DOCTOR, PARITY, "report.md", *(path.name for path in self.folder.glob("*.log"))):
+            for file in (DOCTOR, PARITY, *FIGURES, "report.md", *(path.name for path in self.folder.glob("*.log"))):
                 (self.folder / file).unlink(missing_ok=True)
             for name in PLOTS:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -135,7 +136,7 @@ class Report:
         if wrong:
             lines += ["**Wrong results on this machine; no speed is given for what they touch:**", ""]
             lines += [f"- {item}" for item in wrong] + [""]
-        unsure = [r.name for r in self.results if r.name in ("doctor", "parity") and r.status != "ok"]
+        unsure = [r.name for r in self.results if r.name in ("tests", "doctor", "parity") and r.status != "ok"]
         if unsure and not wrong:
             lines += [f"**Not shown to be right: {' and '.join(unsure)} did not come to an end.**", ""]
         if self.interrupted:

@@ -142,7 +142,8 @@ def test_parts_that_were_left_out_are_not_called_well(tmp_path: Path, monkeypatc
     """Full disk: there are no weights, and no speed is measured."""
     monkeypatch.setattr(gpu.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
     weights = Part("weights", ("-m", "bench.make_checkpoint", str(tmp_path / "weights")), 9, "makes weights")
-    given = [python("suite", "pass"), weights, python("step", "print('3 ms')", speed=True)]
+    step = Part("step", ("-c", "print('3 ms')", "--model", "weights"), 9, "shows step", speed=True)
+    given = [python("suite", "pass"), weights, step]
     status, found, text = report_of(tmp_path / "out", given)
     assert status == 1 and statuses(found) == {"suite": "ok", "weights": "left out", "step": "left out"}
     assert "| step | shows step | left out: there are no weights |" in text and "has no 4 GB free" in text
@@ -318,8 +319,70 @@ def test_only_names_parts_and_gets_what_they_need() -> None:
     names = [part.name for part in gpu.chosen_parts(all_parts(), ["latency", "doctor"])]
     assert names == ["doctor", "weights", "latency"]
     assert [part.name for part in gpu.chosen_parts(all_parts("--model", "m"), ["latency"])] == ["latency"]
-    with pytest.raises(InputError, match="there is no part 'speed'; there are doctor, parity"):
+    with pytest.raises(InputError, match="there is no part 'speed'; there are tests, doctor, baseline"):
         gpu.chosen_parts(all_parts(), ["speed"])
+
+
+def test_the_order_is_that_of_worth_and_checks_come_before_the_speeds_they_vouch_for() -> None:
+    names = [part.name for part in all_parts()]
+    assert names[:4] == ["tests", "doctor", "baseline", "residency"]
+    assert names.index("parity") < names.index("rows") < names.index("weights") < names.index("step")
+    assert [part.name for part in gpu.chosen_parts(all_parts(), ["rows"])] == ["rows"], "it makes weights of its own"
+
+
+def test_a_part_whose_program_is_missing_is_skipped(tmp_path: Path) -> None:
+    status, found, _ = report_of(tmp_path, [python("checks", "pass", programs=("no-such-program",))])
+    assert status == 1 and found["parts"][0]["reason"] == "no-such-program is not installed"
+    _, found, _ = report_of(tmp_path, [python("checks", "pass", programs=("sh",))])
+    assert statuses(found) == {"checks": "ok"}
+
+
+PROBE = """
+import torch
+from bench import residency
+from dia_kernels import aot
+with aot.compiling("sm_90") as compiled:
+    residency.chain(torch.empty(11, 132, 3, dtype=torch.int64, device="meta"), 132, 4)
+assert len(compiled) == 1 + residency.CHAIN
+for item in compiled:
+    text = item.asm["ptx"]
+    start, wait = text.index("%globaltimer"), text.index("griddepcontrol.wait")
+    assert start < text.index("griddepcontrol.launch_dependents") < wait < text.rindex("%globaltimer")
+"""
+
+
+def test_the_probe_of_residency_reads_the_clock_on_both_sides_of_the_wait() -> None:
+    pytest.importorskip("triton", reason="the probe is a Triton kernel")
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, env=kept, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_launches_are_ahead_if_they_start_before_the_first_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="the probe is a Triton kernel")
+    from bench import residency
+
+    def capture(launch: Any) -> Any:
+        return lambda: None
+
+    times = torch.zeros(1 + residency.CHAIN, 2, 3, dtype=torch.int64)
+    times[0, :, 2] = torch.tensor([9_000, 10_000])
+    times[1:, :, 0] = 12_000
+    times[1:4, :, 0] = 4_000
+    times[3, 1, 0] = 11_000  # one of its programs starts late
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **named: times)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = residency.measure(2, 4, torch.device("cpu"), capture)
+    assert found["ahead"] == 2 and found["starts_us"][0] == (-6.0, -6.0) and found["starts_us"][2] == (-6.0, 1.0)
+
+
+def test_the_environment_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("this is no checkout")
+    assert done.stdout.startswith(environment.commit().rstrip("+")) and len(environment.commit()) >= 12
+    monkeypatch.setenv("PATH", "")
+    assert environment.commit() == ""
 
 
 @pytest.mark.slow
