@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from dia_fast.errors import InputError
 
 if TYPE_CHECKING:
     from dia_fast.api import Dia
+    from dia_fast.server.options import Options
+    from dia_fast.server.ray_serve import RayOptions
 
 PREFIX = "DIA_FAST_"
 
@@ -144,6 +147,56 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f'the server needs packages that are not installed ({error.name}): pip install "dia-fast[server]"'
         ) from error
+    options, load = _chosen(args)
+    if args.ray is None:
+        if args.max_replicas is not None or args.replicas != 1:
+            raise InputError("--replicas and --max-replicas are for --ray ADDRESS")
+        serve(options, load)
+    else:
+        from dia_fast.server.ray_serve import serve_on_ray
+
+        serve_on_ray(options, load, _ray_options(args))
+    return 0
+
+
+def build_app(args: dict[str, Any]) -> Any:
+    """Build the application for `serve run`, `serve deploy` and KubeRay's RayService.
+
+    Args:
+        args: Options of `dia-fast serve` by name, as in `{"model": "demo", "max_batch": 16, "no_auth": True}`.
+
+    Raises:
+        InputError: An option is unknown or its value cannot be used.
+    """
+    import ray
+
+    from dia_fast.cli.app import build_parser
+    from dia_fast.server.ray_serve import application
+
+    words = ["serve", "--ray", "auto"]
+    for name, value in args.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if value is True else [] if value in (None, False) else [flag, str(value)]
+    try:
+        chosen = build_parser().parse_args(words)
+    except SystemExit as error:
+        raise InputError(f"these are not options of dia-fast serve: {args}") from error
+    options, load = _chosen(chosen)
+    ray_options = _ray_options(chosen)
+    gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    given = ray_options.gpus_per_replica
+    return application(options, load, ray_options, gpus if given is None else given)
+
+
+def _ray_options(args: argparse.Namespace) -> "RayOptions":
+    from dia_fast.server.ray_serve import RayOptions
+
+    names = ("replicas", "max_replicas", "cpus_per_replica", "gpus_per_replica")
+    return RayOptions(args.ray, **{name: getattr(args, name) for name in names})
+
+
+def _chosen(args: argparse.Namespace) -> "tuple[Options, Callable[[], Dia]]":
+    """The options of the server, and what loads its model."""
     from dia_fast.checkpoint.demo import DEMO
     from dia_fast.engine import MAX_BATCH
     from dia_fast.generation.inputs import _bytes, engine_limits
@@ -177,17 +230,7 @@ def run(args: argparse.Namespace) -> int:
         log_format=args.log_format,
         log_text=args.log_text,
     )
-    load = partial(_load, args, model, max_batch)
-    if args.ray is None:
-        if args.max_replicas is not None or args.replicas != 1:
-            raise InputError("--replicas and --max-replicas are for --ray ADDRESS")
-        serve(options, load)
-    else:
-        from dia_fast.server.ray_serve import RayOptions, serve_on_ray
-
-        names = ("replicas", "max_replicas", "cpus_per_replica", "gpus_per_replica")
-        serve_on_ray(options, load, RayOptions(args.ray, **{name: getattr(args, name) for name in names}))
-    return 0
+    return options, partial(_load, args, model, max_batch)
 
 
 def _load(args: argparse.Namespace, model: str, max_batch: int) -> "Dia":

@@ -3,10 +3,14 @@
 import base64
 import json
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from tests.server.serving import LONG, Server, serving
 pytest.importorskip("ray", reason="needs the extra ray: make test-ray")
 import psutil
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
@@ -94,3 +99,32 @@ def test_an_address_where_nobody_is(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--ray", "127.0.0.1:1"]) == 2
     assert "no Ray cluster answers at 127.0.0.1:1" in capfd.readouterr().err
     assert time.monotonic() - start < 15
+
+
+def test_the_application_of_the_manifest(tmp_path: Path) -> None:
+    import yaml
+
+    manifest = yaml.safe_load((ROOT / "deploy" / "ray" / "rayservice.yaml").read_text())
+    [app] = yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"]
+    args = app["args"] | {"model": "demo", "cpus_per_replica": 1, "max_replicas": 1, "no_auth": True, "threads": 1}
+    args["voices"] = str(tmp_path)
+    module, function = app["import_path"].split(":")
+    program = f"""
+import sys, urllib.request, ray
+from ray import serve
+from {module} import {function}
+ray.init(address="local", include_dashboard=False, log_to_driver=False)
+serve.start(http_options={{"port": int(sys.argv[1])}})
+serve.run({function}({args!r}), name={app["name"]!r}, route_prefix={app["route_prefix"]!r})
+print(urllib.request.urlopen(f"http://127.0.0.1:{{sys.argv[1]}}/ready").read().decode())
+try:
+    {function}({{"no_such": 1}})
+except Exception as error:
+    print(type(error).__name__, error)
+serve.shutdown()
+"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    found = subprocess.run([sys.executable, "-c", program, str(port)], capture_output=True, text=True, timeout=300)
+    assert '{"status":"ready"}' in found.stdout, found.stderr
+    assert "InputError these are not options of dia-fast serve: {'no_such': 1}" in found.stdout
