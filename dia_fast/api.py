@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dia_fast.audio.audio import Audio
+from dia_fast.audio.code_store import CodeStore, default_cache
 from dia_fast.audio.editing import at_speed, checked_speed, without_silence
 from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.checkpoint.saving import save_pretrained
@@ -39,14 +40,23 @@ from dia_fast.generation.inputs import (
     texts_of,
 )
 from dia_fast.generation.long_form import Script, make_scripts, speak_scripts
-from dia_fast.generation.prompts import AudioPrompt, cut_prompts, encode_prompts, prompt_for_each
+from dia_fast.generation.prompts import (
+    AudioPrompt,
+    Voice,
+    cut_prompts,
+    encode_prompts,
+    longest_prompt,
+    prompt_for_each,
+)
 from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams
+from dia_fast.generation.voices import find_voice, recording_of
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.cpu_weights import check_product
 from dia_fast.model.device import choose_device, choose_dtype, choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
-from dia_fast.text.tokenizer import with_tag
+from dia_fast.text.tokenizer import checked_text, with_tag
+from dia_fast.utils.files import checked_path
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
 
 if TYPE_CHECKING:
@@ -86,6 +96,7 @@ class Dia(OneProcess):
         self.defaults = SamplingParams()
         self._engine: Engine | None = None
         self._prompt_codes: dict[bytes, Tensor] = {}
+        self._store: CodeStore | None = None
         self._limits = engine_limits(max_batch, memory)
         if not isinstance(background, bool):
             raise InputError(f"background must be True or False, not {shown(background)}")
@@ -257,10 +268,10 @@ class Dia(OneProcess):
 
         Args:
             text: a transcript with speaker tags, `"[S1] ... [S2] ..."`, or a list of them.
-            audio_prompt: a voice to go on in: a path, an `Audio`, a pair `(samples, sample_rate)` or codes
-                `[frames, channels]`. The text must begin with the words of the prompt, unless `prompt_text` gives
-                them; the result holds the new words only. For a list of texts: one prompt for all, or a list with one
-                for each (None for none).
+            audio_prompt: a voice to go on in: a `Voice` or its name (see `voice`), a path, an `Audio`, a pair
+                `(samples, sample_rate)` or codes `[frames, channels]`. The text must begin with the words of the
+                prompt, unless `prompt_text` or the voice gives them; the result holds the new words only. For a list
+                of texts: one prompt for all, or a list with one for each (None for none).
             prompt_text: the words of the prompts.
             split: `"auto"` cuts a text that is too long for the model (some 20 s) into segments of about 9 s, speaks
                 each in the voice of the prompt, or of what was spoken before, and joins them with a fade of 10 ms on
@@ -440,6 +451,35 @@ class Dia(OneProcess):
 
         return streaming.AsyncStream(made, chunks())
 
+    def voice(self, source: str | os.PathLike[str] | Audio | tuple[Any, int], *, text: str | None = None) -> Voice:
+        """Turn a recording into a voice, once: its codes are kept in memory and on disk.
+
+        Give it as `audio_prompt`, without `prompt_text`. A saved voice can be given by its name as well.
+
+        Args:
+            source: A recording's path; a folder that holds one and its transcript; the name of a voice that `dia-fast
+                voices add` has saved; an `Audio`, or a pair `(samples, sample_rate)`.
+            text: What is said in it; by default the `.txt` file beside the recording.
+
+        Raises:
+            InputError: For a recording that cannot be used, or without a transcript.
+        """
+        if not isinstance(source, str | os.PathLike):
+            if text is None:
+                raise InputError("text: say what is said in the recording")
+            [codes] = encode_prompts(self.config, [source], lambda: self.codec, self._prompt_codes)
+            assert codes is not None
+            return Voice(codes, checked_text(text).strip())
+        path, said = recording_of(checked_path(source, "source"), text)
+        codec = self.codec
+        with self._making:
+            if self._store is None:
+                self._store = CodeStore(default_cache(), codec)
+            stored, _ = self._store.codes(path, longest_prompt(self.config) / codec.frames_per_second)
+        [codes] = encode_prompts(self.config, [stored], lambda: codec)
+        assert codes is not None
+        return Voice(codes, said)
+
     def forward_logits(self, text: Texts, delayed_codes: Any, *, guidance: bool = True) -> tuple[Tensor, Tensor | None]:
         """Teacher forcing: the logits that follow each of the given steps, for research and comparisons.
 
@@ -508,5 +548,14 @@ class Dia(OneProcess):
         codec = self._codec
         return FRAMES_PER_SECOND if codec is None or isinstance(codec, str | os.PathLike) else codec.frames_per_second
 
-    def _codes(self, prompts: list[AudioPrompt]) -> list[Tensor | None]:
-        return encode_prompts(self.config, prompts, lambda: self.codec, self._prompt_codes)
+    def _codes(self, prompts: list[AudioPrompt]) -> list[Tensor | Voice | None]:
+        """The codes of each prompt, as a voice where its text is known."""
+        named = [
+            self.voice(item) if isinstance(item, str) and not os.path.exists(item) and find_voice(item) else item
+            for item in prompts
+        ]
+        codes = encode_prompts(self.config, named, lambda: self.codec, self._prompt_codes)
+        return [
+            Voice(found, item.text) if isinstance(item, Voice) and found is not None else found
+            for item, found in zip(named, codes, strict=True)
+        ]

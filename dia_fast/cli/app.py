@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dia_fast
-from dia_fast.cli import batch, convert, doctor, info, plan, serve, speak, train
+from dia_fast.cli import batch, convert, doctor, info, plan, serve, speak, train, voices
 from dia_fast.cli.paths import check as check_paths
 from dia_fast.cli.process import OutputRefused, drop_output
 from dia_fast.errors import AudioWarning, DiaFastError, NumericError, OutOfMemory, SilentSpeech
@@ -23,6 +23,7 @@ examples:
   dia-fast speak "[S1] Did you hear that? [S2] Hear what?" --model nari-labs/Dia-1.6B-0626 -o out.wav
   dia-fast batch scripts.jsonl spoken --model nari-labs/Dia-1.6B-0626
   dia-fast serve
+  dia-fast voices add me recording.wav --text "[S1] These are my words."
   dia-fast info nari-labs/Dia-1.6B-0626
   dia-fast plan --gpu h100
   dia-fast train recordings --model nari-labs/Dia-1.6B-0626 -o voice --lora-rank 16
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the versions of dia-fast, Python and torch")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    for module in (speak, batch, serve, train, info, plan, convert, doctor):
+    for module in (speak, batch, serve, voices, train, info, plan, convert, doctor):
         command = module.add_parser(commands)
         command.add_argument("--debug", action="store_true", help="show where an error came from")
         command.set_defaults(run=module.run, parser=command)

@@ -105,7 +105,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
 
     voice = parser.add_argument_group("voice")
-    voice.add_argument("--prompt", type=path, metavar="AUDIO", help="the voice to speak in, 5 to 10 seconds")
+    voice.add_argument("--prompt", type=path, metavar="AUDIO", help="the voice to speak in, 5 to 10 s, or its name")
     voice.add_argument("--cut-prompt", action="store_true", help="use the best 10 to 20 seconds of a longer recording")
     voice.add_argument("--prompt-text", metavar="TEXT", help="what is said in it, with speaker tags")
 
@@ -268,6 +268,10 @@ def check_output(output: Path) -> None:
 
 def check_prompt(prompt: str) -> None:
     """Finds out that a recording is not there before the model is loaded. Raises InputError."""
+    from dia_fast.generation.voices import find_voice
+
+    if not os.path.exists(prompt) and find_voice(prompt) is not None:
+        return
     try:
         open_regular(os.path.expanduser(prompt)).close()
     except FileNotFoundError:
@@ -284,6 +288,11 @@ def run(args: argparse.Namespace) -> int:
     text = cast("str", with_tag(text)) if args.add_tag else text
     if args.prompt_text is not None and args.prompt is None:
         raise InputError("--prompt-text needs --prompt: the recording in which it is said")
+    if args.prompt is not None and args.prompt_text is None and not os.path.exists(args.prompt):
+        from dia_fast.generation.voices import find_voice
+
+        saved = find_voice(args.prompt)
+        args.prompt_text = None if saved is None else saved.text
     if args.prompt is not None and args.prompt_text is None:
         warn(
             "--prompt without --prompt-text: TEXT must then begin with what is said in the recording",

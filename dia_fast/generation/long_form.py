@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +23,7 @@ from dia_fast.generation.inputs import (
     progress_of,
 )
 from dia_fast.generation.outcome import Outcome, Segment, attempt_seed, finish_reason, silence
-from dia_fast.generation.prompts import longest_prompt
+from dia_fast.generation.prompts import Voice, longest_prompt
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.model.config import DiaConfig
 from dia_fast.text.segmentation import LEAST_SECONDS, SEGMENT_SECONDS, continued, join_segments, speakers, split_script
@@ -45,14 +45,6 @@ if TYPE_CHECKING:
     from dia_fast.audio.codec import Codec
 
 _SLACK = 1.2  # how much longer than expected a segment may turn out
-
-
-@dataclass(frozen=True)
-class Voice:
-    """codes: `[frames, channels]` of a recording; text: what is said in it, or "" if the script begins with that."""
-
-    codes: Tensor
-    text: str
 
 
 def cut(
@@ -355,7 +347,7 @@ def _land(handle: Handle, script: Script, index: int) -> None:
 def make_scripts(
     config: DiaConfig,
     texts: Sequence[str | bytes],
-    prompts: Sequence[Tensor | None],
+    prompts: Sequence[Tensor | Voice | None],
     prompt_text: str | None,
     split: str | None,
     params: SamplingParams,
@@ -378,7 +370,9 @@ def make_scripts(
             raise InputError("prompt_text needs audio_prompt: the recording in which it is said")
     found = []
     for text, prompt, seed in zip(texts, prompts, seeds, strict=True):
-        voice = None if prompt is None else Voice(prompt, prompt_text or "")
+        voice = Voice(prompt, prompt_text or "") if isinstance(prompt, Tensor) else prompt
+        if voice is not None and prompt_text is not None:
+            voice = replace(voice, text=prompt_text)
         segments = cut(text, config, voice, frames_per_second) if split else [checked_text(text)]
         found.append(Script(config, segments, replace(params, seed=seed), voice, "", frames_per_second))
     return found

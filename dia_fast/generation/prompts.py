@@ -1,12 +1,13 @@
 """Turn audio prompts, the voices to speak in, into codes.
 
-An audio prompt is a path, an `Audio`, a pair `(samples, sample_rate)`, or the codes themselves as an integer tensor
-`[frames, channels]`. Everything but codes goes through the codec.
+An audio prompt is a path, a `Voice`, an `Audio`, a pair `(samples, sample_rate)`, or the codes themselves as an integer
+tensor `[frames, channels]`. Everything but codes goes through the codec.
 """
 
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -24,9 +25,26 @@ from dia_fast.utils.warn import warn
 if TYPE_CHECKING:
     from dia_fast.audio.codec import Codec
 
-AudioPrompt: TypeAlias = str | os.PathLike[str] | Audio | tuple[Any, int] | Tensor | np.ndarray | None
 
-KINDS = "a path, an Audio, a pair (samples, sample_rate) or an integer tensor of codes [frames, channels]"
+@dataclass(frozen=True)
+class Voice:
+    """A recording as codes, to speak in; made by `Dia.voice`.
+
+    Args:
+        codes: `[frames, channels]`.
+        text: What is said in it, or "" if the text to be spoken begins with that.
+    """
+
+    codes: Tensor
+    text: str
+
+
+AudioPrompt: TypeAlias = str | os.PathLike[str] | Audio | Voice | tuple[Any, int] | Tensor | np.ndarray | None
+
+KINDS = (
+    "a path, a Voice or its name, an Audio, a pair (samples, sample_rate) or an integer tensor of codes "
+    "[frames, channels]"
+)
 MIN_SECONDS = 0.02  # two frames of the codec
 CUT_RATE = 44_100  # at which recordings are cut
 _KEPT = 64  # recordings whose codes are remembered
@@ -89,6 +107,8 @@ def encode_prompt(
     if prompt is None:
         return None
     channels, codes, max_frames = config.decoder.num_channels, config.decoder.eos_token_id, longest_prompt(config)
+    if isinstance(prompt, Voice):
+        prompt = prompt.codes
     if _is_codes(prompt):
         return checked_codes(prompt, channels, codes, max_frames)
     if not isinstance(prompt, str | os.PathLike | Audio | tuple):
@@ -118,8 +138,8 @@ def cut_prompts(prompts: "AudioPrompt | list[AudioPrompt]") -> Any:
     """
     if isinstance(prompts, list):
         return [cut_prompts(prompt) for prompt in prompts]
-    if prompts is None or _is_codes(prompts):
-        return prompts
+    if prompts is None or _is_codes(prompts) or isinstance(prompts, str) and not os.path.exists(prompts):
+        return prompts  # a name, perhaps: whoever encodes it knows
     if isinstance(prompts, str | os.PathLike):
         whole = Audio(load_audio(prompts, CUT_RATE), CUT_RATE)
     elif isinstance(prompts, Audio):

@@ -18,9 +18,9 @@ import numpy as np
 from dia_fast.audio.audio import Audio, Samples, load_audio
 from dia_fast.errors import DiaFastError, InputError
 from dia_fast.generation.inputs import params_for
-from dia_fast.generation.long_form import Script, Voice, cut, speak_all
+from dia_fast.generation.long_form import Script, cut, speak_all
 from dia_fast.generation.outcome import Outcome
-from dia_fast.generation.prompts import MIN_SECONDS, encode_prompts
+from dia_fast.generation.prompts import MIN_SECONDS, Voice, encode_prompts
 from dia_fast.jobs.items import Failed, Item
 from dia_fast.jobs.manifest import Manifest, done_entry, failed_entry
 from dia_fast.utils.out_of_memory import out_of_memory

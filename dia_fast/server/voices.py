@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 import tempfile
 import threading
 import time
@@ -15,12 +14,13 @@ import soundfile
 from torch import Tensor
 
 from dia_fast.audio.audio import Audio, load_audio
+from dia_fast.audio.code_store import CodeStore, default_cache
 from dia_fast.errors import InputError
 from dia_fast.generation.prompts import encode_prompts, longest_prompt
 from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.generation.voices import NAME
 from dia_fast.server.errors import ApiError
 from dia_fast.text.tokenizer import ABSURD_BYTES, checked_text
-from dia_fast.training.data import CodeStore, default_cache
 from dia_fast.utils.files import LARGEST_TEXT, parse_json, read_regular, replacing
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dia_fast.server")
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 SHORTEST, LONGEST = 2.0, 35.0
 
 OPENAI_VOICES = tuple("alloy ash ballad cedar coral echo fable marin nova onyx sage shimmer verse".split())

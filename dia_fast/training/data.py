@@ -5,25 +5,22 @@ a renamed file is encoded again, and a changed one is.
 """
 
 import hashlib
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from dia_fast.audio.audio import FORMATS, load_audio
+from dia_fast.audio.audio import FORMATS
+from dia_fast.audio.code_store import CodeStore
 from dia_fast.audio.codec import Codec
 from dia_fast.errors import InputError
 from dia_fast.model.config import DiaConfig
 from dia_fast.text.tokenizer import ABSURD_BYTES, TextWarning, encode_text, text_warnings
 from dia_fast.training.batch import Example, check_example, longest_speech
-from dia_fast.utils.files import LARGEST_SOUND, LARGEST_TEXT, checked_path, parse_json, read_regular, replacing
+from dia_fast.utils.files import LARGEST_TEXT, checked_path, parse_json, read_regular
 from dia_fast.utils.warn import warn
 
 SHOWN = 3  # sentences about data before "and n more"
@@ -55,12 +52,6 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.examples)
-
-
-def default_cache() -> Path:
-    """Return the default folder of codes: `dia-fast/codes` in the user's folder for caches."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dia-fast" / "codes"
 
 
 def read_recordings(source: str | os.PathLike[str]) -> list[Recording]:
@@ -153,49 +144,6 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-class CodeStore:
-    """Codes of audio files on disk, one small file each, that are read again instead of encoding again."""
-
-    def __init__(self, folder: Path, codec: Codec) -> None:
-        self.folder, self.codec, self.codec_key = folder, codec, _codec_key(codec)
-
-    def codes(self, audio: Path, max_seconds: float) -> tuple[Tensor, str]:
-        """`(codes [frames, channels] int16, key of their content)`.
-
-        Raises:
-            InputError: As `load_audio` does.
-        """
-        try:
-            key = hashlib.sha256(read_regular(audio, LARGEST_SOUND)).hexdigest()
-        except FileNotFoundError:
-            key = ""  # `load_audio` says so
-        except OSError as error:
-            raise InputError(f"{audio}: cannot be read: {error.strerror or error}") from error
-        path = self.folder / self.codec_key[:16] / f"{key}.npy"
-        stored = self._read(path) if key else None
-        if stored is None:
-            samples = load_audio(audio, self.codec.sample_rate, max_seconds=max_seconds)
-            stored = self.codec.encode(samples).cpu().numpy().astype(np.int16)
-            self._write(path, stored)
-        return torch.from_numpy(stored), key
-
-    def _read(self, path: Path) -> Any:
-        try:
-            codes = np.load(io.BytesIO(read_regular(path, LARGEST_SOUND)), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None  # not there, or damaged: encoded again
-        sound = codes.ndim == 2 and codes.dtype == np.int16 and codes.shape[1] == self.codec.num_codebooks
-        return codes if sound and len(codes) else None
-
-    def _write(self, path: Path, codes: Any) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot keep codes in {path.parent}: {error.strerror}; choose another folder") from error
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, codes)
-
-
 def _load(recording: Recording, config: DiaConfig, store: CodeStore) -> tuple[Example, str]:
     limit = config.encoder.max_position_embeddings
     text = encode_text(recording.text, max_length=limit + 1)
@@ -248,15 +196,6 @@ def _hint(path: Path) -> str:
     if path.is_dir():
         return f"the folder holds no {', '.join(FORMATS)}"
     return 'the file is empty; each line is to be {"audio": "a.wav", "text": "[S1] ..."}'
-
-
-def _codec_key(codec: Codec) -> str:
-    """The SHA-256 of a codec: configuration and weights."""
-    digest = hashlib.sha256(repr((codec.config, codec.dtype)).encode())
-    for name, tensor in sorted(codec.network.tensors().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _warn(about: str, sentences: list[str]) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dia_fast.audio.code_store import default_cache
 from dia_fast.audio.codec import Codec, codec_for, load_codec
 from dia_fast.audio.codec.load import AUTO
 from dia_fast.checkpoint.loading import Checkpoint, open_checkpoint
 from dia_fast.checkpoint.saving import write_checkpoint
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model.device import choose_device
-from dia_fast.training.data import Dataset, Recording, default_cache, load_dataset, read_recordings, split
+from dia_fast.training.data import Dataset, Recording, load_dataset, read_recordings, split
 from dia_fast.training.lora import save_adapters
 from dia_fast.training.options import TrainOptions
 from dia_fast.training.plot import plot_losses
@@ -49,7 +50,7 @@ def finetune(
         resume: Go on with the run in `output`.
         device: See `Dia.from_pretrained`.
         backend: See `Dia.from_pretrained`.
-        cache: The folder of codes (default: `data.default_cache`).
+        cache: The folder of codes (default: the user's).
         offline: Use only what has been downloaded before.
         quiet: No progress bar while audio is encoded.
         report: Called with each line of the log.

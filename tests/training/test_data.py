@@ -12,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dia_fast.audio.code_store import default_cache
 from dia_fast.audio.codec import Codec, load_codec
 from dia_fast.errors import InputError
 from dia_fast.text.tokenizer import TextWarning
 from dia_fast.training import Dataset, Example, load_dataset, read_recordings
-from dia_fast.training.data import default_cache, drawn, split
+from dia_fast.training.data import drawn, split
 from tests.helpers.front import TINY, make_codec, tree
 from tests.training.corpus import RATE, make_data
 
