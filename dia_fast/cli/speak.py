@@ -30,7 +30,9 @@ OFFICIAL_MODEL = "nari-labs/Dia-1.6B-0626"
 
 STANDARD_OUTPUT = Path("-")
 SEGMENT_CHARACTERS, MOST_AT_ONCE = 100, 32  # a segment of a long text has no fewer characters, mostly
-SMALL_MODEL = 50_000_000  # weights; chosen between the demo voice and Dia-1.6B, not measured in between
+# Weights. Beside other work on two cores, two threads took 3, 6 and 8 times as long as one for a step of 7, 19 and 63
+# million (`python -m bench.threads`). Where a second thread begins to gain on a machine at rest has not been measured.
+SMALL_MODEL = 50_000_000
 SAMPLING = ("max_new_tokens", "guidance_scale", "temperature", "top_p", "top_k", "retries")
 
 DESCRIPTION = """\
@@ -155,7 +157,8 @@ def add_threads(group: Any) -> None:
         type=int,
         metavar="N",
         help=f"of torch on a CPU (default: 1 for a model of less than {SMALL_MODEL // 10**6} million weights, as "
-        "threads that wait for each other lose much on a busy machine; else what torch or OMP_NUM_THREADS says)",
+        "threads that wait for each other lose much on a busy machine: with 19 million and two threads, 240 ms a step "
+        "instead of 38; else what torch or OMP_NUM_THREADS says)",
     )
 
 
