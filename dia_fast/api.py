@@ -55,6 +55,7 @@ from dia_fast.model.cpu_weights import check_product
 from dia_fast.model.device import choose_device, choose_dtype, choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
+from dia_fast.model.quantization import FLOAT, check_weights
 from dia_fast.text.tokenizer import checked_text, with_tag
 from dia_fast.utils.files import checked_path
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
@@ -122,6 +123,7 @@ class Dia(OneProcess):
         max_batch: int = MAX_BATCH,
         memory: Memory = None,
         background: bool = False,
+        weights: str | None = None,
         pack: bool | str = True,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -142,9 +144,11 @@ class Dia(OneProcess):
                 half of what is free at first use. A GPU sets it aside then; on a CPU it is taken as it is used.
             background: Make the steps in a thread of their own, so that a stream goes on, up to 10 s ahead, while what
                 it gave is played.
-            pack: On a CPU, lay 16-bit weights out for the product that this processor is fast with, or for the one of
-                this name (`dia-fast doctor` lists them); False leaves them as tensors, for `DiaModel.state_dict` and
-                training.
+            weights: `"int8"` keeps the matrices in 8 bits, rounded while they load, `"int8-mlp"` those of the MLPs and
+                the heads, `"float"` none; by default what the checkpoint holds (docs/weights.md).
+            pack: On a CPU, lay weights in 8 and 16 bits out for the product that this processor is fast with, or for
+                those of these names (`dia-fast doctor` lists them); False leaves them as they are, for
+                `DiaModel.state_dict` and training.
             revision: Branch, tag or commit on the Hub.
             local_files_only: Stay offline.
 
@@ -158,10 +162,15 @@ class Dia(OneProcess):
         engine_limits(max_batch, memory)
         place = choose_device(device)
         kind = choose_dtype(dtype, place)
+        check_weights(weights)
         check_product(pack, kind, place)
         ops = choose_ops(backend, place)
         checkpoint = open_checkpoint(os.fspath(name_or_path), revision=revision, local_files_only=local_files_only)
-        model = DiaModel(checkpoint.config, ops).load(checkpoint.load(kind, place)).pack(pack, progress=True)
+        weights = weights or checkpoint.weights
+        if weights != FLOAT and ops.name == "triton":
+            raise InputError(f"weights in 8 bits ({weights}) have no Triton kernels yet; use weights='float'")
+        model = DiaModel(checkpoint.config, ops).load(checkpoint.load_as(weights, kind, place))
+        model.pack(pack, progress=True)
         if isinstance(codec, str | os.PathLike):
             from dia_fast.audio.codec import codec_for
 

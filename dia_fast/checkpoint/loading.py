@@ -24,9 +24,13 @@ from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.generation.sampling_params import SamplingParams, from_generation_config
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import fused_shapes, parameter_count
+from dia_fast.model.quantization import FLOAT, INT8, INT8_MLP, is_table, quantized_names
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.files import checked_path, read_json
+from dia_kernels.reference import PackedWeight
+from dia_kernels.reference.quantized import Int8Weight, quantize
 
+_SCALE = "_scale"  # behind the name of a tensor in 8 bits, as in compressed-tensors
 GENERATION_CONFIG = "generation_config.json"
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,6 +46,7 @@ class Checkpoint:
         tensors: By their name in the files.
         defaults: The sampling parameters that its generation_config.json names.
         adapter: What is added when it is loaded, or None.
+        scales: Of the tensors that are in 8 bits, by the tensors' names.
     """
 
     source: str
@@ -51,13 +56,23 @@ class Checkpoint:
     tensors: dict[str, StoredTensor]
     defaults: SamplingParams = field(default_factory=SamplingParams)
     adapter: Adapter | None = None
+    scales: dict[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> str:
+        """Of `quantization.WEIGHTS`, the one that most of the stored tensors fit."""
+        if not self.scales or self.adapter is not None:
+            return FLOAT
+        stored = {part.fused for name, part in tensor_slices(self.config, self.layout).items() if name in self.scales}
+        return INT8 if stored - set(quantized_names(self.config, INT8_MLP)) else INT8_MLP
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the stored weights have."""
+        """The dtype that most of the stored weights have, of those that are not in 8 bits."""
         counts: Counter[torch.dtype] = Counter()
         for tensor in self.tensors.values():
-            counts[tensor.dtype] += torch.Size(tensor.shape).numel()
+            if tensor.dtype is not torch.int8:
+                counts[tensor.dtype] += torch.Size(tensor.shape).numel()
         return counts.most_common(1)[0][0]
 
     @property
@@ -68,7 +83,8 @@ class Checkpoint:
     @property
     def stored_bytes(self) -> int:
         """The size of the weights in the files, in bytes."""
-        return sum(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in self.tensors.values())
+        stored = [*self.tensors.values(), *self.scales.values()]
+        return sum(torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in stored)
 
     @isolated()
     def load(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -77,22 +93,59 @@ class Checkpoint:
         Raises CheckpointError if a file breaks off, for values that are NaN, infinity, or too large for `dtype`, and if
         the device has no memory left.
         """
+        return self._load_tensors(fused_shapes(self.config), dtype, device)
+
+    @isolated()
+    def load_as(
+        self, weights: str | None, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor | PackedWeight]:
+        """As `load`, some of the matrices in 8 bits, one rounded after the other: the peak is all of them and one.
+
+        weights: of `quantization.WEIGHTS`; by default what the checkpoint holds.
+        """
+        names = quantized_names(self.config, weights or self.weights)
+        rest = {name: shape for name, shape in fused_shapes(self.config).items() if name not in names}
+        loaded: dict[str, Tensor | PackedWeight] = dict(self._load_tensors(rest, dtype, device))
+        for name in names:
+            loaded[name] = self.load_int8(name, device)
+        return loaded
+
+    @isolated()
+    def load_int8(self, fused: str, device: torch.device | str = "cpu") -> Int8Weight:
+        """One fused weight in 8 bits: as stored where it is, else rounded from the stored values."""
+        parts = {n: p for n, p in tensor_slices(self.config, self.layout).items() if p.fused == fused}
+        if self.adapter is not None or any(name not in self.scales for name in parts):
+            weight = self.load_fused(fused)
+            if wrong := not_finite(weight):
+                raise CheckpointError(f"{self.source}: {wrong} values of {fused} are NaN or infinity")
+            return quantize(weight.to(device))
+        shape = fused_shapes(self.config)[fused]
+        values = torch.empty(shape, dtype=torch.int8, device="cpu")
+        scales = torch.empty(shape[0], dtype=torch.float32, device="cpu")
+        for name, part in parts.items():
+            _copy(self.tensors[name], part, values[part.first : part.last])
+            scales[part.first : part.last] = _scales(self.scales[name])
+        return Int8Weight(values.to(device), scales.to(device))
+
+    def _load_tensors(
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """`load` for some of the fused weights."""
         dtype = self.dtype if dtype is None else dtype
         if dtype not in DTYPES:
             raise InputError(f"weights can be loaded as {_names(DTYPES)}, not as {_name(dtype)}")
-        parts = tensor_slices(self.config, self.layout)
+        parts = {n: part for n, part in tensor_slices(self.config, self.layout).items() if part.fused in shapes}
         try:
-            fused = {
-                name: torch.empty(shape, dtype=dtype, device=device)
-                for name, shape in fused_shapes(self.config).items()
-            }
+            fused = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
         except (RuntimeError, MemoryError) as error:  # on a CPU torch has no class of its own for it
             need = self.parameters * dtype.itemsize / 2**30
             raise CheckpointError(f"{device} has no room for the weights: {need:.2f} GiB in {_name(dtype)}") from error
         for name in sorted(parts, key=lambda name: (self.tensors[name].path, self.tensors[name].offset)):
             part = parts[name]
-            _copy(self.tensors[name], part, fused[part.fused][part.first : part.last])
+            _copy(self.tensors[name], part, fused[part.fused][part.first : part.last], self.scales.get(name))
         for name in self.adapter.parts if self.adapter else ():
+            if name not in fused:
+                continue
             fused[name].copy_(self.load_fused(name))
             if wrong := not_finite(fused[name]):
                 raise CheckpointError(
@@ -107,13 +160,14 @@ class Checkpoint:
         dtype = dtype or self.stored_dtype(fused)
         weight = torch.empty(fused_shapes(self.config)[fused], dtype=dtype, device="cpu")
         for name, part in parts.items():
-            _copy(self.tensors[name], part, weight[part.first : part.last])
+            _copy(self.tensors[name], part, weight[part.first : part.last], self.scales.get(name))
         return weight if self.adapter is None else self.adapter.merged(fused, weight)
 
     def stored_dtype(self, fused: str) -> torch.dtype:
         """The dtype that holds the stored parts of a fused weight exactly."""
         parts = tensor_slices(self.config, self.layout)
-        dtypes = [self.tensors[name].dtype for name, part in parts.items() if part.fused == fused]
+        stored = [self.scales.get(name, self.tensors[name]) for name, part in parts.items() if part.fused == fused]
+        dtypes = [tensor.dtype for tensor in stored]
         dtype = dtypes[0]
         for other in dtypes[1:]:
             dtype = torch.promote_types(dtype, other)
@@ -166,8 +220,8 @@ def open_checkpoint(
         entry = find_weights(_file_names(folder), str(folder))
     names = read_index(folder / entry) if entry.endswith(".index.json") else [entry]
     files = tuple(folder / name for name in names)
-    layout, kept = _checked(_open_files(files), config, folder / entry)
-    return Checkpoint(source, config, layout, files, kept, _defaults(folder / GENERATION_CONFIG))
+    layout, kept, scales = _checked(_open_files(files), config, folder / entry)
+    return Checkpoint(source, config, layout, files, kept, _defaults(folder / GENERATION_CONFIG), scales=scales)
 
 
 def checkpoint_of(state: Mapping[str, Tensor], config: DiaConfig) -> Checkpoint:
@@ -183,19 +237,38 @@ def checkpoint_of(state: Mapping[str, Tensor], config: DiaConfig) -> Checkpoint:
             raise CheckpointError(f"{where}: entry {shown(name)} is a {type(tensor).__name__}, not a tensor")
         shape, held = tuple(tensor.shape), tensor.detach()
         tensors[name] = MappedTensor(name, where, shape, tensor.dtype, offset, held, releasable=False)
-    layout, kept = _checked(tensors, config, where)
-    return Checkpoint(str(where), config, layout, (), kept)
+    layout, kept, scales = _checked(tensors, config, where)
+    return Checkpoint(str(where), config, layout, (), kept, scales=scales)
 
 
-def _checked(tensors: dict[str, StoredTensor], config: DiaConfig, where: Path) -> tuple[str, dict[str, StoredTensor]]:
-    """The layout of the tensors, and those that make up the model by their names in it."""
+def _checked(
+    tensors: dict[str, StoredTensor], config: DiaConfig, where: Path
+) -> tuple[str, dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The layout of the tensors, those that make up the model by their names in it, and the scales of some of them."""
     try:
         tensors = plain_names(tensors)
         layout = detect_layout(tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    _check(tensors, tensor_slices(config, layout), where)
-    return layout, {name: tensor for name, tensor in tensors.items() if not is_derived(name)}
+    scales = {name.removesuffix(_SCALE): tensors.pop(name) for name in list(tensors) if name.endswith(_SCALE)}
+    parts = tensor_slices(config, layout)
+    _check(tensors, parts, where, scales)
+    return layout, {name: tensor for name, tensor in tensors.items() if not is_derived(name)}, scales
+
+
+def _check_scale(name: str, tensor: StoredTensor, part: TensorSlice | None, scale: StoredTensor | None) -> None:
+    """Raises CheckpointError for a tensor in 8 bits that cannot be read, and for scales of one that is not."""
+    if scale is None:
+        raise CheckpointError(f"{tensor.path}: tensor {name} is int8, but its scales, {name}{_SCALE}, are missing")
+    if tensor.dtype is not torch.int8:
+        raise CheckpointError(f"{scale.path}: {name}{_SCALE} is there, but tensor {name} is {_name(tensor.dtype)}")
+    if part is None or part.transposed or len(part.shape) != 2 or is_table(part.fused):
+        raise CheckpointError(f"{tensor.path}: tensor {name} is int8; only projections in transformers' layout can be")
+    if scale.shape not in ((part.shape[0], 1), (part.shape[0],)) or scale.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{scale.path}: {name}{_SCALE} has shape {list(scale.shape)} and dtype {_name(scale.dtype)}; expected "
+            f"{[part.shape[0], 1]}, a scale for each output channel, in {_names(DTYPES)}"
+        )
 
 
 def _defaults(path: Path) -> SamplingParams:
@@ -254,13 +327,20 @@ def _open_files(files: Iterable[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _check(tensors: dict[str, StoredTensor], parts: dict[str, TensorSlice], where: Path) -> None:
+def _check(
+    tensors: dict[str, StoredTensor],
+    parts: dict[str, TensorSlice],
+    where: Path,
+    scales: Mapping[str, StoredTensor],
+) -> None:
     missing = [name for name in parts if name not in tensors]
     if missing:
         raise CheckpointError(f"{where}: {_list(missing)} missing, though config.json asks for it")
     extra = [name for name in tensors if name not in parts and not is_derived(name)]
     if extra:
         raise CheckpointError(f"{where}: {_list(extra)} not part of the model that config.json describes")
+    if lost := [name + _SCALE for name in scales if name not in tensors]:
+        raise CheckpointError(f"{where}: {_list(lost)} there without the tensors that they scale")
     for name, part in parts.items():
         tensor = tensors[name]
         if tensor.shape != part.shape:
@@ -268,7 +348,9 @@ def _check(tensors: dict[str, StoredTensor], parts: dict[str, TensorSlice], wher
                 f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, "
                 f"but config.json asks for {list(part.shape)}"
             )
-        if tensor.dtype not in (*DTYPES, torch.float64):
+        if tensor.dtype is torch.int8 or name in scales:
+            _check_scale(name, tensor, part, scales.get(name))
+        elif tensor.dtype not in (*DTYPES, torch.float64):
             raise CheckpointError(
                 f"{tensor.path}: tensor {name} has dtype {_name(tensor.dtype)}; weights must be {_names(DTYPES)}"
             )
@@ -281,14 +363,22 @@ def not_finite(weight: Tensor) -> int:
     return sum(int((~part.isfinite()).sum()) for part in weight.view(-1).split(tensor_files.CHUNK))
 
 
-def _copy(tensor: StoredTensor, part: TensorSlice, out: Tensor) -> None:
+def _copy(tensor: StoredTensor, part: TensorSlice, out: Tensor, scale: StoredTensor | None = None) -> None:
     """Fill `out`, rows of a fused weight, with a stored tensor, whatever its layout, dtype and device.
 
-    Raises CheckpointError where values are NaN or infinity, or become infinity in the dtype of `out`.
+    scale: of a tensor in 8 bits that is wanted in `out`'s dtype. Raises CheckpointError where values are NaN or
+    infinity, or become infinity in the dtype of `out`.
     """
-    _fill(tensor, part, out)
+    _fill(tensor, part, out, None if scale is None else _scales(scale))
     if wrong := not_finite(out):
         raise CheckpointError(f"{tensor.path}: {_not_finite(tensor, wrong, out.dtype)}")
+
+
+def _scales(tensor: StoredTensor) -> Tensor:
+    scales = tensor.read(0, torch.Size(tensor.shape).numel()).float()
+    if not_finite(scales) or not bool((scales > 0).all()):
+        raise CheckpointError(f"{tensor.path}: {tensor.name} is damaged: scales must be finite and above 0")
+    return scales
 
 
 def _not_finite(tensor: StoredTensor, wrong: int, dtype: torch.dtype) -> str:
@@ -310,7 +400,7 @@ def _not_finite(tensor: StoredTensor, wrong: int, dtype: torch.dtype) -> str:
     )
 
 
-def _fill(tensor: StoredTensor, part: TensorSlice, out: Tensor) -> None:
+def _fill(tensor: StoredTensor, part: TensorSlice, out: Tensor, scales: Tensor | None) -> None:
     if not part.transposed and tensor.dtype is out.dtype and out.device.type == "cpu":
         tensor.read_into(out)
         return
@@ -320,6 +410,8 @@ def _fill(tensor: StoredTensor, part: TensorSlice, out: Tensor) -> None:
     for first in range(0, lines, step):
         last = min(first + step, lines)
         chunk = tensor.read(first * columns, last * columns).view(last - first, columns)
+        if scales is not None:
+            chunk = chunk.float().mul_(scales[first:last, None])
         if part.transposed:
             # Transposing a contiguous block and then placing it is twice as fast as writing across the rows.
             out[:, first:last] = chunk.to(out.device, out.dtype).T.contiguous()

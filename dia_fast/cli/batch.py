@@ -191,6 +191,7 @@ def _load(options: Mapping[str, Any], default_threads: int | None = None) -> "Di
         options["model"],
         device=options["device"],
         dtype=options["dtype"],
+        weights=options["weights"],
         backend=options["backend"],
         codec=options["codec"],
         revision=options["revision"],
@@ -206,7 +207,7 @@ def _on_ray(args: argparse.Namespace, bar: "ItemBar") -> "Callable[[Sequence[Ite
     """Make the function that speaks items on the actors of a cluster, which get nothing but the model's options."""
     from dia_fast.jobs.ray_pool import PoolOptions, speak_on_ray
 
-    names = ("model", "device", "dtype", "backend", "codec", "revision", "offline", "batch_size", "memory", "threads")
+    names = "model device dtype weights backend codec revision offline batch_size memory threads".split()
     load = partial(_load, {name: getattr(args, name) for name in names}, max(1, int(args.cpus_per_actor)))
     options = PoolOptions(args.ray, args.actors, args.cpus_per_actor, args.gpus_per_actor)
 

@@ -241,6 +241,7 @@ def _load(args: argparse.Namespace, model: str, max_batch: int) -> "Dia":
         model,
         device=args.device,
         dtype=args.dtype,
+        weights=args.weights,
         backend=args.backend,
         codec=args.codec,
         revision=args.revision,

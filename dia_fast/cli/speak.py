@@ -147,6 +147,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--offline", action="store_true", help="use only what has been downloaded before")
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
     model.add_argument("--dtype", help="fp32, bf16 or fp16 (default: bf16 on a GPU, fp32 on a CPU)")
+    model.add_argument(
+        "--weights", help="int8, int8-mlp or float: keep matrices in 8 bits or not (default: what MODEL holds)"
+    )
     model.add_argument("--backend", default="auto", help="auto, torch or triton (default: triton on a GPU)")
     add_threads(model)
 
@@ -363,6 +366,7 @@ def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
         args.model,
         device=args.device,
         dtype=args.dtype,
+        weights=args.weights,
         backend=args.backend,
         codec=args.codec,
         revision=args.revision,

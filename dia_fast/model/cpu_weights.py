@@ -7,6 +7,7 @@ a decode step, hundreds of a prompt. `DiaModel.pack` applies the table, `dia-fas
 
 import os
 import platform
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,17 +16,18 @@ import torch
 from torch import nn
 
 from dia_fast.errors import InputError, shown
-from dia_kernels.reference import packed
+from dia_kernels.reference import PackedWeight, packed
+from dia_kernels.reference.quantized import Int8Weight
 
 _MOST_WORKERS = 4  # each holds one matrix in float32
 VARIABLE = "DIA_FAST_CPU_PRODUCT"
 PLAIN = "plain"
 
 TABLE: dict[str, dict[str, str]] = {
-    "amx": {"bfloat16": "onednn-bf16", "float16": "fbgemm-fp16"},
-    "avx512_bf16": {"bfloat16": "onednn-bf16", "float16": "fbgemm-fp16"},
-    "avx512": {"bfloat16": "fbgemm-fp16", "float16": "fbgemm-fp16"},
-    "avx2": {"bfloat16": "fbgemm-fp16", "float16": "fbgemm-fp16"},
+    "amx": {"bfloat16": "onednn-bf16", "float16": "fbgemm-fp16", "int8": "fbgemm-int8"},
+    "avx512_bf16": {"bfloat16": "onednn-bf16", "float16": "fbgemm-fp16", "int8": "fbgemm-int8"},
+    "avx512": {"bfloat16": "fbgemm-fp16", "float16": "fbgemm-fp16", "int8": "fbgemm-int8"},
+    "avx2": {"bfloat16": "fbgemm-fp16", "float16": "fbgemm-fp16", "int8": "fbgemm-int8"},
     "other": {},
 }
 """The product for weights of a dtype on a processor with an instruction set; what is missing is multiplied by torch."""
@@ -78,34 +80,47 @@ def _features() -> set[str]:
 
 
 def choose(dtype: torch.dtype, product: bool | str = True, isa: str | None = None) -> Choice:
-    """The product for the matrices of a model whose weights have `dtype`, on a CPU.
+    """The product for matrices of `dtype`, on a CPU.
 
-    product: True for that of the environment variable DIA_FAST_CPU_PRODUCT, else of the table; one to take instead;
-    False for none. isa: of `TABLE`; by default this processor's. Raises InputError for a product that is unknown, does
-    not take this dtype, or does not run here.
+    Args:
+        dtype: Of the matrices as they are loaded; `torch.int8` for those in 8 bits.
+        product: True for those that the environment variable DIA_FAST_CPU_PRODUCT names, else those of the table; or
+            names with commas between them, each for the dtypes that it takes; False for none.
+        isa: Of `TABLE`; by default this processor's.
+
+    Raises:
+        InputError: For a product that is unknown or does not run here, or if none of several takes the dtype.
     """
     isa = isa or instruction_set()
     kind = str(dtype).removeprefix("torch.")
-    source, asked = "asked for", PLAIN if product is False else product
-    if asked is True and os.environ.get(VARIABLE) and dtype != torch.float32:  # which no product takes
-        source, asked = f"{VARIABLE} says so", os.environ[VARIABLE]
-    if asked is True:
-        chosen = TABLE[isa].get(kind, PLAIN)
-        if chosen != PLAIN and not packed.runs_here(chosen):
-            return Choice(PLAIN, f"this torch cannot run {chosen}, the choice for {kind} on {isa}")
-        return Choice(chosen, f"the choice for {kind} on {isa}")
-    if asked == PLAIN:
-        return Choice(PLAIN, source)
-    if asked not in packed.PRODUCTS:
+    told = os.environ.get(VARIABLE, "") if product is True else ""
+    source, asked = (f"{VARIABLE} says so", told) if told else ("asked for", PLAIN if product is False else product)
+    if isinstance(asked, str):
+        names = [_known(name.strip(), source) for name in asked.split(",")]
+        fitting = [name for name in names if name == PLAIN or dtype in packed.PRODUCTS[name][1]]
+        if fitting:
+            return Choice(fitting[0], source)
+        if not told and dtype != torch.int8:
+            others = [name for name, (_, dtypes) in packed.PRODUCTS.items() if dtype in dtypes]
+            raise InputError(f"the CPU product {asked} does not take weights in {kind}; use {_either(others)}")
+    chosen = TABLE[isa].get(kind, PLAIN)
+    if chosen != PLAIN and not packed.runs_here(chosen):
+        return Choice(PLAIN, f"this torch cannot run {chosen}, the choice for {kind} on {isa}")
+    return Choice(chosen, f"the choice for {kind} on {isa}")
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join([*names, PLAIN])
+
+
+def _known(name: str, source: str) -> str:
+    """The name of a product that runs here."""
+    if name != PLAIN and name not in packed.PRODUCTS:
         names = ", ".join([PLAIN, *packed.PRODUCTS])
-        raise InputError(f"the CPU product {shown(asked)} ({source}) is unknown; use one of {names}")
-    dtypes = packed.PRODUCTS[asked][1]
-    if dtype not in dtypes:
-        takes = " and ".join(str(taken).removeprefix("torch.") for taken in dtypes)
-        raise InputError(f"the CPU product {asked} ({source}) takes weights in {takes}, not in {kind}")
-    if not packed.runs_here(asked):
-        raise InputError(f"the CPU product {asked} ({source}) does not run on this processor with this torch")
-    return Choice(asked, source)
+        raise InputError(f"the CPU product {shown(name)} ({source}) is unknown; use one of {names}")
+    if name != PLAIN and not packed.runs_here(name):
+        raise InputError(f"the CPU product {name} ({source}) does not run on this processor with this torch")
+    return name
 
 
 def check_product(product: bool | str, dtype: torch.dtype, device: torch.device) -> None:
@@ -118,31 +133,25 @@ def check_product(product: bool | str, dtype: torch.dtype, device: torch.device)
         raise InputError(f"pack={shown(product)} names a product of CPUs, but the model goes to {device}; leave it out")
 
 
-def pack_matrices(model: nn.Module, product: str, show_progress: bool) -> bool:
-    """Replaces every matrix that is multiplied by its layout for `product`; returns whether any has changed.
+def pack_matrices(model: nn.Module, product: bool | str, show_progress: bool) -> bool:
+    """Replaces every matrix that is multiplied by its layout for a product (see `choose`); has any changed?
 
-    The tensor of a matrix is let go as soon as it is replaced, so that memory stays at one copy and what is in work.
+    A matrix is let go as soon as it is replaced, so that memory stays at one copy and what is in work.
     """
-    if product == PLAIN:
-        return False
     from tqdm import tqdm
 
-    places = [
-        (module, name)
-        for module in model.modules()
-        for name, weight in module.named_parameters(recurse=False)
-        if weight.ndim == 2 and name != "embedding"
-    ]
+    places = list(_matrices(model))
+    kinds = {_dtype(getattr(*place)) for place in places}
+    products = {kind: choose(kind, product).product for kind in kinds}
 
     def replace(place: tuple[nn.Module, str]) -> bool:
-        module, name = place
-        weight = module.get_parameter(name).detach()
-        result = packed.pack(weight, product)
-        if result is weight:
-            return False
-        delattr(module, name)
-        setattr(module, name, result)
-        return True
+        weight = getattr(*place)
+        chosen = products[_dtype(weight)]
+        result = weight if chosen == PLAIN else packed.pack(weight.detach() if _is_tensor(weight) else weight, chosen)
+        if isinstance(result, PackedWeight) and result is not weight:
+            set_matrix(*place, result)
+            return True
+        return False
 
     changed = False
     with (
@@ -153,18 +162,39 @@ def pack_matrices(model: nn.Module, product: str, show_progress: bool) -> bool:
         for replaced in pool.map(replace, places):
             changed |= replaced
             bar.update()
-    if changed:
-        for module in {module for module, _ in places}:
-            module.register_state_dict_pre_hook(_refuse_state_dict)
-            module.register_load_state_dict_pre_hook(_refuse_state_dict)
     return changed
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Module and name of each matrix that is multiplied and in no product's layout."""
+    for module in model.modules():
+        for name, value in [*module.named_parameters(recurse=False), *vars(module).items()]:
+            if isinstance(value, Int8Weight) or (_is_tensor(value) and value.ndim == 2 and name != "embedding"):
+                yield module, name
+
+
+def set_matrix(module: nn.Module, name: str, weight: PackedWeight) -> None:
+    """Puts a matrix that is no tensor where a parameter was; tensors are no longer read from or put into the module."""
+    if name in module._parameters:
+        delattr(module, name)
+        module.register_state_dict_pre_hook(_refuse_state_dict)
+        module.register_load_state_dict_pre_hook(_refuse_state_dict)
+    setattr(module, name, weight)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _dtype(weight: Any) -> torch.dtype:
+    return weight.dtype if _is_tensor(weight) else torch.int8
 
 
 def refuse_packed(what: str) -> None:
     """Raises InputError: a packed model has no tensors to do that with."""
     raise InputError(
-        f"the model is packed for inference and its matrices cannot be {what}: load it again with pack=False, or do "
-        "not call DiaModel.pack (Dia.from_pretrained calls it for 16-bit weights on a CPU)"
+        f"the model is packed for inference and its matrices cannot be {what}: load it again with pack=False (for "
+        "weights in 8 bits: with weights='float' as well), or do not call DiaModel.pack"
     )
 
 

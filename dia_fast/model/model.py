@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dia_fast.errors import InputError
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
-from dia_fast.model.cpu_weights import choose, pack_matrices, refuse_packed
+from dia_fast.model.cpu_weights import pack_matrices, refuse_packed, set_matrix
 from dia_fast.model.decode_state import DecodeState, cross_pages
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.kv_cache import BlockTable, PagePool
@@ -106,12 +107,40 @@ class DiaModel(OneProcess, nn.Module):
         self.decoder = Stack(_below(shapes, "decoder."), DecoderLayer, config.decoder.num_hidden_layers)
 
     @isolated()
-    def load(self, weights: Mapping[str, Tensor]) -> "DiaModel":
-        """Takes the packed weights as they are, without a copy, and computes what follows from them."""
-        self.load_state_dict(weights, strict=True, assign=True)
+    def load(self, weights: Mapping[str, Tensor | PackedWeight]) -> "DiaModel":
+        """Takes the fused weights as they are, without a copy, and computes what follows from them.
+
+        Matrices in 8 bits (`Int8Weight`) are for inference alone: afterwards the model is as a packed one, see `pack`.
+        """
+        matrices = {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}
+        if matrices and self.ops.name == "triton":
+            raise InputError("weights in 8 bits have no Triton kernels yet: use backend='torch', or weights='float'")
+        for path, weight in matrices.items():
+            module, _, name = path.rpartition(".")
+            expected = self.get_parameter(path).shape
+            if weight.shape != expected:
+                raise InputError(f"{path} has shape {list(weight.shape)}; expected {list(expected)}")
+            set_matrix(self.get_submodule(module), name, weight)
+        tensors = {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+        if matrices:
+            self._take(tensors)
+        else:
+            self.load_state_dict(tensors, strict=True, assign=True)
         self.requires_grad_(False)
         self.finalize()
+        self.packed = bool(matrices)
         return self
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        """`load_state_dict` for the parameters that are left when others are matrices in 8 bits."""
+        places = dict(self.named_parameters())
+        if odd := sorted(places.keys() ^ tensors.keys()):
+            raise InputError(f"weights are missing or are none of this model: {', '.join(odd[:3])}")
+        for path, tensor in tensors.items():
+            module, _, name = path.rpartition(".")
+            if tensor.shape != places[path].shape:
+                raise InputError(f"{path} has shape {list(tensor.shape)}; expected {list(places[path].shape)}")
+            self.get_submodule(module).register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @isolated()
     def pack(self, product: bool | str = True, *, progress: bool = False) -> "DiaModel":
@@ -122,15 +151,15 @@ class DiaModel(OneProcess, nn.Module):
         and training raise InputError. Memory stays at one copy.
 
         Args:
-            product: True for what the table in `dia_fast.model.cpu_weights` says, the name of a product, False to do
+            product: True for what the table in `dia_fast.model.cpu_weights` says, names of products, False to do
                 nothing.
             progress: draw a bar where somebody may be looking.
 
         Raises:
             InputError: for a product that is unknown or does not run here.
         """
-        if self.device.type == "cpu" and self.ops.name == "torch" and not self.packed:
-            self.packed = pack_matrices(self, choose(self.dtype, product).product, progress)
+        if self.device.type == "cpu" and self.ops.name == "torch":
+            self.packed |= pack_matrices(self, product, progress)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> "DiaModel":
@@ -177,7 +206,11 @@ class DiaModel(OneProcess, nn.Module):
         config = self.config.decoder
         groups = config.cross_num_attention_heads // config.cross_num_key_value_heads
         for layer in self._decoder_layers():
-            values = _linear(memory, layer.cross_kv.chunk(2)[1]).view(-1, config.cross_head_dim)
+            if isinstance(layer.cross_kv, PackedWeight):
+                values = _linear(memory, layer.cross_kv).chunk(2, 1)[1]
+            else:
+                values = _linear(memory, layer.cross_kv.chunk(2)[1])
+            values = values.view(-1, config.cross_head_dim)
             added = _linear(values.repeat_interleave(groups, 0).view(1, -1), layer.cross_o)[0]
             _keep(layer, "uncond_cross", added.to(self.dtype))
 

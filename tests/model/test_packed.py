@@ -33,7 +33,12 @@ pytestmark = pytest.mark.skipif(
 
 
 FBGEMM = "fbgemm-fp16"
-CASES = [(name, dtype) for name, (_, dtypes) in packed.PRODUCTS.items() if packed.runs_here(name) for dtype in dtypes]
+CASES = [
+    (name, dtype)
+    for name, (_, dtypes) in packed.PRODUCTS.items()
+    for dtype in dtypes
+    if packed.runs_here(name) and dtype.is_floating_point
+]
 each_case = pytest.mark.parametrize(("product", "dtype"), CASES, ids=[f"{n}-{str(d)[6:]}" for n, d in CASES])
 
 
@@ -139,11 +144,16 @@ def test_a_product_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose(torch.bfloat16, PLAIN).product == PLAIN, "an argument goes before the environment"
     assert choose(torch.bfloat16, False).product == PLAIN
     assert choose(torch.float32).product == PLAIN, "the variable is about the weights that it fits"
+    monkeypatch.setenv(cpu_weights.VARIABLE, f"{FBGEMM}, fbgemm-int8")
+    assert choose(torch.bfloat16, isa="amx").product == FBGEMM
+    assert choose(torch.int8, isa="amx").product == "fbgemm-int8"
+    monkeypatch.delenv(cpu_weights.VARIABLE)
+    assert choose(torch.int8, FBGEMM).product == choose(torch.int8).product, "what it does not take goes by the table"
     monkeypatch.setenv(cpu_weights.VARIABLE, "mkl")
     for dtype, product, wrong in (
         (torch.bfloat16, "avx9", "'avx9' .* is unknown; use one of plain, fbgemm-fp16"),
         (torch.bfloat16, True, "'mkl' .*says so"),
-        (torch.float32, FBGEMM, "takes weights in bfloat16 and float16, not in float32"),
+        (torch.float32, FBGEMM, "does not take weights in float32; use plain"),
     ):
         with pytest.raises(InputError, match=wrong):
             choose(dtype, product)

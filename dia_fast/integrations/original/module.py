@@ -14,6 +14,7 @@ from dia_fast.model.device import choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
 from dia_fast.utils.ambient import isolated
+from dia_kernels.reference import PackedWeight
 
 
 class Keys(NamedTuple):
@@ -60,7 +61,7 @@ class OriginalModel(DiaModel):
         self.load(checkpoint_of(given, self.config).load(self._place.dtype, self._place.device))
         return Keys([], []) if strict else Keys(missing, unexpected)
 
-    def load(self, weights: Mapping[str, Tensor]) -> "OriginalModel":
+    def load(self, weights: Mapping[str, Tensor | PackedWeight]) -> "OriginalModel":
         """Takes fused weights, as `DiaModel.load` does."""
         if self.packed:  # whose matrices are no tensors
             fresh = DiaModel(self.config, self.ops)

@@ -14,8 +14,8 @@ from dia_kernels.reference.linear import (
     rms_norm_glu,
     rms_norm_linear,
 )
-from dia_kernels.reference.packed import PackedWeight
 from dia_kernels.reference.sampling import philox, sample, sample_weights
+from dia_kernels.reference.weight import PackedWeight
 
 name = "torch"
 

@@ -1,14 +1,14 @@
 """Projections with what surrounds them: RMSNorm before, SiLU gate or residual after.
 
-Shapes: `rows` activations of width `hidden`; weights are `[out_features, in_features]`, tensors or what `pack` made of
-them. What comes out of a packed weight is float32 and rounded once, where it is stored.
+Shapes: `rows` activations of width `hidden`; weights are `[out_features, in_features]`: tensors, in 8 bits
+(`quantized`), or in the layout of a CPU's library (`packed`). The product of those is rounded once, where it is stored.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dia_kernels.reference.packed import PackedWeight
+from dia_kernels.reference.weight import PackedWeight
 
 Weight = Tensor | PackedWeight
 

@@ -6,6 +6,8 @@ Which one a processor should have is the caller's business: `dia_fast.model.cpu_
 
 import functools
 import math
+import threading
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,31 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dia_kernels.reference.quantized import Int8Weight
+from dia_kernels.reference.weight import PackedWeight
+
 _MOST_ROWS = 128  # of one call, at most; more are multiplied in several
 _MAPPED = 10 << 20  # float32 elements that malloc always maps by themselves: freed, they leave no hole in the heap
 _TOP = 15  # a packed weight's largest magnitude is in [2^14, 2^15); fp16 ends just below 2^16
 _ONEDNN_ROWS = (*range(1, 9), 10, 12, 14, 16, 20, 24, 32, 40, 48, 64, 96, _MOST_ROWS)
+_WARNING = threading.Lock()  # filters of warnings belong to the process
+_HIGHEST = 63  # of a byte of activations: 127 * 63 * 2 fits into 16 bits
+_SMALLEST = torch.finfo(torch.float32).tiny  # a row of zeros is divided by it
 _PROBE_FEATURES = 64  # rows of random numbers that a probe repeats to the size of a weight
-
-
-class PackedWeight:
-    """A matrix `[features, hidden]` in the layout of one product."""
-
-    shape: torch.Size
-
-    def linear(self, x: Tensor) -> Tensor:
-        """`x @ weight.T`, summed in float32. A row's bits do not depend on the other rows.
-
-        x: `[rows, hidden]` of a float dtype. Returns `[rows, features]`, in float32 where the product does not round.
-        """
-        raise NotImplementedError
-
-    def unpack(self) -> Tensor:
-        """The matrix `[features, hidden]` in float32, as it is multiplied."""
-        raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({list(self.shape)})"
 
 
 class FbgemmHalf(PackedWeight):
@@ -99,9 +87,53 @@ class OnednnBfloat16(PackedWeight):
         return self._packed.to_dense().float()
 
 
+class FbgemmInt8(PackedWeight):
+    """int8 with a scale for each output channel, for FBGEMM: sums are integers and exact.
+
+    FBGEMM multiplies bytes by bytes. A row of activations is cut into two of them, the second a 126th of the first:
+    together they keep a row to 2^-14 of its largest magnitude. Each is a row of the product. As sums of integers have
+    no order, a row's bits do not depend on the others. 7 bits are used of each byte of activations:
+    with more, processors without VNNI would cut off sums of two products.
+    """
+
+    def __init__(self, weight: Int8Weight) -> None:
+        """weight: on the CPU; it is copied."""
+        self.shape = weight.shape
+        zeros = torch.zeros(weight.shape[0], dtype=torch.int64, device="cpu")
+        with _WARNING, warnings.catch_warnings():  # torch means to drop quantized tensors; the product itself stays
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
+            whole = torch._make_per_channel_quantized_tensor(weight.values, weight.scales.double(), zeros, 0)
+        self._packed: Any = torch.ops.quantized.linear_prepack(whole, None)
+
+    @property
+    def nbytes(self) -> int:
+        """See `PackedWeight.nbytes`."""
+        return self.shape.numel() + 4 * self.shape[0]
+
+    def linear(self, x: Tensor) -> Tensor:
+        """See `PackedWeight.linear`; float32. A row with a NaN or an infinity has no finite result."""
+        rows, wide = x.shape[0], x.float()
+        largest = torch.linalg.vector_norm(wide, torch.inf, dim=1, keepdim=True)
+        parts = torch.empty(2 * rows, x.shape[1], dtype=torch.float32, device="cpu")
+        high, low = parts[:rows], parts[rows:]
+        torch.mul(wide, _HIGHEST / largest.clamp(min=_SMALLEST), out=low)
+        torch.round(low, out=high)
+        low.sub_(high).mul_(2 * _HIGHEST).round_()
+        sums: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            parts, 1.0, _HIGHEST + 1, self._packed
+        )
+        return sums[:rows].add(sums[rows:], alpha=1 / (2 * _HIGHEST)).mul_(largest * (1 / _HIGHEST))
+
+    def unpack(self) -> Tensor:
+        """See `PackedWeight.unpack`."""
+        whole: Tensor = torch.ops.quantized.linear_unpack(self._packed)[0].dequantize()
+        return whole
+
+
 PRODUCTS: dict[str, tuple[type[Any], tuple[torch.dtype, ...]]] = {
     "fbgemm-fp16": (FbgemmHalf, (torch.bfloat16, torch.float16)),
     "onednn-bf16": (OnednnBfloat16, (torch.bfloat16,)),
+    "fbgemm-int8": (FbgemmInt8, (torch.int8,)),
 }
 """For each product that has a layout of its own its class, and the dtypes of the weights that it takes."""
 
@@ -110,17 +142,27 @@ def runs_here(product: str) -> bool:
     """Can this processor, with this torch, run a product of `PRODUCTS`?"""
     if product == "onednn-bf16":
         return _onednn_runs()
+    if product == "fbgemm-int8":
+        return torch.backends.quantized.engine in ("x86", "fbgemm") and _fbgemm_int8_runs()
     return torch.backends.quantized.engine in ("x86", "fbgemm") and bool(row_counts())
 
 
-def pack(weight: Tensor, product: str) -> Tensor | PackedWeight:
-    """Returns the weight of a projection, `[features, hidden]`, in the layout of a product of `PRODUCTS`, as a copy.
+def pack(weight: Tensor | Int8Weight, product: str) -> Tensor | PackedWeight:
+    """Returns a projection's weight, `[features, hidden]`, in the layout of a product of `PRODUCTS`, as a copy.
 
     What the product does not take comes back as it is: other dtypes and devices, and weights with an infinity or a NaN,
     which fp16 would hide.
     """
     kind, dtypes = PRODUCTS[product]
-    if weight.device.type != "cpu" or weight.dtype not in dtypes or weight.ndim != 2 or not weight.numel():
+    if isinstance(weight, Int8Weight):
+        return kind(weight) if torch.int8 in dtypes and weight.values.device.type == "cpu" else weight
+    if (
+        weight.device.type != "cpu"
+        or not weight.is_floating_point()
+        or weight.dtype not in dtypes
+        or weight.ndim != 2
+        or not weight.numel()
+    ):
         return weight
     if not all(math.isfinite(float(extreme)) for extreme in weight.aminmax()):
         return weight
@@ -164,7 +206,7 @@ def _probe(features: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tens
     def numbers(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
 
-    order = torch.randperm(hidden // 2 * 2, generator=generator, device="cpu")
+    order = torch.randperm(hidden // 2 * 2, generator=generator, dtype=torch.int64, device="cpu")
     half, row = numbers(min(features, _PROBE_FEATURES), hidden // 2), numbers(1, hidden // 2)
     some, x = half.new_zeros(half.shape[0], hidden), row.new_zeros(1, hidden)
     some[:, order], x[:, order] = torch.cat([half, -half], 1), torch.cat([row, row], 1)
@@ -195,6 +237,16 @@ def onednn_row_counts(features: int, hidden: int, threads: int) -> tuple[int, ..
     weight, row = _probe(features, hidden, torch.bfloat16)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ONEDNN_ROWS[-1])
     return _alike(lambda x: _onednn(x, packed), row, _ONEDNN_ROWS)
+
+
+@functools.cache
+def _fbgemm_int8_runs() -> bool:
+    try:
+        one = torch.ones(1, 1, dtype=torch.int8, device="cpu")
+        FbgemmInt8(Int8Weight(one, one[0].float())).linear(one.float())
+    except (AttributeError, RuntimeError):  # a torch without the operator, or a processor that FBGEMM does not serve
+        return False
+    return True
 
 
 @functools.cache
