@@ -159,7 +159,7 @@ def report(
     progress: bool = False,
     steps: list[occupancy.Neighbours] | None = None,
 ) -> Iterator[Line]:
-    """Compiles and reads every kernel of the chosen combinations; kernels outside the step once per dtype.
+    """Compile and read every kernel of the chosen combinations; kernels outside the step once per dtype.
 
     steps: gets the pairs of launches of every step.
     """

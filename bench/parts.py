@@ -186,7 +186,7 @@ def without_host(text: str) -> str:
 
 
 def clean(folder: Path, hidden: Mapping[Path, str]) -> None:
-    """Scrubs the files that parts wrote by themselves."""
+    """Scrub the files that parts wrote by themselves."""
     for file in folder.rglob("*"):
         if file.suffix not in (".json", ".md", ".csv") or not file.is_file():
             continue

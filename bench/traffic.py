@@ -129,7 +129,7 @@ class Meter:
         counter.note(access)
 
     def judge(self, rows: int, context: int, kernel: str, counters: "Counts") -> Traffic:
-        """Tells the arguments of a launch apart and adds them up."""
+        """Tell the arguments of a launch apart and add them up."""
         weights = kv = other = again = 0
         minimum, once = self.kv_minimum.get(kernel, 0), True
         for counter in counters.values():

@@ -125,7 +125,7 @@ def write_table(path: Path, chosen: Iterable[tuple[Launch, Config]]) -> Path:
 
 
 def compile_ahead(job: tuple[str, int, str, str]) -> str:
-    """Compiles one op of a step under a table for the GPU at hand, into Triton's cache on disk; returns what failed."""
+    """Compile one op of a step under a table for the GPU at hand, into Triton's cache on disk; return what failed."""
     table, rows, dtype, op = job
     os.environ["DIA_KERNELS_TABLE"] = table
     from dia_fast.diagnostics import launches as steps

@@ -128,7 +128,7 @@ class Dia(OneProcess):
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> "Dia":
-        """Loads a checkpoint in the transformers or the original layout.
+        """Load a checkpoint in the transformers or the original layout.
 
         Args:
             name_or_path: Hub repository (`nari-labs/Dia-1.6B-0626`), folder, file of weights, folder of a LoRA adapter,
@@ -240,7 +240,7 @@ class Dia(OneProcess):
             return self._engine
 
     def close(self) -> None:
-        """Gives the engine's memory back; a later call makes a new one.
+        """Give the engine's memory back; a later call makes a new one.
 
         Whatever other threads are doing with it ends with `dia_fast.engine.Cancelled`.
         """

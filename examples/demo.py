@@ -20,7 +20,7 @@ DIALOGUE = "[S1] Good morning, the red book is in the kitchen. [S2] Thank you, p
 
 
 def main() -> None:
-    """Loads the voice, speaks, and says where the sound is."""
+    """Load the voice, speak, and say where the sound is."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the sounds (%(default)s)")
     out = parser.parse_args().out

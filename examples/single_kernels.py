@@ -190,7 +190,7 @@ OPS: dict[str, Callable[[], Pair]] = {
 
 
 def main() -> None:
-    """Runs the ops that are named, or all."""
+    """Run the ops that are named, or all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help="names of ops; all by default")
     parser.add_argument("--backend", default="inductor", help="of torch.compile (%(default)s)")

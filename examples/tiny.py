@@ -46,7 +46,7 @@ CODEC = CodecConfig(encoder_hidden_size=8, decoder_hidden_size=192)
 
 
 def make_model(folder: Path) -> None:
-    """Writes random weights as a checkpoint that transformers would load too."""
+    """Write random weights as a checkpoint that transformers would load too."""
     generator = torch.Generator().manual_seed(SEED)
     weights = {}
     for name, shape in fused_shapes(MODEL).items():
@@ -58,7 +58,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_voice(path: Path) -> None:
-    """Writes 1.2 seconds of a buzz with a moving pitch: stereo at 22.05 kHz, neither of which the codec takes."""
+    """Write 1.2 seconds of a buzz with a moving pitch: stereo at 22.05 kHz, neither of which the codec takes."""
     rate = 22_050
     seconds = np.arange(int(1.2 * rate)) / rate
     phase = 2 * np.pi * (120 * seconds + 8 * np.sin(2 * np.pi * seconds))
@@ -67,7 +67,7 @@ def make_voice(path: Path) -> None:
 
 
 def make(folder: Path) -> tuple[Path, Path, Path]:
-    """Writes a model with its processor, a codec and a voice; returns their paths."""
+    """Write a model with its processor, a codec and a voice; return their paths."""
     model, codec, voice = folder / "model", folder / "codec", folder / "voice.wav"
     if not voice.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def make(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def save_processor(model: str | os.PathLike[str], codec: str | os.PathLike[str], *, name: str) -> None:
-    """Writes what `AutoProcessor` reads beside a model. name: where the codec will be found."""
+    """Write what `AutoProcessor` reads beside a model. name: where the codec will be found."""
     from transformers import DacModel, DiaFeatureExtractor, DiaProcessor, DiaTokenizer
 
     audio_tokenizer = DacModel.from_pretrained(codec)

@@ -22,7 +22,7 @@ SETTINGS = {"cfg_scale": 3.0, "temperature": 1.8, "top_p": 0.90, "cfg_filter_top
 
 
 def main() -> None:
-    """Runs one of the programs."""
+    """Run one of the programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("program", choices=("simple", "batch", "clone"))
     parser.add_argument("--before", action="store_true", help="with the original package itself")

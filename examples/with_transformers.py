@@ -73,7 +73,7 @@ def train(processor: Any, model: Any, voice: Path) -> str:
 
 
 def main() -> None:
-    """Runs one of the programs."""
+    """Run one of the programs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("program", choices=("generate", "clone", "train"))
     parser.add_argument("--before", action="store_true", help="as it was, without dia-fast")

@@ -57,7 +57,7 @@ def is_inside(module: str, package: str) -> bool:
 
 
 def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """Yields (line, absolute name) of everything imported anywhere in a module, inside functions too."""
+    """Yield (line, absolute name) of everything imported anywhere in a module, inside functions too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)

@@ -182,7 +182,7 @@ def judged(session: Session, benchmark: Any) -> Callable[[str, str, str, list[Ve
 
 @pytest.fixture
 def proceed(session: Session, benchmark: Any) -> Callable[[str, str, str | None], None]:
-    """Skips a benchmark that something stands in the way of, and notes what."""
+    """Skip a benchmark that something stands in the way of, and note what."""
 
     def check(group: str, backend: str, reason: str | None) -> None:
         if reason is None and time.monotonic() > session.deadline:

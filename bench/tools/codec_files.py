@@ -28,7 +28,7 @@ def official_names(codec: Codec) -> dict[str, str]:
 
 
 def save_official(codec: Codec, path: Path, spelling: str, zipped: bool = True) -> Path:
-    """Writes the codec as a .pth file: weight norm "folded", or in its "old" or "parametrization" spelling."""
+    """Write the codec as a .pth file: weight norm "folded", or in its "old" or "parametrization" spelling."""
     ends = {
         "old": (".weight_g", ".weight_v"),
         "parametrization": (".parametrizations.weight.original0", ".parametrizations.weight.original1"),

@@ -26,7 +26,7 @@ SAME = 1e-3  # of full scale: two codecs' rounding, or a file's 16 bits; other c
 
 
 def drive(name: str, place: Path, folder: Path, side: str, environment: dict[str, str]) -> str | None:
-    """Runs a program; returns the last line of its error, or None."""
+    """Run a program; return the last line of its error, or None."""
     command = [sys.executable, "-m", "bench.wrappers.programs", name, str(place), str(folder), "--side", side]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=900)
     (folder / f"{name}-{side}.txt").write_text(done.stdout + done.stderr)

@@ -20,7 +20,7 @@ REVISION = "0" * 40
 
 
 def make(folder: Path, generation: str) -> dict[str, str]:
-    """Makes a hub, a codec, a ComfyUI's folder of models and a voice; returns the environment that leads to them.
+    """Make a hub, a codec, a ComfyUI's folder of models and a voice; return the environment that leads to them.
 
     generation: "first" or "second": what all names stand for. No special code ever has the best logit, since the
     copies of the original differ in how they treat the end, and some forget to mask the others.

@@ -187,7 +187,7 @@ def growing_file(path: str | os.PathLike[str], sample_rate: int) -> Iterator[Cal
 def load_audio(
     path: str | os.PathLike[str], sample_rate: int, *, min_seconds: float = 0.02, max_seconds: float | None = None
 ) -> Samples:
-    """Reads an audio file as mono float32 `[n]` at `sample_rate`: channels are averaged, other rates resampled by soxr.
+    """Read an audio file as mono float32 `[n]` at `sample_rate`: channels are averaged, other rates resampled by soxr.
 
     Raises InputError for a path that is missing, a folder, unreadable, empty, not audio or damaged, for NaN or infinite
     samples, for less than `min_seconds` or more than `max_seconds` of sound. Warns of a file that is cut off.

@@ -81,7 +81,7 @@ def base_of(folder: Path) -> str:
 
 
 def open_adapter(folder: Path, config: DiaConfig) -> Adapter:
-    """Checks an adapter against the configuration of its base.
+    """Check an adapter against the configuration of its base.
 
     Raises:
         CheckpointError: For what is not computed here.

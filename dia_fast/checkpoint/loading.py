@@ -257,7 +257,7 @@ def _checked(
 
 
 def _check_scale(name: str, tensor: StoredTensor, part: TensorSlice | None, scale: StoredTensor | None) -> None:
-    """Raises CheckpointError for a tensor in 8 bits that cannot be read, and for scales of one that is not."""
+    """Raise CheckpointError for a tensor in 8 bits that cannot be read, and for scales of one that is not."""
     if scale is None:
         raise CheckpointError(f"{tensor.path}: tensor {name} is int8, but its scales, {name}{_SCALE}, are missing")
     if tensor.dtype is not torch.int8:

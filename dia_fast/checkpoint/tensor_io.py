@@ -268,7 +268,7 @@ def load_pickle(path: Path) -> Any:
 
 
 def check_stored(tensors: Mapping[Any, Any], path: Path) -> None:
-    """Raises CheckpointError for what is no plain tensor that lies in the file, byte for byte.
+    """Raise CheckpointError for what is no plain tensor that lies in the file, byte for byte.
 
     A pickle can also describe tensors without contents (meta), lists of tensors (nested), and views that repeat the
     same bytes: a file of some hundred bytes may ask for terabytes.

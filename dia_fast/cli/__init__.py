@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status; argparse itself exits with 2 on a wrong option."""
+    """Run one command and return its exit status; argparse itself exits with 2 on a wrong option."""
     try:
         from dia_fast.cli.process import prepared
 

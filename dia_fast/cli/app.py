@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Runs one command, as `dia_fast.cli.main` does for a process that is prepared for it."""
+    """Run one command, as `dia_fast.cli.main` does for a process that is prepared for it."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:

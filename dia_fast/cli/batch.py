@@ -100,7 +100,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks every line first, then loads the model if anything is to be done."""
+    """Check every line first, then load the model if anything is to be done."""
     from dia_fast.generation.inputs import engine_limits
     from dia_fast.jobs.items import Defaults, identity_of, read_items
     from dia_fast.jobs.runner import Batch

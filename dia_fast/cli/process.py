@@ -44,7 +44,7 @@ def prepared() -> Iterator[None]:
 
 
 def drop_output() -> None:
-    """Leads standard output nowhere from now on."""
+    """Lead standard output nowhere from now on."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

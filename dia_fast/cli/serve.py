@@ -140,7 +140,7 @@ def _from_environment(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks the options, opens the port, and loads the model while the server answers already."""
+    """Check the options, open the port, and load the model while the server answers already."""
     try:
         from dia_fast.server.run import serve
     except ImportError as error:

@@ -166,7 +166,7 @@ def add_threads(group: Any) -> None:
 
 
 def set_threads(threads: int | None, parameters: int) -> None:
-    """Sets torch's threads for this process, as `--threads` says or the size of the model."""
+    """Set torch's threads for this process, as `--threads` says or the size of the model."""
     import torch
 
     if threads is not None and threads < 1:
@@ -259,7 +259,7 @@ def transcript(args: argparse.Namespace) -> str:
 
 
 def check_output(output: Path) -> None:
-    """Finds out before the work, not after it, that the file cannot be written. Leaves nothing behind.
+    """Find out before the work, not after it, that the file cannot be written. Leaves nothing behind.
 
     Raises InputError: unknown extension, missing or unwritable folder, a folder of that name.
     """
@@ -273,7 +273,7 @@ def check_output(output: Path) -> None:
 
 
 def check_prompt(prompt: str) -> None:
-    """Finds out that a recording is not there before the model is loaded. Raises InputError."""
+    """Find out that a recording is not there before the model is loaded. Raises InputError."""
     from dia_fast.generation.voices import find_voice
 
     if not os.path.exists(prompt) and find_voice(prompt) is not None:
@@ -287,7 +287,7 @@ def check_prompt(prompt: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks whatever can be checked without the model first, then loads, speaks and writes."""
+    """Check whatever can be checked without the model first, then load, speak and write."""
     args.seed = random_seed() if args.seed in (None, -1) else args.seed
     params_from(args, SamplingParams())
     text = transcript(args)
@@ -331,7 +331,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tell_demo_voice(text: str, *, quiet: bool) -> None:
-    """Says that the demo voice speaks, unless quiet, and warns of words that it cannot say."""
+    """Say that the demo voice speaks, unless quiet, and warn of words that it cannot say."""
     from dia_fast.checkpoint.demo import demo_voice, unknown_words, vocabulary
 
     folder = demo_voice()
@@ -411,7 +411,7 @@ def _speak_at_once(
 
 
 def _lost(outcome: "Outcome | None") -> str:
-    """Says which segments stayed silent."""
+    """Say which segments stayed silent."""
     from dia_fast.generation.outcome import silence
 
     assert outcome is not None
@@ -449,7 +449,7 @@ def _speak_piecewise(
 
 @contextlib.contextmanager
 def samples_to_stdout(header: bytes = b"") -> Iterator[Callable[["Samples"], None]]:
-    """Yields what writes samples to standard output as 16-bit little-endian integers, at once.
+    """Yield what writes samples to standard output as 16-bit little-endian integers, at once.
 
     header: goes before the first.
     """

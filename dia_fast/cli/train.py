@@ -144,7 +144,7 @@ def _add_model(model: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks what can be checked, trains with a progress bar, and says how to listen to the result."""
+    """Check what can be checked, train with a progress bar, and say how to listen to the result."""
     options = {name: value for name, value in vars(args).items() if name in _defaults()}
     if not args.resume:
         if "data" not in options:
@@ -195,7 +195,7 @@ class Watch:
             self._bar.close()
 
     def report(self, line: dict[str, Any], output: Path) -> None:
-        """Shows one line of the log of the run in `output`."""
+        """Show one line of the log of the run in `output`."""
         self.step = line["step"]
         self.loss = line.get("loss", self.loss)
         self.eval_loss = line.get("eval_loss", self.eval_loss)

@@ -145,7 +145,7 @@ def random_model(config: DiaConfig, ops: Any, dtype: torch.dtype, device: torch.
 
 
 def check_running(kernels: Any, dtype: torch.dtype, device: torch.device, *, full_width: bool) -> list[Verdict]:
-    """Speaks a few rows on both op sets; at the width of Dia-1.6B, or with small tensors for an interpreter."""
+    """Speak a few rows on both op sets; at the width of Dia-1.6B, or with small tensors for an interpreter."""
     ops = ComparingOps(kernels)
     config = DiaConfig()
     frames, rows = 300, 40
@@ -217,7 +217,7 @@ def check_model(checkpoint: Checkpoint, codec: str, dtype: torch.dtype, device: 
 
 
 def check_compiling(targets: Sequence[str], dtype: torch.dtype) -> list[Verdict]:
-    """Compiles every kernel at the shapes of Dia-1.6B for GPUs that need not be here. Needs Triton, uninterpreted."""
+    """Compile every kernel at the shapes of Dia-1.6B for GPUs that need not be here. Needs Triton, uninterpreted."""
     from dia_fast.diagnostics import launches
     from dia_kernels import aot as ahead
     from dia_kernels import triton as kernels

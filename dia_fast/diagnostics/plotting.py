@@ -37,7 +37,7 @@ THEMES = (LIGHT, DARK)
 
 
 def require_matplotlib() -> None:
-    """Raises InputError, saying what to install, if there is no matplotlib."""
+    """Raise InputError, saying what to install, if there is no matplotlib."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -47,7 +47,7 @@ def require_matplotlib() -> None:
 def save_figure(
     draw: Draw, folder: Path, name: str, *, title: str = "", note: str = "", size: tuple[float, float] = (8.0, 4.5)
 ) -> list[Path]:
-    """Draws once per theme and writes `NAME-light.png`, `NAME-light.svg`, `NAME-dark.png` and `NAME-dark.svg`.
+    """Draw once per theme and write `NAME-light.png`, `NAME-light.svg`, `NAME-dark.png` and `NAME-dark.svg`.
 
     folder: made if it is not there. title: above the axes; note: small, below them, for what must not get lost when the
     picture is passed on alone. size: inches; PNG files have 144 dots per inch. Returns the paths. Raises InputError if

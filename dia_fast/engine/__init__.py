@@ -37,7 +37,7 @@ Progress = Callable[[int], None]
 def generate(
     model: DiaModel, requests: Sequence[Request], *, progress: Progress | None = None, engine: Engine | None = None
 ) -> list[Generation]:
-    """Speaks all requests as one batch, up to 32 at a time.
+    """Speak all requests as one batch, up to 32 at a time.
 
     Args:
         model: With its weights loaded.

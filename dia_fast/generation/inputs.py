@@ -40,7 +40,7 @@ _POWERS = ("", "K", "M", "G", "T")  # of 1000, or of 1024 as in KiB
 
 
 def check_codec(codec: object) -> None:
-    """Raises InputError unless it is the name or path of a codec, a loaded one, or None."""
+    """Raise InputError unless it is the name or path of a codec, a loaded one, or None."""
     if codec is None or isinstance(codec, str | os.PathLike):
         return
     from dia_fast.audio.codec import Codec
@@ -67,7 +67,7 @@ def texts_of(text: Texts) -> list[str | bytes]:
 
 
 def one_text(text: str | bytes) -> str | bytes:
-    """Raises InputError for a list of texts."""
+    """Raise InputError for a list of texts."""
     if is_list(text):
         raise InputError("text is a list, and a stream speaks one text: start one for each, in threads or with astream")
     return text

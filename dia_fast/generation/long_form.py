@@ -164,7 +164,7 @@ class Script:
         return index, make_request(ids, seed, prompt, self.params)
 
     def take(self, index: int, spoken: Generation) -> None:
-        """Keeps what became of a segment, or has it tried again."""
+        """Keep what became of a segment, or have it tried again."""
         silent, tried = not len(spoken.frames), len(self.seeds[index])
         if silent and tried <= self.params.retries and not self.params.greedy:
             self._again.append(index)
@@ -275,7 +275,7 @@ class Script:
 def speak_all(
     engine: Engine, scripts: Iterable[Script], at_once: int, stepped: Callable[[], None] | None = None
 ) -> Generator[Script, None, None]:
-    """Speaks scripts, and yields each when it is done or has failed, in that order.
+    """Speak scripts, and yield each when it is done or has failed, in that order.
 
     Args:
         scripts: Taken one by one, only when there is room.
@@ -317,7 +317,7 @@ def _fill(
     begun: list[Script],
     in_flight: list[tuple[Handle, Script, int]],
 ) -> None:
-    """Submits what can start: first of the scripts that have begun, in their order, then of new ones."""
+    """Submit what can start: first of the scripts that have begun, in their order, then of new ones."""
     for script in begun:
         _submit(engine, script, at_once, in_flight)
     while len(in_flight) < at_once:
@@ -379,7 +379,7 @@ def make_scripts(
 
 
 def speak_scripts(engine: Engine, scripts: Sequence[Script], progress: Progress) -> None:
-    """Speaks all scripts at once. Warns of what there is to remark.
+    """Speak all scripts at once. Warns of what there is to remark.
 
     Args:
         progress: As in `Dia.generate`; a bar counts segments too. Raises what ended one of the scripts.
@@ -406,7 +406,7 @@ def speak_scripts(engine: Engine, scripts: Sequence[Script], progress: Progress)
 
 
 def warn_of(script: Script, first: int = 0, which: str = "") -> int:
-    """Warns of a script's remarks from the `first` on; returns how many there are.
+    """Warn of a script's remarks from the `first` on; return how many there are.
 
     Args:
         which: Goes before each.

@@ -40,7 +40,7 @@ _AT_ONCE = 2  # segments of a stream: the one that is heard, and the next
 
 
 def checked_seconds(name: str, value: Any) -> float:
-    """Raises InputError unless it is a positive number."""
+    """Raise InputError unless it is a positive number."""
     seconds = real_number(name, value)
     if not 0 < seconds < math.inf:
         raise InputError(f"{name} must be a number above 0, such as 0.5, not {shown(value)}")
@@ -115,7 +115,7 @@ def stream(
     first_chunk_seconds: float = FIRST_CHUNK_SECONDS,
     progress: Progress = False,
 ) -> Generator[Audio, None, None]:
-    """Speaks a script chunk by chunk. However the generator ends, nothing of it is left in the engine."""
+    """Speak a script chunk by chunk. However the generator ends, nothing of it is left in the engine."""
     count = len(script.segments)
     chunks, segments = Chunks(codec, chunk_seconds, first_chunk_seconds, count), Segments(engine, script)
     told = warn_of(script)
@@ -205,7 +205,7 @@ class Segments:
         return self._handles[self.heard]
 
     def fill(self) -> None:
-        """Submits the segments that can start."""
+        """Submit the segments that can start."""
         while len(self._running) < _AT_ONCE and (ready := self.script.next_request()) is not None:
             index, request = ready
             handle = self.engine.submit(request, stream=True)
@@ -218,7 +218,7 @@ class Segments:
                 return
 
     def land(self) -> bool:
-        """Takes the segments that have ended; False if the one that is heard is to be tried again.
+        """Take the segments that have ended; False if the one that is heard is to be tried again.
 
         Raises what ended one of them.
         """
@@ -228,7 +228,7 @@ class Segments:
         return self.script.frames[self.heard] is not None
 
     def withdraw(self) -> None:
-        """Cancels whatever is on its way, and what is submitted from now on."""
+        """Cancel whatever is on its way, and what is submitted from now on."""
         with self._lock:
             self._withdrawn = True
             handles = list(self._handles.values())
@@ -371,7 +371,7 @@ class _Pump:
         self._steps: asyncio.Task[None] | None = None
 
     async def wait(self, engine: Engine, handle: Handle, frames: int) -> None:
-        """Returns when so many frames are complete, or nothing more will come."""
+        """Return when so many frames are complete, or nothing more will come."""
         self._waiting[handle] = frames
         try:
             while not _is_there(handle, frames):
@@ -388,7 +388,7 @@ class _Pump:
             self._steps = None
 
     def _advance(self, engine: Engine) -> None:
-        """Goes on until one of those that wait, the ones that have joined meanwhile included, has what it needs."""
+        """Go on until one of those that wait, the ones that have joined meanwhile included, has what it needs."""
         while (waiting := self._waiting.copy()) and not any(_is_there(*item) for item in waiting.items()):
             engine.advance()
 

@@ -90,7 +90,7 @@ class Manifest:
         self._file.close()
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Adds an entry; it is on the disk afterwards."""
+        """Add an entry; it is on the disk afterwards."""
         assert self._file is not None
         if entry["status"] == "done":
             self._done[entry["id"]] = entry
@@ -105,7 +105,7 @@ class Manifest:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from error
 
     def sort(self, items: Iterable[tuple[int, str | None]]) -> None:
-        """Rewrites the file: one line for each item, by (line, id), in this order, then what earlier inputs left."""
+        """Rewrite the file: one line for each item, by (line, id), in this order, then what earlier inputs left."""
         entries = []
         rest = dict(self._done)
         for line, identity in items:

@@ -161,7 +161,7 @@ class Batch:
         return totals
 
     def _entry(self, item: Item, spoken: "Spoken") -> dict[str, Any]:
-        """Writes the sound of an item; returns its entry."""
+        """Write the sound of an item; return its entry."""
         if spoken.outcome is None:
             return failed_entry(item.line, item.id, spoken.error)
         if not len(spoken.samples):
@@ -260,7 +260,7 @@ def _said(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other batches out of it. Raises InputError."""
+    """Make the folder, and keep other batches out of it. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

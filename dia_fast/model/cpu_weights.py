@@ -124,7 +124,7 @@ def _known(name: str, source: str) -> str:
 
 
 def check_product(product: bool | str, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises InputError for a `pack` that `DiaModel.pack` could not follow: before weights are loaded."""
+    """Raise InputError for a `pack` that `DiaModel.pack` could not follow: before weights are loaded."""
     if not isinstance(product, bool | str):
         raise InputError(f"pack must be True, False or the name of a CPU product, not {shown(product)}")
     if device.type == "cpu":
@@ -134,7 +134,7 @@ def check_product(product: bool | str, dtype: torch.dtype, device: torch.device)
 
 
 def pack_matrices(model: nn.Module, product: bool | str, show_progress: bool) -> bool:
-    """Replaces every matrix that is multiplied by its layout for a product (see `choose`); has any changed?
+    """Replace every matrix that is multiplied by its layout for a product (see `choose`); has any changed?
 
     A matrix is let go as soon as it is replaced, so that memory stays at one copy and what is in work.
     """
@@ -174,7 +174,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def set_matrix(module: nn.Module, name: str, weight: PackedWeight) -> None:
-    """Puts a matrix that is no tensor where a parameter was; tensors are no longer read from or put into the module."""
+    """Put a matrix that is no tensor where a parameter was; tensors are no longer read from or put into the module."""
     if name in module._parameters:
         delattr(module, name)
         module.register_state_dict_pre_hook(_refuse_state_dict)
@@ -191,7 +191,7 @@ def _dtype(weight: Any) -> torch.dtype:
 
 
 def refuse_packed(what: str) -> None:
-    """Raises InputError: a packed model has no tensors to do that with."""
+    """Raise InputError: a packed model has no tensors to do that with."""
     raise InputError(
         f"the model is packed for inference and its matrices cannot be {what}: load it again with pack=False (for "
         "weights in 8 bits: with weights='float' as well), or do not call DiaModel.pack"

@@ -108,7 +108,7 @@ class DiaModel(OneProcess, nn.Module):
 
     @isolated()
     def load(self, weights: Mapping[str, Tensor | PackedWeight]) -> "DiaModel":
-        """Takes the fused weights as they are, without a copy, and computes what follows from them.
+        """Take the fused weights as they are, without a copy, and compute what follows from them.
 
         Matrices in 8 bits (`Int8Weight`) are for inference alone: afterwards the model is as a packed one, see `pack`.
         """
@@ -144,7 +144,7 @@ class DiaModel(OneProcess, nn.Module):
 
     @isolated()
     def pack(self, product: bool | str = True, *, progress: bool = False) -> "DiaModel":
-        """Lays the matrices out as this processor multiplies them fastest, where that is another way than they lie.
+        """Lay the matrices out as this processor multiplies them fastest, where that is another way than they lie.
 
         On an x86 CPU 16-bit inference needs it to be fast; on a GPU, and under other ops than torch's, nothing is done.
         Afterwards the matrices are no tensors any more: the model only infers, `state_dict`, `load`, `finalize`, `to`
@@ -182,7 +182,7 @@ class DiaModel(OneProcess, nn.Module):
 
     @isolated()
     def finalize(self) -> None:
-        """Computes the rotation tables and the unconditional constants; call it when the weights have changed.
+        """Compute the rotation tables and the unconditional constants; call it when the weights have changed.
 
         The constants are computed in float32 and rounded once: an error in them would push every step the same way.
         """
@@ -199,7 +199,7 @@ class DiaModel(OneProcess, nn.Module):
 
     @isolated()
     def finalize_constants(self) -> None:
-        """Computes the unconditional constants, in place, so that captured steps read the new ones."""
+        """Compute the unconditional constants, in place, so that captured steps read the new ones."""
         if self.packed:
             refuse_packed("read as tensors")
         memory = self._encode([0], torch.float32)
@@ -394,7 +394,7 @@ class DiaModel(OneProcess, nn.Module):
         continues: bool = False,
         causal: bool = False,
     ) -> None:
-        """Adds self-attention to the packed sequences of `x`, `[n, hidden]`, in place; stores k and v in `past`.
+        """Add self-attention to the packed sequences of `x`, `[n, hidden]`, in place; store k and v in `past`.
 
         continues: tokens before those of `x` are in `past` and are attended to as well.
         """
@@ -414,7 +414,7 @@ class DiaModel(OneProcess, nn.Module):
         x += _linear(attended, layer.o)
 
     def _mlp(self, x: Tensor, layer: EncoderLayer, eps: float) -> None:
-        """Adds the MLP to `x`, `[n, hidden]`, in place."""
+        """Add the MLP to `x`, `[n, hidden]`, in place."""
         both = _linear(self._normed(x, layer.mlp_norm, eps), layer.gate_up)
         x += _linear(self.ops.glu(both, both.new_empty(x.shape[0], both.shape[1] // 2)), layer.down)
 
@@ -467,7 +467,7 @@ def _below(shapes: Shapes, prefix: str) -> dict[str, tuple[int, ...]]:
 
 
 def _keep(module: nn.Module, name: str, value: Tensor) -> None:
-    """Stores a derived value, at its old address if there is one."""
+    """Store a derived value, at its old address if there is one."""
     there = module._buffers.get(name)
     if there is None or (there.shape, there.dtype, there.device) != (value.shape, value.dtype, value.device):
         module.register_buffer(name, value, persistent=False)

@@ -10,7 +10,7 @@ _MLP = ("gate_up", "down", "head")
 
 
 def check_weights(weights: str | None) -> None:
-    """Raises InputError for a name that is none of `WEIGHTS`; None stands for what a checkpoint holds."""
+    """Raise InputError for a name that is none of `WEIGHTS`; None stands for what a checkpoint holds."""
     if weights is not None and (not isinstance(weights, str) or weights not in WEIGHTS):
         raise InputError(f"weights {shown(weights)} is unknown; use one of {', '.join(WEIGHTS)}")
 

@@ -47,7 +47,7 @@ class Driver:
         self._thread.start()
 
     async def submit(self, request: Request, ended: Callable[[], None]) -> Handle:
-        """Submit a request whose frames will be read; `ended` is called in the loop when it holds no slot any more.
+        """Submit a request whose frames will be read; `ended` is called in the loop when it has left the engine.
 
         Raises:
             InputError, OutOfPages: The engine does not take it. `ended` is not called then.

@@ -1,4 +1,4 @@
-"""Slots of the engine and those who wait for one, counted in the event loop: no lock, no step to wait for."""
+"""Turns in the engine and those who wait for one, counted in the event loop: no lock, no step to wait for."""
 
 import asyncio
 import math
@@ -12,7 +12,7 @@ _RECENT = 64  # ends of requests that the rate is taken from
 
 
 class Gate:
-    """Hands out the slots of an engine, first come, first served; a text that goes on comes before one that begins.
+    """Hands out the turns in an engine, first come, first served; a text that goes on comes before one that begins.
 
     Args:
         capacity: Most sequences at once.
@@ -22,7 +22,7 @@ class Gate:
     def __init__(self, capacity: int, max_queue: int) -> None:
         self.capacity, self.free, self.max_queue = capacity, capacity, max_queue
         self.waiting = 0
-        """Requests that were let in and have had no slot yet."""
+        """Requests that were let in and have had no turn yet."""
         self._first: deque[asyncio.Future[None]] = deque()
         self._others: deque[asyncio.Future[None]] = deque()
         self._ends: deque[float] = deque(maxlen=_RECENT)
@@ -45,7 +45,7 @@ class Gate:
         return max(1, min(60, math.ceil(self.waiting * seconds / len(self._ends))))
 
     async def acquire(self, *, goes_on: bool) -> Callable[[], None]:
-        """Wait for a slot; returns the function that gives it back, which may be called more than once."""
+        """Wait for a turn; return the function that gives it back, which may be called more than once."""
         if self.free and not (self._first or self._others):
             self.free -= 1
         else:

@@ -62,7 +62,7 @@ class Workshop:
 class Speech:
     """Speaks a plan in a task of its own. Iterate over it for the bytes; `cancel` ends it before.
 
-    At most `slow_seconds` of sound are made ahead of the reader. Then it waits, and its slot is free as soon as the
+    At most `slow_seconds` of sound are made ahead of the reader. Then it waits, and its turn ends as soon as the
     segment under way has been generated.
     """
 
@@ -102,7 +102,7 @@ class Speech:
         return data
 
     def cancel(self) -> None:
-        """End it and free its slot."""
+        """End it and its turn."""
         self.task.cancel()
 
     @property

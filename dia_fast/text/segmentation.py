@@ -233,7 +233,7 @@ def _breaks(words: str, together: list[tuple[int, int]]) -> Iterator[tuple[int, 
 def _letter_cuts(
     words: str, start: int, end: int, together: list[tuple[int, int]], limit: _Limit
 ) -> Iterator[tuple[int, int]]:
-    """Cuts of one endless word: as late as possible, between characters as a reader sees them if there are any."""
+    """Cut of one endless word: as late as possible, between characters as a reader sees them if there are any."""
     end = start + len(words[start:end].rstrip())  # a space alone is no segment
     sounds = {index for first, last in together for index in range(first + 1, last)}
     while not limit.holds(words[start:end]):

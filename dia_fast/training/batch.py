@@ -63,7 +63,7 @@ def longest_speech(config: DiaConfig) -> int:
 
 
 def check_example(example: Example, config: DiaConfig) -> None:
-    """Raises InputError if the model cannot learn from an example, saying what is wrong with it."""
+    """Raise InputError if the model cannot learn from an example, saying what is wrong with it."""
     decoder, codes = config.decoder, example.codes
     longest = longest_speech(config)
     if not 1 <= len(example.text) <= config.encoder.max_position_embeddings:
@@ -127,7 +127,7 @@ def build_batch(examples: Sequence[Example], config: DiaConfig) -> Batch:
 
 @isolated()
 def drop_conditions(batch: Batch, probability: float, generator: torch.Generator) -> Batch:
-    """Takes the text from some items, each with `probability`, so that the model learns what guidance starts from.
+    """Take the text from some items, each with `probability`, so that the model learns what guidance starts from.
 
     An item without its text reads zeros, as many as the text has bytes: what the unconditional branch of guidance
     reads.
@@ -143,7 +143,7 @@ def drop_conditions(batch: Batch, probability: float, generator: torch.Generator
 
 @isolated()
 def disturb_codes(batch: Batch, probability: float, config: DiaConfig, generator: torch.Generator) -> Batch:
-    """Puts a random code in the place of some of those that the decoder reads, each with `probability`.
+    """Put a random code in the place of some of those that the decoder reads, each with `probability`.
 
     The labels stay, so that the model learns to go on after a code that it would better not have sampled. BOS, EOS and
     PAD stay, too.

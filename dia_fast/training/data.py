@@ -84,7 +84,7 @@ def load_dataset(
     skip_bad: bool = False,
     hidden: bool = False,
 ) -> Dataset:
-    """Checks and encodes recordings.
+    """Check and encode recordings.
 
     Args:
         skip_bad: Leave such recordings out with a warning; only if all are bad it is an error.
@@ -114,7 +114,7 @@ def load_dataset(
 
 
 def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Divides into `(training, held out)`: at least one example is held out unless share is 0 or there is only one."""
+    """Divide into `(training, held out)`: at least one example is held out unless share is 0 or there is only one."""
     count = 0 if share == 0 or len(dataset) < 2 else min(max(1, round(share * len(dataset))), len(dataset) - 1)
     order = permutation(len(dataset), seed, "held out")
     held_out = set(order[:count])
@@ -125,7 +125,7 @@ def split(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def drawn(count: int, first: int, last: int, seed: int) -> list[int]:
-    """Draws `first` to `last` (exclusive) of an endless sequence over `count` examples, shuffled anew in each epoch.
+    """Draw `first` to `last` (exclusive) of an endless sequence over `count` examples, shuffled anew in each epoch.
 
     A pure function of its arguments: a run that is resumed draws on as if nothing had happened.
     """

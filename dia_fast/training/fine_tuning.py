@@ -41,7 +41,7 @@ def finetune(
     quiet: bool = True,
     report: Callable[[dict[str, Any]], None] = lambda line: None,
 ) -> Path:
-    """Trains and writes `output/model`, a checkpoint in the layout of transformers; returns its path.
+    """Train and write `output/model`, a checkpoint in the layout of transformers; return its path.
 
     Args:
         output: A new folder, or with `resume` that of a run that was interrupted.

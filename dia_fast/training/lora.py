@@ -51,7 +51,7 @@ def make_adapters(config: DiaConfig, targets: tuple[str, ...], rank: int, alpha:
 
 
 def save_adapters(folder: Path, config: DiaConfig, adapters: Mapping[str, LoRA], base: str) -> None:
-    """Writes `adapter_model.safetensors` and `adapter_config.json` as PEFT does.
+    """Write `adapter_model.safetensors` and `adapter_config.json` as PEFT does.
 
     Args:
         base: The checkpoint adapted.

@@ -8,7 +8,7 @@ from dia_fast.utils.files import replacing
 
 
 def plot_losses(lines: Iterable[Mapping[str, Any]], path: Path) -> bool:
-    """Draws loss over steps, in training and held out, to a PNG file; returns False if matplotlib is not installed."""
+    """Draw loss over steps, in training and held out, to a PNG file; return False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -94,7 +94,7 @@ class Run:
         return self.folder / "model"
 
     def begin(self, digest: str) -> None:
-        """Fixes the data of a new run, or checks that they are still the same; removes what a killed run left.
+        """Fix the data of a new run, or check that they are still the same; remove what a killed run left.
 
         Raises:
             InputError: If the data have changed, or if the folder cannot be written.
@@ -118,7 +118,7 @@ class Run:
         self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Appends one line, after `begin`."""
+        """Append one line, after `begin`."""
         assert self._log is not None
         try:
             self._log.write(json.dumps(line) + "\n")
@@ -139,7 +139,7 @@ class Run:
             yield entry
 
     def save(self, step: int, weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-        """Writes the state after a step and removes the oldest ones beyond `options.keep`."""
+        """Write the state after a step and remove the oldest ones beyond `options.keep`."""
         if self._log is not None:
             try:
                 os.fsync(self._log.fileno())
@@ -167,7 +167,7 @@ class Run:
         return state
 
     def close(self) -> None:
-        """Closes the log."""
+        """Close the log."""
         if self._log is not None:
             with contextlib.suppress(OSError):  # `log` has flushed every line, or said that it could not
                 self._log.close()

@@ -41,7 +41,7 @@ class Trainer:
     def __init__(
         self, checkpoint: Checkpoint, options: TrainOptions, device: torch.device, backend: str = "auto"
     ) -> None:
-        """Loads the checkpoint onto the device: float32 if its weights are trained, else in the options' dtype."""
+        """Load the checkpoint onto the device: float32 if its weights are trained, else in the options' dtype."""
         self.options, self.device, self.config = options, device, checkpoint.config
         self.dtype = DTYPES[options.dtype]
         ops = choose_ops(backend, device)
@@ -65,7 +65,7 @@ class Trainer:
     @isolated(grad=True)
     @torch.enable_grad()
     def step(self, number: int, dataset: Dataset) -> dict[str, Any]:
-        """Takes one step, counted from 1; returns its line of the log.
+        """Take one step, counted from 1; return its line of the log.
 
         Raises:
             NumericError: If the loss is no number.
@@ -86,7 +86,7 @@ class Trainer:
         }
 
     def _gradient(self, number: int, dataset: Dataset) -> tuple[float, float, int, list[float]]:
-        """Computes the gradient of a step; returns loss, norm, labels, and the loss by channel. Raises NumericError."""
+        """Compute the gradient of a step; return loss, norm, labels, and the loss by channel. Raises NumericError."""
         batches = [batch.to(self.device) for batch in self._batches(number, dataset.examples)]
         weight = sum((batch.counts() * self.channel_weights).sum() for batch in batches)
         self.optimizer.zero_grad(set_to_none=True)
@@ -125,7 +125,7 @@ class Trainer:
     @isolated(grad=True)
     @torch.enable_grad()
     def check(self, number: int, dataset: Dataset, *, thoroughly: bool) -> None:
-        """Raises NumericError if a step has left weights that are no numbers, which only the next one would see.
+        """Raise NumericError if a step has left weights that are no numbers, which only the next one would see.
 
         thoroughly: compute that one's gradient, too, and throw it away: for the last step.
         """
@@ -145,7 +145,7 @@ class Trainer:
 
     @isolated()
     def restore(self, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-        """Takes up a state.
+        """Take up a state.
 
         Raises:
             InputError: If it is of another model.
@@ -199,7 +199,7 @@ class Trainer:
 def train_steps(
     trainer: Trainer, run: Run, training: Dataset, held_out: Dataset, report: Report = lambda line: None
 ) -> None:
-    """Takes the steps that are left of a run, logs, evaluates and saves.
+    """Take the steps that are left of a run, log, evaluate and save.
 
     Args:
         report: Called with every line of the log. Ctrl-C and SIGTERM end it after the current step with a saved state
@@ -237,7 +237,7 @@ def _alike(examples: Sequence[Example], size: int) -> list[list[Example]]:
 
 @contextlib.contextmanager
 def _stopping() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into an answer to the function it yields; the second Ctrl-C works as ever."""
+    """Turn the first Ctrl-C or SIGTERM into an answer to the function it yields; the second Ctrl-C works as ever."""
     asked: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -257,7 +257,7 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """Asks torch for kernels on a GPU that give the same bits every time, where it has such; a CPU's do anyway."""
+    """Ask torch for kernels on a GPU that give the same bits every time, where it has such; a CPU's do anyway."""
     if device.type != "cuda":
         yield
         return

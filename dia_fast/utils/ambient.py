@@ -92,7 +92,7 @@ def exact_convolutions() -> Iterator[None]:
 
 
 def _switch_tf32_off() -> Callable[[], None]:
-    """Returns what puts the caller's choice back."""
+    """Return what puts the caller's choice back."""
     backend: Any = torch.backends.cudnn
     try:
         allowed = backend.allow_tf32

@@ -218,7 +218,7 @@ class NotingFile:
         return len(data) if self._error is None else 0
 
     def check(self) -> None:
-        """Raises what a write has raised."""
+        """Raise what a write has raised."""
         if self._error is not None:
             raise self._error
 
@@ -274,13 +274,13 @@ class _Signals:
             raise _Terminated
 
     def release(self) -> None:
-        """Raises those that came before, while others wait; from here on signals are raised."""
+        """Raise those that came before, while others wait; from here on signals are raised."""
         while self._waiting:
             self._pass_on(self._waiting.pop(0), None)
         self.held = False
 
     def restore(self) -> None:
-        """Gives the handlers back, and the signals that waited to them."""
+        """Give the handlers back, and the signals that waited to them."""
         for number, before in self._before.items():
             with contextlib.suppress(ValueError):  # another thread ends what the main one began
                 if signal.getsignal(number) == self._handle:
@@ -401,7 +401,7 @@ class _Temporary:
         raise NotImplementedError
 
     def _commit(self) -> None:
-        """Moves the result into place."""
+        """Move the result into place."""
         raise NotImplementedError
 
     def _said(self, error: OSError) -> Exception:
@@ -491,7 +491,7 @@ class replacing_folder(_Temporary):
 
 
 def _fill(target: Path, source: Path) -> None:
-    """Writes the contents of one file into another that has several names; room is made before the old are touched."""
+    """Write the contents of one file into another that has several names; room is made before the old are touched."""
     size = source.stat().st_size
     with open(source, "rb") as new, open(target, "rb+") as file:
         before = os.fstat(file.fileno()).st_size
@@ -525,7 +525,7 @@ def _name() -> str:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a folder, as far as that is possible."""
+    """Remove a file or a folder, as far as that is possible."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

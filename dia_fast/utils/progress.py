@@ -39,7 +39,7 @@ class StepBar:
             self._bar.refresh()
 
     def segments(self, done: int, count: int, total: int) -> None:
-        """Shows how many of `count` segments of a script are done.
+        """Show how many of `count` segments of a script are done.
 
         Args:
             total: Steps expected of all.
@@ -99,7 +99,7 @@ class ItemBar:
         self._bar.update(1)
 
     def tell(self, message: str) -> None:
-        """Prints above the bar."""
+        """Print above the bar."""
         self._bar.write(message, file=sys.stderr)
 
     def __exit__(

@@ -47,7 +47,7 @@ ON_CPU: dict[str, Any] = {
 
 
 def python(*arguments: str | Path) -> None:
-    """Runs a module in a process of its own; stops everything if it fails."""
+    """Run a module in a process of its own; stop everything if it fails."""
     subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True, cwd=ROOT)
 
 

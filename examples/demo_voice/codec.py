@@ -187,7 +187,7 @@ class Codebooks:
 
     @torch.no_grad()
     def revive(self, z: Tensor) -> None:
-        """Puts latents of `z`, `[n, hidden]`, where codewords are hardly used."""
+        """Put latents of `z`, `[n, hidden]`, where codewords are hardly used."""
         left = z
         for index, stage in enumerate(self.stages):
             rare = (self.counts[index] < 0.03 * self.counts[index].mean()).nonzero()[:, 0]
@@ -248,7 +248,7 @@ def load(folder: Path) -> Tensor:
 
 
 def train(recordings: Path, output: Path, plan: Plan) -> None:
-    """Trains and writes the codec in the layout of transformers, now and then and at the end."""
+    """Train and write the codec in the layout of transformers, now and then and at the end."""
     torch.manual_seed(plan.seed)
     generator = torch.Generator().manual_seed(plan.seed)
     sound = load(recordings).to(plan.device)

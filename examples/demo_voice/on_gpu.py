@@ -67,7 +67,7 @@ class Data:
     def __init__(
         self, examples: Sequence[Example], config: DiaConfig, device: torch.device, heights: Sequence[int] = HEIGHTS
     ) -> None:
-        """Raises InputError if an example is longer than the largest of heights."""
+        """Raise InputError if an example is longer than the largest of heights."""
         decoder, delay = config.decoder, config.delay_pattern
         self.config, self.device, self.heights = config, device, heights
         self.rows = np.array([len(example.codes) + 1 + max(delay) for example in examples])
@@ -205,7 +205,7 @@ class Training:
         self._stream = torch.cuda.Stream() if self.on_gpu else None
 
     def step(self, number: int) -> None:
-        """Takes a step, counted from 1."""
+        """Take a step, counted from 1."""
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             height, items = next(self._batches)
             self.items.copy_(items)
@@ -264,7 +264,7 @@ class Training:
         return losses
 
     def capture(self) -> None:
-        """Makes the graph of each height; leaves weights and the optimizer as they were. Needs a GPU."""
+        """Make the graph of each height; leave weights and the optimizer as they were. Needs a GPU."""
         self.items.copy_(torch.arange(len(self.items)))
         torch.cuda.synchronize()
         pool = None
@@ -309,7 +309,7 @@ class Training:
 
 
 def train(options: TrainOptions, cache: Path, output: Path, device: torch.device) -> Path:
-    """Trains as the options say and writes a checkpoint in the layout of transformers; returns its folder, `output`.
+    """Train as the options say and write a checkpoint in the layout of transformers; return its folder, `output`.
 
     options: those of `dia-fast train`, without LoRA and accumulation; something must be held out. cache: the folder
     of codes.

@@ -104,7 +104,7 @@ def _make(task: tuple[Path, list[tuple[int, Line]], int]) -> int:
 
 
 def record(folder: Path, recordings: Sequence[Line], seed: int, workers: int = 2) -> None:
-    """Writes all recordings and their list. Which sounds come out depends on the seed and on nothing else."""
+    """Write all recordings and their list. Which sounds come out depends on the seed and on nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     numbered = list(enumerate(recordings))
     shares = [(folder, numbered[start : start + 50], seed + start) for start in range(0, len(numbered), 50)]

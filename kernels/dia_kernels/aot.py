@@ -86,7 +86,7 @@ def gpu_target(name: str) -> GPUTarget:
 
 @contextmanager
 def compiling(target: str) -> Iterator[list[Compiled]]:
-    """Compiles every launch within for `target` instead of running it; yields the list that they are put in.
+    """Compile every launch within for `target` instead of running it; yield the list that they are put in.
 
     Raises RuntimeError where Triton interprets, and whatever Triton raises for a kernel that does not compile.
     """

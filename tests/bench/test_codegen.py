@@ -27,14 +27,14 @@ PAIRS = [
 
 
 def in_a_process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python where Triton compiles: this process may interpret kernels."""
+    """Run Python where Triton compiles: this process may interpret kernels."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DIA_KERNELS_TABLE")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
     return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def compile_for(target: str, tmp_path: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
-    """Runs the report; the result and its lines."""
+    """Run the report; the result and its lines."""
     report = tmp_path / "report.json"
     run = in_a_process(tmp_path, "-m", "bench.codegen", "--targets", target, "--json", str(report), *options)
     return run, json.loads(report.read_text())["lines"] if report.exists() else []

@@ -33,7 +33,7 @@ def python(name: str, code: str, limit: float = 30.0, **more: Any) -> Part:
 
 
 def report_of(folder: Path, given: Sequence[Part], budget: float = 100.0) -> tuple[int, dict[str, Any], str]:
-    """Runs parts; returns the exit status, report.json and report.md."""
+    """Run parts; return the exit status, report.json and report.md."""
     report = Report(folder, given, FACTS)
     report.begin()
     status = gpu.run(given, report, budget)

@@ -181,7 +181,7 @@ def test_what_it_does_not_know_is_refused() -> None:
 
 
 def check(tmp_path: Path, *options: str, table: dict | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the check in a process of its own, since this one may interpret kernels."""
+    """Run the check in a process of its own, since this one may interpret kernels."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DIA_KERNELS_TABLE")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
     if table:

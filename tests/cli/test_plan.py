@@ -292,7 +292,7 @@ def test_measured_stands_beside_predicted(
 
 @pytest.fixture
 def measured_at_once(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Lets `--measure` find a GPU of a name, and 7 us for every launch at once."""
+    """Let `--measure` find a GPU of a name, and 7 us for every launch at once."""
 
     def find(name: str) -> None:
         monkeypatch.setattr(measure, "gpu_timer", lambda device: FakeTimer(name))

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def command(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process of its own: in this one Triton may be interpreted already."""
+    """Run the command in a process of its own: in this one Triton may be interpreted already."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(

@@ -42,7 +42,7 @@ def random_request(**settings: Any) -> Request:
 
 
 def admit(model: DiaModel, state: DecodeState, batch_idx: int, request: Request) -> None:
-    """Puts a request into a slot by hand, on the lane of the same number."""
+    """Put a request at a batch index by hand, at the table index of the same number."""
     item = engine.plan(model.config, request)
     state.cross_blocks.grow(batch_idx, len(request.text_ids))
     state.grow(batch_idx, item.first + 1)

@@ -29,7 +29,7 @@ def small_sizes(batch: int = 3, pages: int = 20, text_pages: int = 9) -> Sizes:
 
 
 def poison(engine: Engine) -> None:
-    """Sets every page that nobody holds to NaN: reading one after its release, or before it is written, shows."""
+    """Set every page that nobody holds to NaN: reading one after its release, or before it is written, shows."""
     state = engine.state
     for blocks in (state.blocks, state.cross_blocks):
         free = torch.tensor(sorted(blocks.pool._free), dtype=torch.int64)
@@ -132,7 +132,7 @@ TestSchedule = Schedule.TestCase
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_codes_are_the_same_alone_batched_late_streamed_and_beside_a_cancelled_one(dtype: torch.dtype) -> None:
-    """Thirty requests of every kind through four slots."""
+    """Thirty requests of every kind through a batch of four."""
     engine = Engine(small_model(dtype), max_batch=4)
     handles = [engine.submit(numbered_request(number), stream=number % 3 == 0) for number in range(20)]
     for step in range(15):

@@ -47,7 +47,7 @@ def dia(home: Path) -> Dia:
 
 @pytest.fixture
 def silence(recwarn: pytest.WarningsRecorder) -> pytest.WarningsRecorder:
-    """Lets warnings of the front door pass."""
+    """Let warnings of the front door pass."""
     warnings.simplefilter("always", TextWarning)
     return recwarn
 

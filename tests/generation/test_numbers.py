@@ -103,7 +103,7 @@ def test_one_request_fails_and_the_others_go_on(value: float, temperature: float
         broken.result()
     assert engine.stats.pages == engine.stats.text_pages == 0
     assert torch.equal(engine.submit(good[0]).result().delayed_codes, expected[0].delayed_codes), (
-        "the slot serves again"
+        "the batch row serves again"
     )
 
 

@@ -44,7 +44,7 @@ def dia(home: Path) -> Dia:
 
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> Silent:
-    """Makes the requests with some seeds end before their first frame; without seeds, all requests."""
+    """Make the requests with some seeds end before their first frame; without seeds, all requests."""
     real = batch_rows.collect
 
     def patch(*seeds: int) -> None:

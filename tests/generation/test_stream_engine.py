@@ -21,7 +21,7 @@ LONG = [1, 6, 11]  # of the numbered requests: those that run for twenty steps a
 
 
 def during_a_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
-    """Calls `act` once, in the middle of the next step."""
+    """Call `act` once, in the middle of the next step."""
     real = DiaModel.decode_step
 
     def step(self: DiaModel, state: DecodeState) -> None:
@@ -78,7 +78,7 @@ def test_a_step_that_raises_lets_the_next_thread_lead(monkeypatch: pytest.Monkey
 def test_a_handle_that_the_garbage_collector_cancels_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A finalizer runs anywhere, also in the thread that makes a step and holds the lock."""
     engine = Engine(small_model(), max_batch=4)
-    dropped, kept = [engine.submit(numbered_request(number)) for number in LONG[:2]]  # in slots 0 and 1
+    dropped, kept = [engine.submit(numbered_request(number)) for number in LONG[:2]]  # at batch indices 0 and 1
     for _ in range(5):
         engine.step()
 

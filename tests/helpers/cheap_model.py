@@ -35,16 +35,16 @@ class CheapModel:
         self.config: DiaConfig = small_config()
         self.ops, self.ends = get_ops("torch"), ends
 
-    def store_text(self, ids: Tensor, pool: PagePool, slots: Tensor) -> None:
-        pool.keys[0][slots // PAGE_SIZE, 0, slots % PAGE_SIZE, 0] = ids.float()
+    def store_text(self, ids: Tensor, pool: PagePool, slot_mapping: Tensor) -> None:
+        pool.keys[0][slot_mapping // PAGE_SIZE, 0, slot_mapping % PAGE_SIZE, 0] = ids.float()
 
     def prefill(
         self, codes: Tensor, s: DecodeState, table_idx: int, text_length: int, *, guided: bool, first: int = 0
     ) -> None:
         values = torch.tensor([_checksum(row) for row in codes.numpy()], dtype=torch.float32)
         for branch, table_row in enumerate(s.table_rows(table_idx, guided)):
-            slots = s.blocks.slot_mapping(table_row, first + len(codes), first)
-            s.pool.keys[0][slots // PAGE_SIZE, 0, slots % PAGE_SIZE, 0] = values + branch
+            slot_mapping = s.blocks.slot_mapping(table_row, first + len(codes), first)
+            s.pool.keys[0][slot_mapping // PAGE_SIZE, 0, slot_mapping % PAGE_SIZE, 0] = values + branch
 
     def decode_step(self, s: DecodeState) -> None:
         step, finished = s.step.numpy(), s.finished.numpy()

@@ -105,7 +105,7 @@ def rounding_of(codec: Codec) -> float:
 
 
 def assert_same_sound(found: Any, expected: Any, codec: Codec) -> None:
-    """Asserts that two sounds of a codec differ by rounding alone: each may be twice as far off as `rounding_of`."""
+    """Assert that two sounds of a codec differ by rounding alone: each may be twice as far off as `rounding_of`."""
     found, expected = (torch.as_tensor(sound).detach().cpu().double() for sound in (found, expected))
     assert found.shape == expected.shape, f"{tuple(found.shape)} samples instead of {tuple(expected.shape)}"
     difference, allowed = float((found - expected).abs().max()) if len(found) else 0.0, 4 * rounding_of(codec)

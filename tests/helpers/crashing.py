@@ -70,7 +70,7 @@ def end_at(call: int, after: bool) -> Callable[[], None]:
 
 
 def signal_after(out: Path, seconds: float, number: int) -> Callable[[int], None]:
-    """Sends a signal so long after the next file has appeared."""
+    """Send a signal so long after the next file has appeared."""
 
     def kill(child: int) -> None:
         before = len(contents(out))

@@ -76,7 +76,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 @contextlib.contextmanager
 def refused(kind: type[DiaFastError], message: str, folder: Path) -> Iterator[None]:
-    """Expects `kind` with `message` in it, and the folder as it was."""
+    """Expect `kind` with `message` in it, and the folder as it was."""
     before = tree(folder)
     with pytest.raises(kind) as caught:
         yield

@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def survives(seed: int, targets: list[tuple[Path, str, Reader]]) -> bool:
-    """Runs one case; a failure is printed with its seed."""
+    """Run one case; a failure is printed with its seed."""
     rng = random.Random(seed)
     folder, name, read = targets[seed % len(targets)]
     victim, sound = folder / name, (folder / name).read_bytes()

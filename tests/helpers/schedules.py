@@ -79,7 +79,7 @@ def run_to_end(engine: Engine, most: int = 10_000) -> None:
 
 
 def assert_sound(engine: Engine) -> None:
-    """No page has two owners, none is lost, every slot in use shows its own pages, and the others are inert."""
+    """No page belongs to two requests, none is lost, batch rows in use show their own pages, the others are inert."""
     state = engine.state
     for blocks in (state.blocks, state.cross_blocks):
         held = [page for table_row in range(blocks.table_rows) for page in blocks.pages(table_row).tolist()]

@@ -33,7 +33,7 @@ def nudged(tensor: Tensor, seed: int, dtype: torch.dtype | None = None) -> Tenso
 
 @contextmanager
 def nudged_weights(module: nn.Module, seed: int, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Moves all parameters and buffers of a module as `nudged` does, and back."""
+    """Move all parameters and buffers of a module as `nudged` does, and back."""
     tensors = list({id(t): t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}.values())
     kept = [tensor.detach().clone() for tensor in tensors]
     with torch.no_grad():
@@ -70,7 +70,7 @@ def budget(plain: Sequence[Tensor], exact: Tensor) -> float:
 
 
 def assert_as_good_as(ours: Tensor, plain: Sequence[Tensor], exact: Tensor, name: str = "result") -> None:
-    """Asserts that a result is about as near to the exact one as the worst of several plain evaluations is.
+    """Assert that a result is about as near to the exact one as the worst of several plain evaluations is.
 
     Args:
         ours: the result under test, any shape.
@@ -86,7 +86,7 @@ def assert_as_good_as(ours: Tensor, plain: Sequence[Tensor], exact: Tensor, name
 
 
 def assert_equal_up_to_rounding(ours: Tensor, plain: Sequence[Tensor], name: str = "result") -> None:
-    """Asserts that a result is among the plain evaluations, where nothing exact is to be had.
+    """Assert that a result is among the plain evaluations, where nothing exact is to be had.
 
     It may differ from the first, the one of inputs as they are, by four times what the others differ: its own error and
     that of the first are each allowed twice theirs.

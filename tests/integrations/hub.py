@@ -48,7 +48,7 @@ def make_hub(folder: Path) -> Path:
 
 
 def run(code: list[str], cache: Path, folder: Path, seconds: float = 200) -> subprocess.CompletedProcess[str]:
-    """Runs Python offline, with that cache, in a folder. Asserts success."""
+    """Run Python offline, with that cache, in a folder. Asserts success."""
     environment = os.environ | {
         "HF_HUB_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",

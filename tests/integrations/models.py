@@ -51,7 +51,7 @@ def greedy(**settings: Any) -> dict[str, Any]:
 
 
 def same_as_own(model: Any, given: dict[str, Any], **settings: Any) -> Tensor:
-    """Generates with the accelerated model and with its class's own method, asserts equality, returns the rows."""
+    """Generate with the accelerated model and with its class's own method, assert equality, return the rows."""
     ours = model.generate(**given, **settings)
     expected = type(model).generate(unaccelerated(model), **given, **settings)
     assert torch.equal(ours, expected)

@@ -40,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def batch(home: Path, tmp_path: Path) -> Run:
-    """Runs the command on some lines, into the folder `out`."""
+    """Run the command on some lines, into the folder `out`."""
 
     def run(lines: list[Any], *options: str) -> int:
         data = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]

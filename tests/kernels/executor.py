@@ -28,7 +28,7 @@ def interpreted() -> bool:
 
 
 def choose() -> None:
-    """Turns the interpreter on unless there is something that runs compiled kernels. Call before Triton is imported."""
+    """Turn the interpreter on unless there is something that runs compiled kernels. Call before Triton is imported."""
     if torch.cuda.is_available() or driver_installed() or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return
     if "triton" in sys.modules:

@@ -28,7 +28,7 @@ def poisoned(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 
 def assert_within_budget(actual: Tensor, low_precision_reference: Tensor, exact_fp64: Tensor) -> float:
-    """Asserts that `actual` is about as close to `exact_fp64` as plain torch in the same dtype is.
+    """Assert that `actual` is about as close to `exact_fp64` as plain torch in the same dtype is.
 
     Largest and root-mean-square error may be twice those of `low_precision_reference` plus one rounding to the dtype of
     `actual`. The mean error, plain and towards zero, may not differ from 0 by more than six of its standard errors,
@@ -82,7 +82,7 @@ def program_orders() -> Iterator[AbstractContextManager[None]]:
 
 
 def assert_untouched(buffer: Tensor) -> None:
-    """Asserts that a poisoned buffer, or a part of one, still holds nothing but poison."""
+    """Assert that a poisoned buffer, or a part of one, still holds nothing but poison."""
     intact = buffer.isnan() if buffer.dtype.is_floating_point else buffer == torch.iinfo(buffer.dtype).min
     assert bool(intact.all()), (
         f"{int((~intact).sum())} of {buffer.numel()} values were written and should not have been"

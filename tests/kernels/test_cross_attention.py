@@ -67,7 +67,7 @@ class Case:
 
 
 def check(case: Case) -> None:
-    """Runs a case and compares it with the reference and with fp64."""
+    """Run a case and compare it with the reference and with fp64."""
     out = case.run()
     read = [row for row, length in enumerate(case.lengths.tolist()) if length > 0]
     empty = [row for row in range(len(out)) if row not in read]

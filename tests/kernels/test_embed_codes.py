@@ -50,9 +50,9 @@ def run_both(state: dict, steps: int, eos_at: dict[int, int]) -> None:
         sampled = torch.randint(0, EOS, state["sampled"].shape, generator=generator, dtype=torch.int32).to(
             state["step"].device
         )
-        for slot, at in eos_at.items():
+        for batch_idx, at in eos_at.items():
             if at == step:
-                sampled[slot % sampled.shape[0], 0] = EOS
+                sampled[batch_idx % sampled.shape[0], 0] = EOS
         for each, op in ((mine, embed_codes), (theirs, reference.embed_codes)):
             each["sampled"].copy_(sampled)
             each["x"].fill_(float("nan"))

@@ -75,7 +75,7 @@ def default(dtype: torch.dtype, arch: str, rows: int, hidden: int) -> dict[str, 
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Writes a user's table; a fake architecture, since configurations are looked at and not launched."""
+    """Write a user's table; a fake architecture, since configurations are looked at and not launched."""
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
 
     def write(content: object) -> Path:

@@ -48,7 +48,7 @@ def _linear_residual(
 
 
 def greedy(run: launch.Launcher, kernel: Any, grid: Any, args: Any, meta: dict[str, Any]) -> None:
-    """Launches the kernel above in place of the real one."""
+    """Launch the kernel above in place of the real one."""
     if kernel.fn.__name__ != "_linear_residual":
         run(kernel, grid, *args, **meta)
         return

@@ -70,7 +70,7 @@ class Case:
 
 
 def check(case: Case) -> None:
-    """Runs a case and compares it with the reference and with fp64."""
+    """Run a case and compare it with the reference and with fp64."""
     out = case.run()
 
     def plain(order: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def test_philox_of_zero_is_the_published_one() -> None:
 
 @dataclass
 class Choice:
-    """Settings of one slot."""
+    """Parameters of one request."""
 
     scale: float
     temperature: float
@@ -62,7 +62,7 @@ class Choice:
 def naive_probabilities(
     cond: list[float], uncond: list[float] | None, channel: int, choice: Choice, eos: int
 ) -> list[float]:
-    """One slot and channel in Python floats, step by step as docs/dia.md tells it. Needs scores without ties."""
+    """One request and channel in Python floats, step by step as docs/dia.md tells it. Needs scores without ties."""
     candidates = dict(enumerate(cond))
     if uncond is not None and choice.scale != 1:
         guided = {i: c + choice.scale * (c - u) for i, (c, u) in enumerate(zip(cond, uncond, strict=True))}
@@ -102,30 +102,30 @@ choices = st.builds(
 )
 
 
-def settings_of(slots: list[Choice]) -> dict[str, torch.Tensor]:
-    columns = {"guidance_scale": [s.scale for s in slots], "temperature": [s.temperature for s in slots]}
+def params_of(requests: list[Choice]) -> dict[str, torch.Tensor]:
+    columns = {"guidance_scale": [s.scale for s in requests], "temperature": [s.temperature for s in requests]}
     tensors = {name: torch.tensor(values) for name, values in columns.items()}
-    top_k = torch.tensor([s.top_k for s in slots], dtype=torch.int32)
-    return tensors | {"top_k": top_k, "top_p": torch.tensor([s.top_p for s in slots])}
+    top_k = torch.tensor([s.top_k for s in requests], dtype=torch.int32)
+    return tensors | {"top_k": top_k, "top_p": torch.tensor([s.top_p for s in requests])}
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    slots=st.lists(choices, min_size=1, max_size=3),
+    requests=st.lists(choices, min_size=1, max_size=3),
     paired=st.booleans(),
     vocab=st.integers(5, 40),
     eos_is_good=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_sample_weights(slots: list[Choice], paired: bool, vocab: int, eos_is_good: bool, seed: int) -> None:
+def test_sample_weights(requests: list[Choice], paired: bool, vocab: int, eos_is_good: bool, seed: int) -> None:
     """Slots of one batch each with settings of their own."""
-    batch, channels, eos = len(slots), 2, vocab - 4
+    batch, channels, eos = len(requests), 2, vocab - 4
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(batch * (2 if paired else 1), channels, vocab, generator=generator) * 2
     logits[:batch, 0, eos] += 10 if eos_is_good else -1
-    weights = reference.sample_weights(logits, **settings_of(slots), eos=eos)
+    weights = reference.sample_weights(logits, **params_of(requests), eos=eos)
     assert weights.dtype == torch.int64 and (weights >= 0).all()
-    for b, choice in enumerate(slots):
+    for b, choice in enumerate(requests):
         for channel in range(channels):
             uncond = logits[batch + b, channel].tolist() if paired else None
             expected = torch.tensor(naive_probabilities(logits[b, channel].tolist(), uncond, channel, choice, eos))
@@ -150,7 +150,7 @@ def test_ties_go_to_the_lower_id() -> None:
     """At a width where an unstable sort would shuffle them."""
     logits = torch.zeros(1, 2, 1028)
     for top_k, top_p, kept in ((300, 1.0, 300), (0, 0.25, 257), (1, 1.0, 1)):
-        weights = reference.sample_weights(logits, **settings_of([Choice(1.0, 1.0, top_k, top_p)]), eos=1024)
+        weights = reference.sample_weights(logits, **params_of([Choice(1.0, 1.0, top_k, top_p)]), eos=1024)
         assert weights[0, 1].count_nonzero() == kept and weights[0, 1, :kept].all()
 
 
@@ -159,7 +159,7 @@ def test_the_weights_of_nothing() -> None:
     logits = torch.zeros(1, 2, 12)
     logits[..., 11] = 5
     weights = reference.sample_weights(
-        torch.cat((logits, logits * 0.5)), **settings_of([Choice(3.0, 1.0, 1, 1.0)]), eos=8
+        torch.cat((logits, logits * 0.5)), **params_of([Choice(3.0, 1.0, 1, 1.0)]), eos=8
     )
     assert weights[0].count_nonzero(-1).tolist() == [1, 1] and weights[0, :, 0].all()
 
@@ -176,7 +176,7 @@ def test_sample_draws_by_exact_integers(choice: Choice, seed: int, step: int, sp
     channels, vocab, eos = 3, 30, 26
     logits = torch.randn(2, channels, vocab, generator=torch.Generator().manual_seed(seed % 1000)) * spread
     out = torch.full((1, channels), -7, dtype=torch.int32)
-    arguments = settings_of([choice])
+    arguments = params_of([choice])
     steps, seeds, status = torch.tensor([step], dtype=torch.int32), torch.tensor([seed]), torch.zeros_like(out)
     reference.sample(logits, steps, seeds, **arguments, out=out, status=status, eos=eos)
     if step < 0:
@@ -196,20 +196,20 @@ def test_a_draw_on_the_border_belongs_to_the_next_id(word: int, drawn: int, monk
     """Four equal ids share the 32-bit words."""
     monkeypatch.setattr("dia_kernels.reference.sampling.philox", lambda seed, c0, c1: torch.full_like(c1, word))
     out, one = torch.empty(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    arguments = settings_of([Choice(1.0, 1.0, 0, 1.0)])
+    arguments = params_of([Choice(1.0, 1.0, 0, 1.0)])
     reference.sample(torch.zeros(1, 1, 4), one, one.long(), **arguments, out=out, status=torch.zeros_like(out), eos=4)
     assert out.item() == drawn
 
 
 def test_sampled_frequencies() -> None:
     """Steps and channels are independent draws: over many of both, frequencies approach the probabilities."""
-    slots, channels, vocab = 20_000, 3, 9
-    logits = torch.randn(1, 1, vocab, generator=torch.Generator().manual_seed(0)).expand(slots, channels, vocab)
-    arguments = settings_of([Choice(1.0, 1.0, 0, 1.0)] * slots)
-    out = torch.empty(slots, channels, dtype=torch.int32)
-    seeds, rows = torch.full((slots,), 5), torch.arange(slots, dtype=torch.int32)
+    requests, channels, vocab = 20_000, 3, 9
+    logits = torch.randn(1, 1, vocab, generator=torch.Generator().manual_seed(0)).expand(requests, channels, vocab)
+    arguments = params_of([Choice(1.0, 1.0, 0, 1.0)] * requests)
+    out = torch.empty(requests, channels, dtype=torch.int32)
+    seeds, rows = torch.full((requests,), 5), torch.arange(requests, dtype=torch.int32)
     reference.sample(logits.contiguous(), rows, seeds, **arguments, out=out, status=torch.zeros_like(out), eos=vocab)
-    expected = logits[0, 0].double().softmax(-1) * slots
+    expected = logits[0, 0].double().softmax(-1) * requests
     for channel in range(channels):
         counts = out[:, channel].long().bincount(minlength=vocab)
         statistic = ((counts - expected) ** 2 / expected).sum()
@@ -217,7 +217,7 @@ def test_sampled_frequencies() -> None:
 
 
 class Grid:
-    """One slot of the delayed grid, told row by row from docs/dia.md: what each row holds and when it ends."""
+    """The delayed codes of one request, told step by step from docs/dia.md: each step, and the end."""
 
     def __init__(
         self, delay: list[int], first_step: int, end_step: int, forced: list[list[int]], eos: int, pad: int
@@ -251,7 +251,7 @@ class Grid:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), paired=st.booleans(), seed=st.integers(0, 2**32))
 def test_embed_codes_forms_the_delayed_grid(data: st.DataObject, paired: bool, seed: int) -> None:
-    """A batch of slots that start, end and rest at different rows, run to the end."""
+    """A batch of requests that start, end and rest at different steps, run to the end."""
     generator = torch.Generator().manual_seed(seed)
     channels, vocab, hidden, eos, pad = data.draw(st.integers(1, 4)), 9, 3, 6, 7
     delay = [0, *(data.draw(st.integers(0, 5)) for _ in range(channels - 1))]

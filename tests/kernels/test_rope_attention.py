@@ -102,7 +102,7 @@ def reference_with(case: Case, order: Tensor) -> tuple[Tensor, Cache]:
 
 
 def check(case: Case) -> None:
-    """Runs a case; checks output, new token and that nothing else was written, against reference and fp64."""
+    """Run a case; check output, new token and that nothing else was written, against reference and fp64."""
     before = case.cache
     case.cache = clone(before)
     out = case.run()

@@ -20,7 +20,7 @@ PRODUCTION_VOCAB, PRODUCTION_EOS = 1028, 1024
 
 
 def request(batch: int, device: torch.device, **changes: float) -> dict[str, torch.Tensor]:
-    """Settings of `batch` equal slots, the defaults of generation unless changed."""
+    """Parameters of `batch` equal requests, the defaults of generation unless changed."""
     values = {"guidance_scale": 3.0, "temperature": 1.2, "top_k": 45, "top_p": 0.95, "seed": 11, "step": 5} | changes
     dtypes = {"top_k": torch.int32, "seed": torch.int64, "step": torch.int32}
     return {k: torch.full((batch,), v, dtype=dtypes.get(k, torch.float32), device=device) for k, v in values.items()}
@@ -60,7 +60,7 @@ def test_production_vocabulary_equals_the_reference(paired: bool, first: bool, d
     channels=st.integers(1, 2),
     paired=st.booleans(),
     seed=st.integers(-(2**63), 2**63 - 1),
-    row=st.integers(0, 4000),
+    step=st.integers(0, 4000),
     scale=st.sampled_from([1.0, 1.5, 3.0, 10.0]),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0, 50.0]),
     top_k=st.sampled_from([0, 1, 2, 5, 45, 100]),
@@ -70,14 +70,14 @@ def test_production_vocabulary_equals_the_reference(paired: bool, first: bool, d
     first=st.booleans(),
 )
 def test_any_setting_equals_the_reference(
-    vocab, channels, paired, seed, row, scale, temperature, top_k, top_p, spread, ties, first
+    vocab, channels, paired, seed, step, scale, temperature, top_k, top_p, spread, ties, first
 ) -> None:
     device = executor.device()
     logits = random((4 if paired else 2, channels, vocab), torch.float32, device, seed % 1000, spread)
     if ties:
         logits = logits.round()
     req = request(
-        2, device, guidance_scale=scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, row=row
+        2, device, guidance_scale=scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, step=step
     )
     eos = vocab - 4
     assert torch.equal(run(logits, req, eos, first=first), run(logits, req, eos, reference.sample, first))
@@ -92,13 +92,13 @@ def test_any_setting_equals_the_reference(
 )
 def test_borders_let_the_same_ids_through_as_the_reference(seed, top_k, top_p, grid) -> None:
     """Few ids of almost the same weight and many draws: one id too many or too few would show. With ties, too."""
-    device, slots = executor.device(), 24
+    device, batch = executor.device(), 24
     logits = random((1, 1, 40), torch.float32, device, seed, 2.0)
     if grid:
         logits = (logits / grid).round() * grid
-    logits = logits.expand(slots, 1, 40).contiguous()
-    req = request(slots, device, guidance_scale=1.0, temperature=50.0, top_k=top_k, top_p=top_p)
-    req["seed"] = torch.arange(slots, device=device)
+    logits = logits.expand(batch, 1, 40).contiguous()
+    req = request(batch, device, guidance_scale=1.0, temperature=50.0, top_k=top_k, top_p=top_p)
+    req["seed"] = torch.arange(batch, device=device)
     assert torch.equal(run(logits, req, 36), run(logits, req, 36, reference.sample))
 
 
@@ -192,7 +192,7 @@ def test_the_first_status_stays(op, device: torch.device) -> None:
     assert status.item() == 5 * 4 + NOT_FINITE
     req["step"][0], status[0] = -1, 0
     op(logits=logits, **req, out=out, status=status, eos=8)
-    assert status.item() == 0, "of an inert slot"
+    assert status.item() == 0, "of an inert batch row"
 
 
 def bit_patterns() -> st.SearchStrategy[int]:
@@ -257,9 +257,9 @@ def test_a_slot_draws_the_same_whatever_its_company(device: torch.device) -> Non
     req["seed"] = torch.arange(6, device=device)
     req["temperature"][2] = 0
     together = run(logits, req, 36)
-    for slot in range(6):
-        alone = run(logits[[slot, 6 + slot]], {k: v[slot : slot + 1] for k, v in req.items()}, 36)
-        assert torch.equal(alone[0], together[slot])
+    for batch_idx in range(6):
+        alone = run(logits[[batch_idx, 6 + batch_idx]], {k: v[batch_idx : batch_idx + 1] for k, v in req.items()}, 36)
+        assert torch.equal(alone[0], together[batch_idx])
 
 
 @pytest.mark.parametrize("draws", [64, pytest.param(2000, marks=pytest.mark.slow)])

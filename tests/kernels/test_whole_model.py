@@ -64,7 +64,7 @@ def test_tokens_equal_those_of_torch(first_generation: bool, greedy: bool, rows:
 
 
 def ready_state(made: DiaModel, guided: bool) -> DecodeState:
-    """One slot whose text is stored and whose next row is its first."""
+    """One request whose text is stored and whose next step is its first."""
     state = DecodeState(made.config, made.ops, Sizes(1, guided, 40, 8, 4, 1), made.dtype, made.device)
     state.grow(0, 40)
     state.cross_blocks.grow(0, 8)

@@ -40,7 +40,7 @@ def compare(
     guidance_scale: float | None,
     top_k: int | None = 45,
 ) -> list[Generation]:
-    """Generates on both sides and asserts equality: our rows are theirs, and nothing but padding follows in theirs."""
+    """Generate on both sides and assert equality: our rows are theirs, and nothing but padding follows in theirs."""
     theirs, model = both
     expected = their_rows(
         theirs, config, texts, prompts, max_new_tokens=max_new_tokens, guidance_scale=guidance_scale, top_k=top_k

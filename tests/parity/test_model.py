@@ -28,7 +28,7 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 
 
 def decoded_logits(model: DiaModel, texts: Sequence[Sequence[int]], rows: Tensor, prompt: int = 0) -> Tensor:
-    """`[2 * batch, steps, channels, vocab]`: what decode steps predict when every row is forced.
+    """`[2 * batch, steps, channels, vocab]`: what decode steps predict when every step is prescribed.
 
     rows: `[batch, steps, channels]`, ordinary codes. The first `prompt` of them go through prefill instead; their
     entries in the result are NaN.
@@ -41,14 +41,14 @@ def decoded_logits(model: DiaModel, texts: Sequence[Sequence[int]], rows: Tensor
         state.cross_blocks.grow(batch_idx, len(ids))
         state.grow(batch_idx, steps)
         item = plan(model.config, Request(ids, rows[batch_idx, :prompt], max_new_tokens=steps, seed=0))
-        # The rows of `rows` are the grid itself here, not frames that a delay makes a grid of.
+        # These are the delayed codes themselves, not frames that are delayed.
         item.delayed_codes[:prompt] = rows[batch_idx, :prompt]
         for _ in prefill(model, state, batch_idx, item):
             pass
         place(state, batch_idx, item)
     state.step.fill_(prompt)
     state.first_step.fill_(prompt)
-    state.end_step.fill_(4 * steps + 99)  # beyond reach: no EOS is forced
+    state.end_step.fill_(4 * steps + 99)  # beyond reach: no EOS is prescribed
     state.codes = torch.zeros(batch, 4 * steps + 100, rows.shape[2], dtype=torch.int32)
     state.prompt_codes = torch.full_like(rows, FREE, dtype=torch.int32)
     state.prompt_codes[:, : steps - prompt] = rows[:, prompt:]

@@ -17,7 +17,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def tight() -> Iterator[Server]:
-    """One slot, one place in the queue, a key that is needed."""
+    """One request at a time, one in the queue, a key that is needed."""
     options = ("--max-batch", "1", "--max-queue", "1", "--max-body", "70000", "--request-timeout", "4")
     with serving(*options, DIA_FAST_API_KEY="open sesame", DIA_FAST_LOG_FORMAT="json") as running:
         yield running

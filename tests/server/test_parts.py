@@ -130,7 +130,7 @@ def test_those_who_go_on_come_before_those_who_begin() -> None:
         await asyncio.sleep(0)
         tasks[3].cancel()
         first()
-        tasks[0].cancel()  # the slot was just given to "on"; "a" leaves the line
+        tasks[0].cancel()  # the turn was just given to "on"; "a" leaves the line
         await asyncio.gather(*tasks, return_exceptions=True)
         assert gate.free == 1
         return order

@@ -86,7 +86,7 @@ def test_where_codes_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def spoil(data: Path, kind: str) -> None:
-    """Makes recording 1 of 3 unusable."""
+    """Make recording 1 of 3 unusable."""
     audio, text = data / "1.wav", data / "1.txt"
     if kind == "no transcript":
         text.unlink()

@@ -9,7 +9,7 @@ from bench.tools.interpreter.reductions import Reduce, Scan
 
 
 def install() -> None:
-    """Repairs the interpreter of this process. Call once, before the first launch."""
+    """Repair the interpreter of this process. Call once, before the first launch."""
     builder = Builder()
     base.InterpreterBuilder = Builder
     base.TritonSemantic = Semantic

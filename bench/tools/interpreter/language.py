@@ -21,7 +21,7 @@ _patch_lang_tensor = base._patch_lang_tensor
 
 
 def _everything() -> None:
-    """Stands for a function whose globals show all of the language: `tl` and `tl.core`."""
+    """Stand for a function whose globals show all of the language: `tl` and `tl.core`."""
 
 
 class Language:

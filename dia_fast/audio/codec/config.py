@@ -121,7 +121,7 @@ class CodecConfig:
 
     @classmethod
     def from_transformers(cls, data: Any, preprocessor: Any = None) -> "CodecConfig":
-        """Reads the contents of `config.json` and, if there is one, of `preprocessor_config.json`.
+        """Read the contents of `config.json` and, if there is one, of `preprocessor_config.json`.
 
         The latter's sampling rate counts where both have one: it is what transformers resamples to. Fields that are
         not known are ignored: what a file does not say by its tensors' shapes has no effect on a DAC.
@@ -150,7 +150,7 @@ class CodecConfig:
 
     @classmethod
     def from_official(cls, kwargs: Any) -> "CodecConfig":
-        """Reads `metadata["kwargs"]` of a descript-audio-codec file: the arguments of `dac.DAC`."""
+        """Read `metadata["kwargs"]` of a descript-audio-codec file: the arguments of `dac.DAC`."""
         if not isinstance(kwargs, Mapping):
             raise CheckpointError("codec file: metadata.kwargs, the sizes of the network, is missing")
         values = {name: kwargs[other] for name, other in _OFFICIAL.items() if kwargs.get(other) is not None}

@@ -56,7 +56,7 @@ def load_codec(
     revision: str | None = None,
     local_files_only: bool = False,
 ) -> Codec:
-    """Loads a DAC codec.
+    """Load a DAC codec.
 
     Args:
         name_or_path: A folder in the transformers layout; a `.pth` file of descript-audio-codec; a repository on the

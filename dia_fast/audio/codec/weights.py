@@ -28,7 +28,7 @@ _UNIT = {"block.0": "snake1", "block.1": "conv1", "block.2": "snake2", "block.3"
 
 
 def read_codec_files(path: Path) -> tuple[CodecConfig, dict[str, Tensor]]:
-    """Reads a folder in the transformers layout, a descript-audio-codec file, or a folder that holds one such file.
+    """Read a folder in the transformers layout, a descript-audio-codec file, or a folder that holds one such file.
 
     Returns the configuration and the tensors under their transformers names, weight norm folded, as on disk otherwise.
     Raises CheckpointError naming the file and what is wrong with it.
@@ -114,7 +114,7 @@ def _unit_prefixes(old: str, new: str) -> dict[str, str]:
 
 
 def fold_weight_norm(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """Replaces each pair of magnitude g and direction v by `weight = g * v / |v|`, norms over all but the first axis.
+    """Replace each pair of magnitude g and direction v by `weight = g * v / |v|`, norms over all but the first axis.
 
     Computed in fp64 and rounded once. Raises CheckpointError if half a pair is missing or the halves do not fit.
     """
@@ -139,7 +139,7 @@ def fold_weight_norm(tensors: Mapping[str, Tensor], source: Path) -> dict[str, T
 
 
 def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, torch.Size], source: str) -> None:
-    """Raises CheckpointError unless the names, shapes and values are exactly what the network needs."""
+    """Raise CheckpointError unless the names, shapes and values are exactly what the network needs."""
     missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     if missing:
         raise CheckpointError(f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -155,7 +155,7 @@ def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, torch.Size], 
 
 
 def write_transformers(folder: str | os.PathLike[str], config: CodecConfig, tensors: Mapping[str, Tensor]) -> Path:
-    """Writes the three files of the transformers layout, each complete or not at all; the configuration comes last."""
+    """Write the three files of the transformers layout, each complete or not at all; the configuration comes last."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

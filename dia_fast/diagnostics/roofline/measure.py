@@ -180,7 +180,7 @@ def _state(model: DiaModel, workload: Workload) -> DecodeState:
 
 
 def _reset(state: DecodeState, workload: Workload) -> None:
-    """Puts every request back at its context: the launches that are timed move on what they find."""
+    """Put every request back at its context: the launches that are timed move on what they find."""
     used = workload.requests
     state.step.fill_(-1)
     state.step[:used] = workload.context - 1

@@ -14,7 +14,7 @@ CONTEXTS = (1, 64, 128, 256, 512, 1024, 1536, 2048, 2560, 3072)
 
 
 def save(made: Prediction, folder: Path, measured: Mapping[str, Any] | None = None) -> list[Path]:
-    """Writes roofline, kernels, latency and throughput in their variants and returns the paths.
+    """Write roofline, kernels, latency and throughput in their variants and return the paths.
 
     Raises InputError if matplotlib is missing or the folder cannot be written.
     """

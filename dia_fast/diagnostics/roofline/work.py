@@ -159,7 +159,7 @@ def _projection(name: str, features: int, width: int, times: int, step: Step, ti
 
 
 def _embed(config: DiaConfig, step: Step) -> Work:
-    """Codes, a few integers of each slot, and a row of the table per channel. Slots without a request count as well."""
+    """Codes, a few integers of each request, and a row of the table per channel. Padding counts as well."""
     decoder, padded = config.decoder, step.padded
     codes = 4 * decoder.num_channels
     prompt_codes = codes if step.prompt_codes else 0

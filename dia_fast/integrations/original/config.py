@@ -179,12 +179,12 @@ class OriginalConfig:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "OriginalConfig | None":
-        """Reads a `config.json`; None if there is no such file. Raises CheckpointError for one that cannot be used."""
+        """Read a `config.json`; None if there is no such file. Raises CheckpointError for one that cannot be used."""
         path = checked_path(path)
         return cls(DiaConfig.from_file(path)) if path.is_file() else None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a `config.json` that the original package reads. Makes its folder. Raises InputError."""
+        """Write a `config.json` that the original package reads. Makes its folder. Raises InputError."""
         path = checked_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

@@ -86,7 +86,7 @@ class _Report:
 
 
 def tell_ignored(names: Sequence[str]) -> None:
-    """Warns of arguments of a fork that make no difference here, of each once in a process."""
+    """Warn of arguments of a fork that make no difference here, of each once in a process."""
     new = [name for name in names if name not in _told]
     _told.update(new)
     if new:
@@ -180,7 +180,7 @@ class Dia(OneProcess):
         load_dac: bool = True,
         **more: Any,
     ) -> "Dia":
-        """Loads a `config.json` and a file of weights, of either layout. more: see the constructor.
+        """Load a `config.json` and a file of weights, of either layout. more: see the constructor.
 
         Raises FileNotFoundError for a missing file, CheckpointError (a RuntimeError) for one that cannot be used.
         """
@@ -201,7 +201,7 @@ class Dia(OneProcess):
         load_dac: bool = True,
         **more: Any,
     ) -> "Dia":
-        """Loads a repository of the Hugging Face Hub, or a folder, in either layout. more: see the constructor.
+        """Load a repository of the Hugging Face Hub, or a folder, in either layout. more: see the constructor.
 
         Raises CheckpointError (a RuntimeError).
         """
@@ -240,7 +240,7 @@ class Dia(OneProcess):
         pbar: Any = None,
         text_to_generate_size: int | None = None,
     ) -> Any:
-        """Speaks a text, or a list of them as one batch.
+        """Speak a text, or a list of them as one batch.
 
         max_tokens: rows in all, the audio prompt's included; None for as many as the model has positions. cfg_scale:
         any; 0 is no guidance. top_p: 1 and above keeps every candidate, 0 and below the best alone. cfg_filter_top_k:

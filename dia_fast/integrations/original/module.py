@@ -43,7 +43,7 @@ class OriginalModel(DiaModel):
 
     @isolated()
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Copies weights in, by the original's or transformers' names, on this model's device and in its dtype.
+        """Copy weights in, by the original's or transformers' names, on this model's device and in its dtype.
 
         strict: False leaves weights that are not given as they are. Raises CheckpointError (a RuntimeError) for tensors
         that are missing, of another shape, or not finite.
@@ -62,7 +62,7 @@ class OriginalModel(DiaModel):
         return Keys([], []) if strict else Keys(missing, unexpected)
 
     def load(self, weights: Mapping[str, Tensor | PackedWeight]) -> "OriginalModel":
-        """Takes fused weights, as `DiaModel.load` does."""
+        """Take fused weights, as `DiaModel.load` does."""
         if self.packed:  # whose matrices are no tensors
             fresh = DiaModel(self.config, self.ops)
             self.encoder, self.decoder, self.packed = fresh.encoder, fresh.decoder, False

@@ -46,7 +46,7 @@ _before: dict[str, ModuleType] = {}
 
 
 def install(also: Collection[str] = (), *, discover: bool = True, quirks: bool = False) -> None:
-    """Makes the original package's `Dia` resolve to dia-fast wherever it is imported from now on, until `uninstall`.
+    """Make the original package's `Dia` resolve to dia-fast wherever it is imported from now on, until `uninstall`.
 
     Call it before the program imports the package. What was imported before is imported anew; what was taken out of it
     by then stays what it is, and a warning says so.
@@ -81,7 +81,7 @@ def install(also: Collection[str] = (), *, discover: bool = True, quirks: bool =
 
 
 def uninstall() -> None:
-    """Takes back what `install` did."""
+    """Take back what `install` did."""
     if _finder not in sys.meta_path:
         return
     sys.meta_path.remove(_finder)
@@ -224,7 +224,7 @@ def _is_copy(module: ModuleType, name: str) -> bool:
 
 
 def _replace(name: str, module: ModuleType) -> None:
-    """Puts ours in the place of a module that was imported already."""
+    """Put ours in the place of a module that was imported already."""
     _before[name] = sys.modules.pop(name)
     parent = sys.modules.get(name.rpartition(".")[0])
     try:
@@ -248,7 +248,7 @@ def _replace(name: str, module: ModuleType) -> None:
 
 
 def _bind(name: str, module: ModuleType | None) -> None:
-    """Lets the attribute of a parent package be its module in `sys.modules`."""
+    """Let the attribute of a parent package be its module in `sys.modules`."""
     parent, _, last = name.rpartition(".")
     holder = sys.modules.get(parent)
     if holder is None:

@@ -46,6 +46,6 @@ def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bo
 
 
 def register() -> None:
-    """Makes `attn_implementation="dia_fast"` known to transformers. Masks are made as for `"sdpa"`."""
+    """Make `attn_implementation="dia_fast"` known to transformers. Masks are made as for `"sdpa"`."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -56,13 +56,13 @@ def asks_for_more_in_config(config: GenerationConfig) -> str | None:
 
 
 def say(reason: str) -> None:
-    """Warns that a call goes the model's own way."""
+    """Warn that a call goes the model's own way."""
     warn(f"generate runs as transformers' own, not on dia-fast: {reason}", FallbackWarning)
 
 
 @contextlib.contextmanager
 def own_random_numbers(model: DiaForConditionalGeneration, seed: int | list[int] | None) -> Iterator[None]:
-    """Lets the model's own sampling start from a seed, and leaves torch's random numbers as they were."""
+    """Let the model's own sampling start from a seed, and leave torch's random numbers as they were."""
     if seed is None or seed == RANDOM_SEED:
         yield
         return

@@ -19,7 +19,7 @@ BACKEND = "_dia_fast_backend"
 
 
 def patch(model: DiaForConditionalGeneration, backend: str, *, rms_norm: bool, glu: bool, rope_attention: bool) -> None:
-    """Gives the modules that the flags name a forward method on our ops. All of them are differentiable."""
+    """Give the modules that the flags name a forward method on our ops. All of them are differentiable."""
     wanted: dict[type, Callable[..., Any]] = {}
     if rms_norm:
         wanted[DiaRMSNorm] = _rms_norm
@@ -35,7 +35,7 @@ def patch(model: DiaForConditionalGeneration, backend: str, *, rms_norm: bool, g
 
 
 def unpatch(model: DiaForConditionalGeneration) -> None:
-    """Gives every module its own forward method back."""
+    """Give every module its own forward method back."""
     for module in model.modules():
         if module.__dict__.pop(BACKEND, None) is not None:
             module.__dict__.pop("forward", None)
@@ -48,7 +48,7 @@ def gradient_ops(backend: str, device: torch.device) -> ModuleType:
 
 
 def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    """Normalises in float32 and rounds once, after the weight; transformers rounds before it, too."""
+    """Normalise in float32 and round once, after the weight; transformers rounds before it, too."""
     ops = gradient_ops(self.__dict__[BACKEND], hidden_states.device)
     return differentiable.rms_norm(hidden_states, self.weight, self.variance_epsilon, ops)
 

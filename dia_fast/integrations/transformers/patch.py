@@ -56,7 +56,7 @@ class State:
         self._left, self._engine = self._engine, None
 
     def forget(self) -> None:
-        """Lets go of the engine and its model; the next call makes them again."""
+        """Let go of the engine and its model; the next call makes them again."""
         self._watch = self._ours = self._obstacle = self._engine = self._fingerprint = None
 
     @isolated()
@@ -148,7 +148,7 @@ def accelerate(
     backend: str = "auto",
     share_memory: bool = True,
 ) -> AnyModel:
-    """Makes a model generate on the engine of dia-fast, in place, and returns it.
+    """Make a model generate on the engine of dia-fast, in place, and return it.
 
     The weights may be trained, loaded, moved and cast as before, by whatever means: `generate` reads them again, and
     what follows from them is computed at each call. (With share_memory=False and 16-bit weights on a CPU it compares
@@ -229,7 +229,7 @@ def _unwrapped(model: Any) -> DiaForConditionalGeneration:
 
 
 def refresh(model: Any) -> None:
-    """Makes the engine read an accelerated model's weights again.
+    """Make the engine read an accelerated model's weights again.
 
     It is hardly ever needed: every call of `generate` notices what has been written since the last one.
     """
@@ -261,7 +261,7 @@ def _generate(self: Any, *args: Any, seed: int | list[int] | None = None, **kwar
 
 
 def _prepare_encoder(self: Any, inputs: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Puts the encoder's pass off."""
+    """Put the encoder's pass off."""
     name = next(name for name in _ENCODER_HOOKS if hasattr(type(self), name))
     own = functools.partial(getattr(type(self), name), self, inputs, dict(model_kwargs), *args, **kwargs)
     call = _CALL.get()
@@ -272,7 +272,7 @@ def _prepare_encoder(self: Any, inputs: Tensor, model_kwargs: dict[str, Any], *a
 
 
 def _prepare_cache(self: Any, config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Puts the allocation of a cache off."""
+    """Put the allocation of a cache off."""
     own = functools.partial(getattr(type(self), _CACHE_HOOK), self, config)
     call = _CALL.get()
     if call is None:

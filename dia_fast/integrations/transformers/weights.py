@@ -95,7 +95,7 @@ def _members(model: DiaForConditionalGeneration, config: DiaConfig) -> dict[str,
 
 
 def renew(model: DiaForConditionalGeneration, ours: DiaModel) -> None:
-    """Computes again, in place, all that a model on shared weights has as copies or has derived from them.
+    """Compute again, in place, all that a model on shared weights has as copies or has derived from them.
 
     Nothing tells of every write: fused optimizers and `parameter.data` move no version counter.
     """
@@ -111,7 +111,7 @@ def renew(model: DiaForConditionalGeneration, ours: DiaModel) -> None:
 
 
 def rotate_alike(model: DiaForConditionalGeneration, ours: DiaModel) -> None:
-    """Makes the rotation tables anew, in place, from the frequencies that the model has now."""
+    """Make the rotation tables anew, in place, from the frequencies that the model has now."""
     pairs: tuple[tuple[Any, Stack], ...] = ((model.model.encoder, ours.encoder), (model.model.decoder, ours.decoder))
     for theirs, stack in pairs:
         for module in theirs.modules():

@@ -148,7 +148,7 @@ def runs_here(product: str) -> bool:
 
 
 def pack(weight: Tensor | Int8Weight, product: str) -> Tensor | PackedWeight:
-    """Returns a projection's weight, `[features, hidden]`, in the layout of a product of `PRODUCTS`, as a copy.
+    """Return a projection's weight, `[features, hidden]`, in the layout of a product of `PRODUCTS`, as a copy.
 
     What the product does not take comes back as it is: other dtypes and devices, and weights with an infinity or a NaN,
     which fp16 would hide.
