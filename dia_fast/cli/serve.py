@@ -62,6 +62,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-batch", type=int, default=None, metavar="N", help="texts at a time, 1 to 32 (32)")
     parser.add_argument("--memory", metavar="BYTES", help="for keys and values, as in 4GB (up to half of what is free)")
+    parser.add_argument(
+        "--dia-tts-server-compat", action="store_true", help="serve /tts and the other routes of Dia-TTS-Server as well"
+    )
     _add_network(parser.add_argument_group("network"))
     _add_limits(parser.add_argument_group("limits"))
     log = parser.add_argument_group("log")
@@ -222,6 +225,7 @@ def _chosen(args: argparse.Namespace) -> "tuple[Options, Callable[[], Dia]]":
         keys=keys,
         no_auth=args.no_auth,
         page=not args.no_page,
+        compat=args.dia_tts_server_compat,
         cors_origins=tuple(args.cors_origin),
         allowed_hosts=tuple(args.allowed_host),
         max_body=_bytes(args.max_body) or 0,

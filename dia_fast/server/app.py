@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 import dia_fast
 from dia_fast.server import errors
 from dia_fast.server.catalogue import add_batch, add_voices
+from dia_fast.server.compat import add_compat
 from dia_fast.server.conversation import add_conversation
 from dia_fast.server.guard import Guard
 from dia_fast.server.page import add_page
@@ -49,6 +50,8 @@ def create_app(service: Service) -> FastAPI:
     add_voices(app, service)
     add_batch(app, service)
     add_conversation(app, service)
+    if service.options.compat:
+        add_compat(app, service)
     if service.options.page:
         add_page(app, service)
     _describe(app)

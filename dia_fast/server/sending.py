@@ -18,12 +18,15 @@ from dia_fast.server.guard import until_gone
 from dia_fast.server.schemas import SpeechRequest
 from dia_fast.server.service import Service
 from dia_fast.server.speech import Speech
+from dia_fast.server.voices import ServedVoice
 
 HEARTBEAT = 10.0  # seconds without a sign before an event stream gets a comment
 
 
-async def respond(service: Service, body: SpeechRequest, request: Request) -> Response:
-    """Speak a request: a response once its first bytes are there, or an error."""
+async def respond(
+    service: Service, body: SpeechRequest, request: Request, voice: ServedVoice | None = None
+) -> Response:
+    """Speak a request: a response once its first bytes are there, or an error. `voice` stands in for its own."""
     service.check_open()
     service.gate.check_room()
     if body.timestamps == "word":
@@ -34,7 +37,7 @@ async def respond(service: Service, body: SpeechRequest, request: Request) -> Re
     log.update(format=body.response_format, text_bytes=len(body.input.encode("utf-8", "replace")))
     if service.options.log_text:
         log["text"] = body.input
-    plan = await service.prepared(body, body.input)
+    plan = await service.prepared(body, body.input, voice)
     log.update(voice=plan.voice, seed=plan.seed)
     service.gate.check_room()
     speech = service.start(plan)

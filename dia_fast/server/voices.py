@@ -97,13 +97,17 @@ class Voices:
         if name is None:
             return self._builtin["dialogue"]
         name = self._aliases.get(name, name)
-        found = self._recorded.get(name) or self._builtin.get(name)
+        found = self._recorded.get(name) or self._builtin.get(name) or self._of_file(name)
         if found is None:
             known = ", ".join(voice.name for voice in self.all()[:8])
             raise ApiError(
                 400, f"voice {name!r:.80} is unknown; there are {known} and others: see /v1/audio/voices", param="voice"
             )
         return found
+
+    def _of_file(self, name: str) -> ServedVoice | None:
+        """The recording of a file name, `anna.wav`: what clients of Dia-TTS-Server send."""
+        return next((voice for voice in self._recorded.values() if voice.path and voice.path.name == name), None)
 
     def open(self, config: "DiaConfig", codec: "Codec") -> None:
         """Read the folder.
