@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import fused_shapes, parameter_count
+from dia_fast.model.quantization import FLOAT, check_weights, is_table, quantized_names
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.files import checked_path, replacing_folder
+from dia_kernels.reference.quantized import Int8Weight
 
 MAX_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -86,6 +88,7 @@ def convert(
     layout: str = "transformers",
     *,
     dtype: torch.dtype | None = None,
+    weights: str | None = None,
     pickled: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     revision: str | None = None,
@@ -93,24 +96,30 @@ def convert(
 ) -> Path:
     """Rewrite a checkpoint in the "transformers" or the "original" layout, from whichever it has; returns the folder.
 
-    dtype: of the written weights; None keeps what is stored. The original layout is one `model.safetensors`, or, if
-    `pickled`, one `pytorch_model.bin` (which is built in memory). A folder `codec` beside the source comes
-    along. Values are exact unless `dtype` is narrower.
+    dtype: of the written weights; None keeps what is stored. weights: the matrices to write in 8 bits, of
+    `quantization.WEIGHTS`, in the transformers layout alone; None keeps what is stored (original layout: none).
+    The original layout is one `model.safetensors`, or, if `pickled`, one `pytorch_model.bin`, built in memory.
+    A folder `codec` beside the source comes along. Values are exact unless `dtype` is narrower or `weights` rounds.
     Raises CheckpointError as `open_checkpoint` and `save_pretrained` do.
     """
     if not isinstance(layout, str) or layout not in ("transformers", "original"):
         raise InputError(f"layout {shown(layout)} is unknown; 'transformers' and 'original' can be written")
     if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in DTYPES):
         raise InputError(f"weights cannot be written as {shown(dtype)}; float32, float16 and bfloat16 can")
+    check_weights(weights)
     if not isinstance(pickled, bool):
         raise InputError(f"pickled must be True or False, not {shown(pickled)}")
     if pickled and layout != "original":
         raise InputError("only the original layout can be written as a pickle")
     checkpoint = open_checkpoint(source, revision=revision, local_files_only=local_files_only)
+    weights = weights or (checkpoint.weights if layout == "transformers" else FLOAT)
+    if weights != FLOAT and (layout != "transformers" or checkpoint.config.first_generation):
+        raise InputError(f"weights in 8 bits ({weights}) can be written in the transformers layout alone")
     dtypes = {name: dtype or checkpoint.stored_dtype(name) for name in fused_shapes(checkpoint.config)}
+    dtypes |= dict.fromkeys(quantized_names(checkpoint.config, weights), torch.int8)
 
-    def fetch(name: str) -> Tensor:
-        return checkpoint.load_fused(name, dtypes[name])
+    def fetch(name: str) -> Tensor | Int8Weight:
+        return checkpoint.load_int8(name) if dtypes[name] is torch.int8 else checkpoint.load_fused(name, dtypes[name])
 
     limit = max_shard_bytes if layout == "transformers" else None
     return write_checkpoint(
@@ -131,7 +140,7 @@ def write_checkpoint(
     folder: str | Path,
     config: DiaConfig,
     dtypes: Mapping[str, torch.dtype],
-    fetch: Callable[[str], Tensor],
+    fetch: Callable[[str], Tensor | Int8Weight],
     *,
     layout: str = "transformers",
     max_shard_bytes: int | None = MAX_SHARD_BYTES,
@@ -152,6 +161,11 @@ def write_checkpoint(
     # Where dtypes differ, wide ones first: every tensor then starts at a multiple of its item size.
     order = {name: i for i, name in enumerate(fused_shapes(config))}
     entries = [_Entry(name, part, dtypes[part.fused]) for name, part in tensor_slices(config, layout).items()]
+    entries += [
+        _Entry(f"{entry.name}_scale", replace(entry.part, shape=(entry.part.shape[0], 1)), torch.float32)
+        for entry in entries
+        if entry.dtype is torch.int8
+    ]
     entries.sort(key=lambda entry: (-entry.dtype.itemsize, order[entry.part.fused], entry.part.first))
     with replacing_folder(folder, CheckpointError, called="the checkpoint ") as partial:
         if pickled:
@@ -169,7 +183,7 @@ def _write_shards(
     folder: Path,
     config: DiaConfig,
     entries: list[_Entry],
-    fetch: Callable[[str], Tensor],
+    fetch: Callable[[str], Tensor | Int8Weight],
     max_shard_bytes: int | None,
 ) -> None:
     shards: list[list[_Entry]] = [[]]
@@ -196,7 +210,7 @@ def _write_shards(
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_safetensors(path: Path, entries: list[_Entry], fetch: Callable[[str], Tensor]) -> None:
+def _write_safetensors(path: Path, entries: list[_Entry], fetch: Callable[[str], Tensor | Int8Weight]) -> None:
     """https://github.com/huggingface/safetensors#format, tensor after tensor without holding them all."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -222,15 +236,19 @@ def _save_pickle(state: dict[str, Tensor], path: Path) -> None:
         save_torch(state, file)
 
 
-def _cut(entries: list[_Entry], fetch: Callable[[str], Tensor]) -> Iterator[tuple[_Entry, Tensor]]:
+def _cut(entries: list[_Entry], fetch: Callable[[str], Tensor | Int8Weight]) -> Iterator[tuple[_Entry, Tensor]]:
     """Each entry's tensor, contiguous, cut from the fused weight that holds it (entries come grouped by it)."""
     for fused, group in itertools.groupby(entries, key=lambda entry: entry.part.fused):
-        weight = fetch(fused)
-        if wrong := not_finite(weight):
+        fetched = fetch(fused)
+        if isinstance(fetched, Tensor) and (wrong := not_finite(fetched)):
             raise CheckpointError(
-                f"weight {fused} cannot be written: {wrong} of its {weight.numel()} values are NaN or infinity"
+                f"weight {fused} cannot be written: {wrong} of its {fetched.numel()} values are NaN or infinity"
             )
         for entry in group:
+            if isinstance(fetched, Tensor):
+                weight = fetched
+            else:
+                weight = fetched.values if entry.dtype is torch.int8 else fetched.scales
             rows = weight[entry.part.first : entry.part.last]
             yield entry, (rows.T if entry.part.transposed else rows).contiguous().view(entry.part.shape)
 
@@ -238,7 +256,8 @@ def _cut(entries: list[_Entry], fetch: Callable[[str], Tensor]) -> Iterator[tupl
 def _metadata(
     config: DiaConfig, layout: str, entries: list[_Entry], defaults: SamplingParams
 ) -> dict[str, dict[str, Any]]:
-    dtype = str(max((entry.dtype for entry in entries), key=lambda d: sum(e.size for e in entries if e.dtype is d)))
+    floating = [entry for entry in entries if entry.dtype is not torch.int8 and not entry.name.endswith("_scale")]
+    dtype = str(max((entry.dtype for entry in floating), key=lambda d: sum(e.size for e in floating if e.dtype is d)))
     dtype = dtype.removeprefix("torch.")
     if layout == "original":
         return {"config.json": config.to_original() | ({} if config.first_generation else {"torch_dtype": dtype})}
@@ -254,7 +273,29 @@ def _metadata(
         "top_k": defaults.top_k or 0,  # transformers' "all"
         "top_p": defaults.top_p,
     }
-    return {"config.json": config.to_transformers() | {"dtype": dtype}, "generation_config.json": generation}
+    quantized = [entry.name.removesuffix(".weight") for entry in entries if entry.dtype is torch.int8]
+    described = {"quantization_config": _quantization(config, quantized)} if quantized else {}
+    return {
+        "config.json": config.to_transformers() | {"dtype": dtype} | described,
+        "generation_config.json": generation,
+    }
+
+
+def _quantization(config: DiaConfig, quantized: list[str]) -> dict[str, Any]:
+    """The entry of config.json by which compressed-tensors reads such a file.
+
+    Source: https://github.com/neuralmagic/compressed-tensors, format `int-quantized`.
+    """
+    linear = [name.removesuffix(".weight") for name, part in tensor_slices(config, "transformers").items()
+              if len(part.shape) == 2 and not is_table(part.fused)]  # fmt: skip
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": sorted(set(linear) - set(quantized)),
+    }
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

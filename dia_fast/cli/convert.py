@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from dia_fast.cli.paths import path
+from dia_fast.errors import InputError
 
 DESCRIPTION = """\
 Rewrites a checkpoint in the layout of transformers or of the original package, from whichever it has. Values stay
@@ -16,6 +17,8 @@ examples:
     dia-fast convert dia-v0_1.pth dia-transformers --to transformers
   for the original package, in half the size
     dia-fast convert nari-labs/Dia-1.6B-0626 dia-original --to original --dtype bf16
+  in 8 bits, a quarter of float32
+    dia-fast convert nari-labs/Dia-1.6B-0626 dia-int8 --weights int8 --dtype bf16
 """
 
 
@@ -29,7 +32,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=path, metavar="SRC", help="Hub repository, local folder or file of weights")
     parser.add_argument("destination", type=path, metavar="DST", help="a new folder")
-    parser.add_argument("--to", choices=("transformers", "original"), required=True, help="the layout to write")
+    parser.add_argument("--to", choices=("transformers", "original"), help="the layout to write")
+    parser.add_argument(
+        "--weights", help="int8, int8-mlp (in the transformers layout) or float (default: what is stored)"
+    )
     parser.add_argument("--dtype", help="fp32, bf16 or fp16 (default: what is stored)")
     parser.add_argument(
         "--pickle", action="store_true", help="write pytorch_model.bin instead of safetensors (original layout only)"
@@ -45,14 +51,18 @@ def run(args: argparse.Namespace) -> int:
     from dia_fast.checkpoint.saving import convert
     from dia_fast.model.device import choose_dtype
 
+    if args.to is None and args.weights is None:
+        raise InputError("say what to write: --to transformers, --to original, or --weights int8")
+    layout = args.to or "transformers"
     folder = convert(
         args.source,
         args.destination,
-        args.to,
+        layout,
         dtype=None if args.dtype is None else choose_dtype(args.dtype, torch.device("cpu")),
+        weights=args.weights,
         pickled=args.pickle,
         revision=args.revision,
         local_files_only=args.offline,
     )
-    print(f"{folder}: written in the {args.to} layout")
+    print(f"{folder}: written in the {layout} layout")
     return 0

@@ -39,7 +39,8 @@ _GENERATION = {
 _STACK_EXTRAS = frozenset(
     {"hidden_act", "rope_parameters", "rope_scaling", "rope_theta", "cross_attention_hidden_size"}
 )
-_TOP = {"encoder_config", "decoder_config", "delay_pattern", "norm_eps"}
+# quantization_config repeats what the names and dtypes of the tensors say.
+_TOP = {"encoder_config", "decoder_config", "delay_pattern", "norm_eps", "quantization_config"}
 # So that a mistyped number is an error, not a list of a billion layers or a table of a billion positions.
 _LARGEST = {
     "num_hidden_layers": 1000,

@@ -161,6 +161,8 @@ COMMANDS: list[tuple[str, list[str], str]] = [
     ("info too long", ["info", "MODEL", "--length", "201"], "--length must be from 1 to 200 for this model, not 201"),
     ("convert onto a folder", ["convert", "MODEL", "full", "--to", "original"], "full exists and is not an empty"),
     ("convert onto a file", ["convert", "MODEL", "text.txt", "--to", "original"], "text.txt exists"),
+    ("convert to nothing", ["convert", "MODEL", "new"], "say what to write: --to transformers"),
+    ("convert to 4 bits", ["convert", "MODEL", "new", "--weights", "int4"], "weights 'int4' is unknown"),
     ("convert nothing", ["convert", "none", "new", "--to", "original"], "none: no such file or folder"),
     ("convert to int8", ["convert", "MODEL", "new", "--to", "original", "--dtype", "int8"], "dtype 'int8' is not"),
     (
@@ -202,7 +204,7 @@ def test_command(
 
 @pytest.mark.parametrize(
     "words",
-    [["sing"], ["speak", "a", "b"], ["speak", "--tempo", "3"], ["speak", TEXT, "--seed", " "], ["convert", "a", "b"]],
+    [["sing"], ["speak", "a", "b"], ["speak", "--tempo", "3"], ["speak", TEXT, "--seed", " "], ["convert", "a"]],
     ids=" ".join,
 )
 def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
