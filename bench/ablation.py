@@ -1,6 +1,6 @@
 """Find where the time of a decode step goes: leave one op out at a time, and time the step without it.
 
-    python -m bench.ablation [--rows 2] [--context 860] [--text 200] [--dtype bfloat16] [--whole] [--json FILE]
+    python -m bench.ablation [--rows 2] [--context 860] [--text 200] [--whole] [--table FILE ...] [--json FILE]
 
 The whole model with random weights, as a CUDA graph, as the engine runs it. What an op costs within the step is not
 what it takes alone: its launch hides behind the op before it, or does not. Needs a GPU.
@@ -8,19 +8,23 @@ what it takes alone: its launch hides behind the op before it, or does not. Need
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.captured import CapturedStep, Load, random_model, state_for, without
-from bench.device import open_device
+from bench.device import Device, open_device
 from bench.environment import collect
 from bench.measure import DTYPES, bytes_per_step, read_bandwidth
 from dia_fast.errors import DiaFastError
-from dia_kernels import get_ops
+from dia_fast.model.decode_state import DecodeState
+from dia_fast.model.model import DiaModel
+from dia_kernels import get_ops, launcher
 
 OPS = (
     "embed_codes", "rms_norm_linear", "rope_attention", "linear_residual", "cross_attention", "rms_norm_glu",
@@ -33,8 +37,25 @@ def _write(path: Path | None, facts: dict[str, Any]) -> None:
         path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+def _seconds(device: Device, model: DiaModel, state: DecodeState, load: Load) -> float:
+    return CapturedStep(device, model, state, load).seconds()
+
+
+def _under(tables: Iterable[Path], seconds: Callable[[], float]) -> Iterator[tuple[str, float]]:
+    """Yield the time of a step under each table, and after it that of the default configs again: drift shows."""
+    before = os.environ.get("DIA_KERNELS_TABLE")
+    for table in tables:
+        try:
+            os.environ["DIA_KERNELS_TABLE"] = str(table.absolute())
+            yield table.stem, seconds()
+        finally:
+            os.environ.pop("DIA_KERNELS_TABLE")
+            os.environ.update({"DIA_KERNELS_TABLE": before} if before else {})
+        yield "default again", seconds()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="ablation", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[2], help="of the step: 1, or twice the requests")
     parser.add_argument("--context", type=int, default=860)
@@ -42,12 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--layers", type=int, help="of the decoder (default: all)")
     parser.add_argument("--whole", action="store_true", help="time the whole step only")
+    parser.add_argument("--table", type=Path, nargs="+", default=[], help="configs to time beside the default ones")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    options = build_parser().parse_args(arguments)
     try:
         device = open_device(options.device)
         ops = get_ops("triton", device.torch)
+        for table in options.table:
+            launcher.read_table(str(table))
     except (DiaFastError, ValueError) as error:
         print(f"ablation: {error}", file=sys.stderr)
         return 2
@@ -60,13 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for rows in options.rows:
             load = Load(rows, options.context, options.text)
             state = state_for(model, load)
-            whole = CapturedStep(device, model, state, load).seconds()
+            whole = _seconds(device, model, state, load)
             share = weights / reads / whole
             print(f"{rows} rows: {whole * 1e3:.4f} ms a step, {share:.1%} of what reading the weights alone allows")
             found.append({"rows": rows, "op": "all", "seconds": whole, "share": share})
+            for table, seconds in _under(options.table, partial(_seconds, device, model, state, load)):
+                print(f"  {table:24} {seconds * 1e3:.4f} ms, {whole / seconds:.3f} times as fast", flush=True)
+                found.append({"rows": rows, "op": "all", "table": table, "seconds": seconds})
             for op in () if options.whole else OPS:
                 model.ops = without(ops, op)
-                saved = whole - CapturedStep(device, model, state, load).seconds()
+                saved = whole - _seconds(device, model, state, load)
                 model.ops = ops
                 print(f"  {op:16} {saved * 1e6:8.1f} us  {saved / whole:6.1%}", flush=True)
                 found.append({"rows": rows, "op": op, "seconds": saved, "share": saved / whole})

@@ -24,6 +24,7 @@ from bench.parts import ROOT, Interrupted, Part, Result, Runner, clean, installe
 from bench.report import DOCTOR, PARITY, Report
 from dia_fast.errors import DiaFastError, InputError
 
+CANDIDATES = [str(path) for path in sorted((ROOT / "bench" / "candidates").glob("*.json"))]
 DISK = 4_000_000_000  # bytes that the random weights need, about
 EXAMPLES = """\
 examples:
@@ -69,6 +70,8 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
         part("doctor", "every kernel against its reference", 90, "dia_fast", "doctor", *device, "--json",
              output=DOCTOR),
         whole_step("baseline", "a captured step of one guided request, by the default configs", 60, "2"),
+        whole_step("candidates", "configs that were never measured, beside the default ones", 60, "2", "--table",
+                   *CANDIDATES),
         part("residency", "launches whose programs are resident ahead of time", 30, "bench.residency", *device,
              "--json", str(folder / "residency.json")),
         part("parity", "tokens and logits in fp32, fp16 and bf16, with graphs and without", 90, "bench.parity",

@@ -16,7 +16,7 @@ from dia_fast.utils.files import replacing
 DOCTOR = "doctor.json"
 PARITY = "parity.json"
 SUITE = "suite/suite.json"
-FIGURES = ("baseline.json", "rows.json", "ablation.json", "residency.json")
+FIGURES = ("baseline.json", "candidates.json", "rows.json", "ablation.json", "residency.json")
 # What they show, for those who do not see them, by their folder.
 MEASURED = {
     "roofline": "operations per second of every kernel, under what the device itself reaches",

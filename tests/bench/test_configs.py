@@ -81,3 +81,17 @@ def test_the_page_has_a_line_for_every_entry() -> None:
             assert sorted({last for _, last in ends} | {0})[-1] == gemv.MAX_ROWS
             starts = {first for first, _ in ends} - {1}
             assert starts <= {last + 1 for _, last in ends}
+
+
+@pytest.mark.parametrize("path", sorted((configs.PAGE.parents[1] / "bench" / "candidates").glob("*.json")))
+def test_candidates_change_something_and_keep_a_row_s_bits_whatever_the_rows(path: Path) -> None:
+    for op, entries in launcher.read_table(str(path)).items():
+        for where in (entry["where"] for entry in entries):
+            shape = {"features": where.get("features", 2048), "hidden": where.get("hidden", 2048)}
+            default, arch, dtype = gemv._DEFAULTS[op], where["arch"], getattr(torch, where["dtype"])
+            found = [
+                launcher._configuration(op, default, dtype, arch, str(path), rows=rows, **shape)
+                for rows in range(1, 65)
+            ]
+            assert found[0] != default(dtype, arch, rows=1, **shape)
+            assert len({(use["SPLIT_K"], use["CHUNKS"], use["num_warps"]) for use in found}) == 1

@@ -325,7 +325,7 @@ def test_only_names_parts_and_gets_what_they_need() -> None:
 
 def test_the_order_is_that_of_worth_and_checks_come_before_the_speeds_they_vouch_for() -> None:
     names = [part.name for part in all_parts()]
-    assert names[:4] == ["tests", "doctor", "baseline", "residency"]
+    assert names[:4] == ["tests", "doctor", "baseline", "candidates"]
     assert names.index("parity") < names.index("rows") < names.index("weights") < names.index("step")
     assert [part.name for part in gpu.chosen_parts(all_parts(), ["rows"])] == ["rows"], "it makes weights of its own"
 
@@ -383,6 +383,28 @@ def test_the_environment_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> No
     assert done.stdout.startswith(environment.commit().rstrip("+")) and len(environment.commit()) >= 12
     monkeypatch.setenv("PATH", "")
     assert environment.commit() == ""
+
+
+@pytest.mark.parametrize("before", [None, "mine.json"])
+def test_each_table_is_timed_by_itself_and_the_default_after_it(
+    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="steps are timed on the kernels")
+    from bench import ablation
+
+    monkeypatch.delenv("DIA_KERNELS_TABLE", raising=False)
+    if before:
+        monkeypatch.setenv("DIA_KERNELS_TABLE", before)
+    seen: list[str | None] = []
+
+    def seconds() -> float:
+        seen.append(os.environ.get("DIA_KERNELS_TABLE"))
+        return float(len(seen))
+
+    tables = [tmp_path / "one.json", tmp_path / "two.json"]
+    found = list(ablation._under(tables, seconds))
+    assert found == [("one", 1.0), ("default again", 2.0), ("two", 3.0), ("default again", 4.0)]
+    assert seen == [str(tables[0]), before, str(tables[1]), before] and os.environ.get("DIA_KERNELS_TABLE") == before
 
 
 @pytest.mark.slow
