@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dia_fast.errors import CheckpointError, shown
-from dia_fast.utils.files import NotingFile, open_regular, parse_json
+from dia_fast.utils.files import NotingFile, open_regular, parse_json, uninterrupted
 
 # https://github.com/huggingface/safetensors#format
 SAFETENSORS_DTYPES = {
@@ -49,13 +49,14 @@ _MAX_HEADER = 100_000_000
 
 def save_torch(state: Mapping[str, Any], file: BinaryIO) -> None:
     """Write a `torch.save` file. Raises the OSError that a write has met, such as a full disk's."""
-    noting = NotingFile(file)
-    try:
-        torch.save(state, cast(IO[bytes], noting))
-    except RuntimeError:  # what torch makes of it
+    with uninterrupted() as interrupted:  # torch makes a RuntimeError of Ctrl-C in a write
+        noting = NotingFile(file, interrupted)
+        try:
+            torch.save(state, cast(IO[bytes], noting))
+        except RuntimeError:
+            noting.check()
+            raise
         noting.check()
-        raise
-    noting.check()
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:

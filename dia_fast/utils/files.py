@@ -200,16 +200,19 @@ class NotingFile:
 
     Args:
         file: Open for writing, without a buffer.
+        stop: When it becomes true, writes fail from then on; there is nothing to `check` then.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, stop: Callable[[], bool] = lambda: False) -> None:
+        self._file, self._stop = file, stop
         self._error: OSError | None = None
         self.seek, self.tell, self.read, self.flush = file.seek, file.tell, file.read, file.flush
 
     def write(self, data: Any) -> int:
         """As the file's own, whole; returns 0 where that fails, and from then on."""
         left = memoryview(data)
+        if self._stop():
+            return 0
         try:
             while left and self._error is None:
                 left = left[self._file.write(left) :]
@@ -291,12 +294,16 @@ class _Signals:
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold signals back during a short block: for calls back from C, where an exception would be lost."""
+def uninterrupted() -> Iterator[Callable[[], bool]]:
+    """Hold signals back during a block with calls back from C, where an exception would be lost.
+
+    Yields:
+        Tells whether a signal waits, for blocks that can end early.
+    """
     signals = _Signals()
     signals.take()
     try:
-        yield
+        yield lambda: bool(signals._waiting)
     finally:
         signals.restore()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import torch
 
 from dia_fast.audio.audio import Audio, growing_file
 from dia_fast.checkpoint.saving import write_checkpoint
+from dia_fast.checkpoint.tensor_io import save_torch
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.jobs.manifest import Manifest, failed_entry
 from dia_fast.model.fused_weights import fused_shapes
@@ -324,3 +326,23 @@ def test_threads_write_without_handlers(tmp_path: Path) -> None:
         with replacing(tmp_path / "b"):
             raise KeyboardInterrupt
     assert signal.getsignal(signal.SIGINT) is before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_ctrl_c_in_any_write_of_torch_is_ctrl_c() -> None:
+    """torch writes from C++, which makes a RuntimeError of any exception. What is left to write is not written."""
+    for at in range(1, 6):
+
+        class File(io.BytesIO):
+            writes = 0
+
+            def write(self, data: Any) -> int:
+                self.writes += 1
+                if self.writes == at:  # noqa: B023
+                    signal.raise_signal(signal.SIGINT)
+                return super().write(data)
+
+        file = File()
+        with pytest.raises(KeyboardInterrupt):
+            save_torch({f"{number}": torch.ones(9) for number in range(20)}, file)
+        assert file.writes == at
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dia_fast import Dia, OutOfMemory
+from dia_fast.audio.codec.incremental import IncrementalDecoder
 from dia_fast.cli import main
 from dia_fast.engine import Engine, Request, StepFailed
 from dia_fast.server.errors import as_api_error
@@ -51,7 +52,7 @@ DOORS: dict[str, tuple[Callable[[Dia], object], str]] = {
     "prefill": (lambda dia: dia.generate(TEXT, audio_prompt=VOICE, **SHORT), PREFILL),
     "codes of a list": (lambda dia: dia.generate_codes([TEXT, TEXT], **SHORT), STEP),
     "stream": (lambda dia: list(dia.stream(TEXT, **SHORT)), STEP),
-    "stream of sound": (lambda dia: list(dia.stream(TEXT, **SHORT)), "decode"),
+    "stream of sound": (lambda dia: list(dia.stream(TEXT, **SHORT)), "step"),
     "astream": (lambda dia: asyncio.run(_all(dia)), STEP),
     "sound": (lambda dia: dia.generate(TEXT, **SHORT), "decode"),
     "prompt": (lambda dia: dia.generate(TEXT, audio_prompt=(np.ones(44_100, np.float32), 44_100), **SHORT), "encode"),
@@ -69,7 +70,7 @@ def test_every_door_tells(door: str, kind: str, tmp_path: Path, monkeypatch: pyt
     dia = make_dia(tmp_path)
     dia.codec  # noqa: B018
     owners: dict[str, Any] = {"decode": dia.codec.network, "encode": dia.codec.network, "zeros": torch}
-    owners["linear_cross_entropy"] = forward
+    owners |= {"linear_cross_entropy": forward, "step": IncrementalDecoder}
     owner = owners.get(place, dia.model.ops)
     with monkeypatch.context() as patched:
         patched.setattr(owner, place, failing(ERRORS[kind]))
