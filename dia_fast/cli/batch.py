@@ -1,6 +1,7 @@
 """`dia-fast batch`: a file of scripts in, a folder of audio files out."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
@@ -67,8 +68,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", type=path, metavar="INPUT", help="JSON Lines file")
-    parser.add_argument("folder", type=path, metavar="FOLDER", help="where to write; made if it is missing")
+    parser.add_argument("input", type=path, metavar="INPUT", help="JSON Lines file, or its URL as s3://bucket/in.jsonl")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="where to write, or a URL; made if it is missing")
     parser.add_argument("--dry-run", action="store_true", help="check every line and prompt; load and write nothing")
     parser.add_argument("--format", default="wav", choices=("wav", "flac", "ogg", "mp3"), help="default: %(default)s")
     parser.add_argument(
@@ -104,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     from dia_fast.generation.inputs import engine_limits
     from dia_fast.jobs.items import Defaults, identity_of, read_items
     from dia_fast.jobs.runner import Batch
+    from dia_fast.jobs.store import Folder, RemoteFolder, fetched, is_url
 
     args.seed = random_seed() if args.seed == -1 else args.seed or 0
     params_from(args, SamplingParams())
@@ -117,12 +119,17 @@ def run(args: argparse.Namespace) -> int:
     if args.model:
         identity = identity_of(located(args.model)) + identity_of(args.codec)
     defaults = Defaults(usual, args.split == "auto", args.format, made_with, identity)
-    batch = Batch(read_items(Path(args.input), defaults), Path(args.folder))
-    if args.model is not None and (params := params_from(args, _defaults(args))) != usual:
-        batch = Batch(read_items(Path(args.input), replace(defaults, params=params)), Path(args.folder))
-    if args.dry_run:
-        return _dry_run(batch, told_model=args.model is not None)
-    return _run(batch, args)
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(fetched(args.input)) if is_url(args.input) else Path(args.input)
+        folder: Path | Folder = Path(args.folder)
+        if is_url(args.folder):
+            folder = stack.enter_context(RemoteFolder(args.folder))
+        batch = Batch(read_items(source, defaults), folder)
+        if args.model is not None and (params := params_from(args, _defaults(args))) != usual:
+            batch = Batch(read_items(source, replace(defaults, params=params)), folder)
+        if args.dry_run:
+            return _dry_run(batch, told_model=args.model is not None)
+        return _run(batch, args)
 
 
 def _defaults(args: argparse.Namespace) -> SamplingParams:

@@ -23,6 +23,7 @@ from dia_fast.generation.outcome import Outcome
 from dia_fast.generation.prompts import MIN_SECONDS, Voice, encode_prompts
 from dia_fast.jobs.items import Failed, Item
 from dia_fast.jobs.manifest import Manifest, done_entry, failed_entry
+from dia_fast.jobs.store import Folder
 from dia_fast.utils.out_of_memory import out_of_memory
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ class Batch:
         InputError: For a manifest that is damaged or not one.
     """
 
-    def __init__(self, items: Sequence[Item | Failed], folder: Path) -> None:
-        self.items, self.folder = items, folder
+    def __init__(self, items: Sequence[Item | Failed], folder: Path | Folder) -> None:
+        self.items = items
+        self.store = Folder(folder) if isinstance(folder, Path) else folder
+        self.folder = folder = self.store.path
         self.failed = [item for item in items if isinstance(item, Failed)]
         self.manifest = Manifest(folder / "manifest.jsonl")
         self._look()
@@ -66,7 +69,7 @@ class Batch:
     def _look(self) -> None:
         entries = self.manifest.load()
         good = [item for item in self.items if isinstance(item, Item)]
-        self.pending = [item for item in good if not _is_done(entries.get(item.id), item, self.folder)]
+        self.pending = [item for item in good if not _is_done(entries.get(item.id), item, self.store)]
         self.before = len(good) - len(self.pending)
 
     def check(self) -> list[Failed]:
@@ -135,6 +138,7 @@ class Batch:
 
         def close(entry: dict[str, Any]) -> None:
             self.manifest.append(entry)
+            self.store.publish(self.manifest.path.name)
             if entry["status"] == "failed":
                 totals.failed += 1
             elif entry["status"] == "partial":
@@ -149,15 +153,18 @@ class Batch:
         with _held(self.folder):
             self._look()  # another run may have ended since
             totals.before = self.before
-            with self.manifest:
-                for failed in self.failed:
-                    close(failed_entry(failed.line, failed.id, failed.error))
-                if self.pending:
-                    items = {item.id: item for item in self.pending}
-                    with contextlib.closing(speak(self.pending)) as made:
-                        for spoken in made:
-                            close(self._entry(items[spoken.id], spoken))
-            self.manifest.sort([(item.line, item.id) for item in self.items])
+            try:
+                with self.manifest:
+                    for failed in self.failed:
+                        close(failed_entry(failed.line, failed.id, failed.error))
+                    if self.pending:
+                        items = {item.id: item for item in self.pending}
+                        with contextlib.closing(speak(self.pending)) as made:
+                            for spoken in made:
+                                close(self._entry(items[spoken.id], spoken))
+                self.manifest.sort([(item.line, item.id) for item in self.items])
+            finally:
+                self.store.publish(self.manifest.path.name, now=True)
         return totals
 
     def _entry(self, item: Item, spoken: "Spoken") -> dict[str, Any]:
@@ -171,7 +178,9 @@ class Batch:
             audio = Audio(spoken.samples, spoken.sample_rate)
             path = self.folder / item.file
             audio.save(path)
-            return done_entry(item, audio.duration, path.stat().st_size, spoken.outcome)
+            size = path.stat().st_size
+            self.store.keep(item.file)
+            return done_entry(item, audio.duration, size, spoken.outcome)
         except Exception as error:
             return failed_entry(item.line, item.id, _said(error))
 
@@ -243,14 +252,11 @@ def _without_sound(name: str, error: Exception) -> Spoken:
     return Spoken(name, np.zeros(0, np.float32), 0, None, _said(error))
 
 
-def _is_done(entry: dict[str, Any] | None, item: Item, folder: Path) -> bool:
+def _is_done(entry: dict[str, Any] | None, item: Item, store: Folder) -> bool:
     """Tell whether the manifest knows the item, as it is now, and its file is still there."""
     if entry is None or entry["status"] != "done" or entry["fingerprint"] != item.fingerprint:
         return False
-    try:
-        return (folder / item.file).stat().st_size == entry["bytes"]
-    except OSError:
-        return False
+    return store.size(item.file) == entry["bytes"]
 
 
 def _said(error: Exception) -> str:
