@@ -14,7 +14,9 @@ from dia_fast.engine import Request, generate
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.device import choose_device
 from dia_fast.model.model import DiaModel
+from dia_fast.model.quantization import FLOAT, WEIGHTS, quantized_names
 from dia_kernels import get_ops
+from dia_kernels.reference.quantized import quantize
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WARM_UP = 3  # steps at the start of a run that do not count
@@ -106,12 +108,17 @@ def load(options: argparse.Namespace) -> tuple[DiaModel, Any]:
     checkpoint = open_checkpoint(options.model)
     weights = checkpoint.load(DTYPES[options.dtype], device)
     weights["decoder.head"][checkpoint.config.decoder.eos_token_id] = 0
-    model = DiaModel(checkpoint.config, get_ops(options.backend, device)).load(weights)
+    ops = get_ops(options.backend, device)
+    model = DiaModel(checkpoint.config, ops).load(weights)
     theirs = None
     if options.against:
         from bench.tools.pairs import theirs_sharing
 
         theirs = theirs_sharing(model)
+    if names := quantized_names(checkpoint.config, options.weights):
+        model = DiaModel(checkpoint.config, ops).load(
+            {name: quantize(weight) if name in names else weight for name, weight in weights.items()}
+        )
     del weights
     return model.pack(progress=True), theirs
 
@@ -121,6 +128,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder, file or Hub id; bench.make_checkpoint makes one")
     parser.add_argument("--against", choices=("transformers",))
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--weights", choices=WEIGHTS, default=FLOAT, help="ours, in 8 bits or not")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--text", type=int, default=200, help="bytes of text")
@@ -136,7 +144,7 @@ def bytes_per_step(model: DiaModel) -> int:
     layers = [getattr(layer, name) for layer in stack.layers for name in ("qkv", "o", "cross_q", "cross_o")]
     layers += [getattr(layer, name) for layer in stack.layers for name in ("gate_up", "down")]
     norms = [getattr(layer, name) for layer in stack.layers for name in ("self_norm", "cross_norm", "mlp_norm")]
-    return sum(weight.shape.numel() for weight in [*layers, *norms, stack.norm, stack.head]) * model.dtype.itemsize
+    return sum(weight.nbytes for weight in [*layers, *norms, stack.norm, stack.head])
 
 
 def read_bandwidth(device: torch.device, size: int = 1 << 29) -> float:

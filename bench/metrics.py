@@ -163,7 +163,7 @@ def ratio(folder: Path, steps: int = 16, rounds: int = 3, requests: Sequence[int
 
     torch.manual_seed(0)
     options = argparse.Namespace(
-        model=str(folder), dtype="bfloat16", device="cpu", backend="torch", against="transformers",
+        model=str(folder), dtype="bfloat16", weights="float", device="cpu", backend="torch", against="transformers",
         text=text, prompt=0, steps=steps, guidance=3.0,
     )  # fmt: skip
     model, theirs = load(options)

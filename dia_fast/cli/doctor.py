@@ -16,7 +16,8 @@ On a GPU each kernel runs at the shapes of Dia-1.6B and is compared with its tor
 compiled for the GPUs of --targets and not run; with TRITON_INTERPRET=1 they are interpreted, on small shapes.
 
 With --model the checkpoint and its codec are loaded and checked instead, and speak for a second: on a GPU every call is
-compared with the reference, on a CPU every number must be finite.
+compared with the reference, on a CPU every number must be finite. With --weights as well, the weights are rounded to 8
+bits and compared with the stored ones in float32: the worst matrix of each layer, and the logits of a second of speech.
 """
 
 EXAMPLES = """\
@@ -47,6 +48,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "-m", "--model", type=path, metavar="MODEL", help="check this one: Hub repository, folder, adapter, or demo"
     )
+    parser.add_argument(
+        "--weights", metavar="WEIGHTS", help="with --model: what rounding to int8 or int8-mlp does to its numbers"
+    )
     parser.add_argument("--codec", type=path, default="auto", metavar="CODEC", help="with --model (default: its own)")
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--offline", action="store_true", help="use only what has been downloaded before")
@@ -68,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         for key, value in facts.items():
             print(f"{key:13} {value}")
         print(f"{'backend':13} {backend}: {why}", flush=True)
+    if args.weights is not None and args.model is None:
+        raise InputError("--weights is about a model; name it with --model")
     verdicts, limits = _verdicts(args, device, dtype)
     healthy = all(verdict.healthy for verdict in verdicts)
     if args.json:
@@ -123,8 +129,24 @@ def _model_verdict(args: argparse.Namespace, device: Any, dtype: Any) -> tuple[l
 
     checkpoint = open_checkpoint(args.model, revision=args.revision, local_files_only=args.offline)
     codec = codec_for(args.model, args.codec)
+    if args.weights is not None:
+        return _weights_verdicts(args, checkpoint, device)
     left = ["kernels, which a CPU does not run; leave out --model for them"] if device.type == "cpu" else []
     return [doctor.check_model(checkpoint, codec, dtype, device, args.offline)], left
+
+
+def _weights_verdicts(args: argparse.Namespace, checkpoint: Any, device: Any) -> tuple[list[Any], list[str]]:
+    from dia_fast.diagnostics import doctor, precision
+    from dia_fast.model.device import choose_ops
+    from dia_fast.model.quantization import check_weights
+
+    check_weights(args.weights)
+    if args.weights == "float":
+        raise InputError("--weights float rounds nothing; use int8 or int8-mlp")
+    verdicts = precision.layer_verdicts(checkpoint, args.weights)
+    ops = choose_ops("torch", device)
+    verdicts.append(precision.logit_errors(checkpoint, args.weights, ops, device, doctor.STEPS).verdict)
+    return verdicts, ["how it sounds: listen, or let a recogniser count words"]
 
 
 def _has_triton() -> bool:
