@@ -162,7 +162,7 @@ BAD_PROMPTS: list[tuple[str, Callable[[Path], Any], str]] = [
     ("too many codes", lambda _: codes(184, 9), "audio_prompt has 184 frames; 1 to 183 leave room to speak"),
     ("special code", lambda _: codes(5, 9, value=1024), "audio_prompt holds code 1024; codes go from 0 to 1023"),
     ("negative code", lambda _: codes(5, 9, value=-1), "audio_prompt holds code -1"),
-    ("number", lambda _: 7, "audio_prompt must be a path, an Audio, a pair"),
+    ("number", lambda _: 7, "audio_prompt must be a path, a Voice or its name, an Audio, a pair"),
     ("bytes", lambda _: b"RIFF", "audio_prompt must be a path"),
     ("list for one text", lambda _: [None], "audio_prompt is a list but there is only one text"),
 ]
