@@ -107,8 +107,14 @@ SHELL = [page for page in PAGES if any(block.kind == "sh" for block in blocks(pa
 
 @pytest.mark.parametrize("page", SHELL, ids=ids(SHELL))
 def test_shell_blocks_run(
-    page: Path, folder: Path, ask_server: Callable[[], Server], capfd: pytest.CaptureFixture[str]
+    page: Path,
+    folder: Path,
+    ask_server: Callable[[], Server],
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))  # voices that a page adds are not the user's
     printed, after = "", 0
     for block in blocks(page):
         if block.kind == "text" and printed and block.line == after:
