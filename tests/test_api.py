@@ -182,6 +182,8 @@ def test_prompts_of_a_list(dia: Dia, voice: np.ndarray, monkeypatch: pytest.Monk
     monkeypatch.setattr(dia.codec, "encode", lambda samples: (calls.append(1), encode(samples))[1])
     shared = dia.generate_codes([TEXT, TEXT], audio_prompt=sound, seed=2, **SHORT)
     assert torch.equal(shared[0], alone[0]) and torch.equal(shared[1], alone[0])
+    assert calls == [], "the codes of a recording that was heard before are remembered"
+    dia.generate_codes([TEXT, TEXT], audio_prompt=Audio(voice / 2, 44_100), seed=2, **SHORT)
     assert calls == [1], "a prompt for all texts is encoded once"
 
 

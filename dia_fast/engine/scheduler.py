@@ -209,6 +209,7 @@ class Engine(OneProcess):
         left = math.inf if timeout is None else timeout
         with self._turn:
             ticks = self._ticks
+            self._wake.set()  # the caller may have looked before the last step: a thread that rests makes another one
             while self._ticks == ticks and left > 0 and (self._driven or self.lock.locked()):
                 # A thread that is interrupted may end a step without a word: look again now and then.
                 self._turn.wait(min(left, 0.05))

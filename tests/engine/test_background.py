@@ -76,6 +76,18 @@ def test_one_that_is_in_a_hurry_is_not_held_up_by_one_that_is_not() -> None:
         assert_same(slow.result(timeout=60), alone_cheaply(request(0), ends=False))
 
 
+def test_who_looked_before_the_last_step_is_not_left_waiting() -> None:
+    """The request ends between a look at it and the wait for the next step."""
+    with started() as engine:
+        handle = engine.submit(request(0, 5))
+        until(lambda: handle.done)
+        settled(engine)
+        waiting = threading.Thread(target=engine.advance, daemon=True)
+        waiting.start()
+        waiting.join(20)
+        assert not waiting.is_alive()
+
+
 def test_a_deadline_holds_while_it_rests() -> None:
     with started() as engine:
         handle = engine.submit(request(0), deadline=0.3)
