@@ -57,7 +57,8 @@ def test_one_request_in_bf16(target: str, tmp_path: Path) -> None:
     assert ("room beside the launch in front" in run.stdout) == chained
     if chained:
         needed = {pair["second"]: pair["needed"] for pair in step["pairs"]}
-        assert needed["cross_attention"] == 16, "programs beyond the text end at once"
+        splits = {"sm_90": 1}.get(target, 2)  # of a text of 200 tokens: 256 a split, or what fits into registers
+        assert needed["cross_attention"] == 16 * splits, "programs beyond the text end at once"
 
 
 def planned_with(report: Path, target: str) -> list[str]:
