@@ -523,14 +523,16 @@ class Engine(OneProcess):
         self._emit("swapped_in", sequence)
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Tell if a waiting or swapped sequence can go on, with a page left for each batch row of those that run."""
+        """Tell if a waiting or swapped sequence can go on, with a page left for each batch row that will need one."""
         state, item = self.state, sequence.plan
         if sequence.state is State.SWAPPED:
             if not self._running:
                 return True  # it fitted before; if it cannot grow now that it is alone, it never can
         elif state.cross_pool.shape.pages(len(item.request.text_ids)) > state.cross_pool.free:
             return False
-        spare = sum(2 if other.guided else 1 for other in self._running)
+        pages = state.pool.shape.pages
+        growing = [other for other in self._running if pages(other.plan.end + 1) > state.blocks.held(other.table_idx)]
+        spare = sum(2 if other.guided else 1 for other in growing)
         return state.pages_needed(max(sequence.step, item.first) + 1, sequence.guided) + spare <= state.pool.free
 
     # Stepping

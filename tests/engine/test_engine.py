@@ -57,6 +57,23 @@ def assert_same(ours: Generation, other: Generation) -> None:
     assert (ours.seed, ours.truncated) == (other.seed, other.truncated)
 
 
+@pytest.mark.parametrize("count", [2, 8, 32])
+@pytest.mark.parametrize("scale", [3.0, None])
+def test_requests_that_fit_a_batch_run_as_one(count: int, scale: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their pages are counted exactly: none is kept back for those that will never need another."""
+    model, batches = random_model(), list[int]()
+    step = DiaModel.decode_step
+
+    def counted(self: DiaModel, state: DecodeState) -> None:
+        batches.append(state.batch)
+        step(self, state)
+
+    monkeypatch.setattr(DiaModel, "decode_step", counted)
+    ends = [9 + (number % 3) for number in range(count)]
+    generate(model, [Request([1, 2, 3], max_new_tokens=end, guidance_scale=scale, seed=1) for end in ends])
+    assert batches[0] == count and len(batches) <= max(ends) + 4
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_request_gets_the_same_codes_alone_and_in_a_batch(dtype: torch.dtype) -> None:
     model = random_model(dtype=dtype)
