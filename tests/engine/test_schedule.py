@@ -234,15 +234,15 @@ def test_a_newcomer_does_not_stall_those_that_run() -> None:
 def test_memory_follows_the_pages_in_use() -> None:
     engine = Engine(small_model(eos=0.0), max_batch=1)
     handle = engine.submit(Request([1] * 5, None, 139, seed=0))
-    grid, text = self_pages(small_config()), cross_pages(small_config())
+    sound, text = self_pages(small_config()), cross_pages(small_config())
     while engine.step():
-        rows = engine._row(engine._running[0]) if engine._running else 0
-        if rows:
-            assert engine.stats.pages == 2 * grid.pages(rows)
-            used = engine.stats.pages * grid.bytes(torch.float32) + text.bytes(torch.float32)
+        steps = engine._step_of(engine._running[0]) if engine._running else 0
+        if steps:
+            assert engine.stats.pages == 2 * sound.pages(steps)
+            used = engine.stats.pages * sound.bytes(torch.float32) + text.bytes(torch.float32)
             assert engine.stats.page_bytes == used
     assert handle.status == "done"
-    assert engine.stats.page_bytes == 0 and engine.stats.peak_bytes >= 2 * 5 * grid.bytes(torch.float32)
+    assert engine.stats.page_bytes == 0 and engine.stats.peak_bytes >= 2 * 5 * sound.bytes(torch.float32)
 
 
 def test_a_cancelled_request_says_so() -> None:
