@@ -51,7 +51,7 @@ from dia_fast.generation.prompts import (
 from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams
 from dia_fast.generation.voices import find_voice, recording_of
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.cpu_weights import check_product
+from dia_fast.model.cpu_weights import check_product, try_product
 from dia_fast.model.device import choose_device, choose_dtype, choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
@@ -169,6 +169,8 @@ class Dia(OneProcess):
         weights = weights or checkpoint.weights
         if weights != FLOAT and ops.name == "triton":
             raise InputError(f"weights in 8 bits ({weights}) have no Triton kernels yet; use weights='float'")
+        if weights != "int8":
+            try_product(fused_shapes(checkpoint.config).values(), pack, kind, place)
         model = DiaModel(checkpoint.config, ops).load(checkpoint.load_as(weights, kind, place))
         model.pack(pack, progress=True)
         if isinstance(codec, str | os.PathLike):

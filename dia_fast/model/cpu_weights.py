@@ -7,7 +7,7 @@ a decode step, hundreds of a prompt. `DiaModel.pack` applies the table, `dia-fas
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,6 +131,22 @@ def check_product(product: bool | str, dtype: torch.dtype, device: torch.device)
         choose(dtype, product)
     elif isinstance(product, str):
         raise InputError(f"pack={shown(product)} names a product of CPUs, but the model goes to {device}; leave it out")
+
+
+def try_product(
+    shapes: Iterable[tuple[int, ...]], product: bool | str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Try the product of these matrices before they are loaded: what is tried needs as much memory as the largest.
+
+    Args:
+        shapes: Of the weights; those of matrices count.
+        product: As in `choose`.
+        dtype: Of the weights.
+        device: Where the model goes.
+    """
+    if device.type == "cpu" and choose(dtype, product).product == "onednn-bf16":
+        for features, hidden in {shape for shape in shapes if len(shape) == 2}:
+            packed.onednn_row_counts(features, hidden, torch.get_num_threads())
 
 
 def pack_matrices(model: nn.Module, product: bool | str, show_progress: bool) -> bool:
