@@ -57,7 +57,7 @@ def test_it_is_small_and_says_what_it_is() -> None:
     files = [file for file in demo_voice().rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 20_000_000
     card = (demo_voice() / "README.md").read_text(encoding="utf-8")
-    for part in ("license: apache-2.0", "## Data", "## Licence", "## Limits", "## How well it is understood"):
+    for part in ("license: apache-2.0", "## Data", "## Licence", "## Limits", "## Words understood"):
         assert part in card
 
 
