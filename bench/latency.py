@@ -21,6 +21,7 @@ from bench.measure import DTYPES, Seconds, describe_machine, load, median, now, 
 from dia_fast import Dia, DiaFastError, TextWarning
 from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
 from dia_fast.model.device import choose_device
+from dia_fast.model.quantization import FLOAT
 
 TEXT = "[S1] Did you hear that? [S2] Hear what? [S1] It was a bell, far away. [S2] There is no bell here."
 
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunks", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0], help="lengths in seconds")
     parser.add_argument("--steps", type=int, default=180, help="rows of speech (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.set_defaults(against=None)
+    parser.set_defaults(against=None, weights=FLOAT)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     warnings.simplefilter("ignore", TextWarning)  # the speech is cut on purpose

@@ -29,7 +29,9 @@ from tests.server.serving import Server, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-NEEDS = ("a GPU", "a GPU and the official weights", "an audio player", "a minute", "a Triton compiler")
+NEEDS = (
+    "a GPU", "a GPU and the official weights", "a minute", "a Triton compiler", "an audio player", "an object store"
+)  # fmt: skip
 OFFICIAL = "nari-labs/Dia-1.6B-0626"
 FENCE = re.compile(
     r"^(?:<!-- needs: (?P<needs>[^\n]+) -->\n)?^```(?P<kind>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL

@@ -19,7 +19,9 @@ def options() -> set[str]:
     return {name for action in commands.choices["serve"]._actions for name in action.option_strings}  # type: ignore[index]
 
 
-@pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(path for path in DEPLOY.iterdir() if path.is_file()), ids=lambda path: path.name
+)
 def test_the_environment_sets_options_that_exist(path: Path) -> None:
     named = set(re.findall(r"DIA_FAST_(\w+)", path.read_text(encoding="utf-8")))
     assert named and {f"--{name.lower().replace('_', '-')}" for name in named} <= options()
