@@ -63,10 +63,12 @@ def assert_same_loss_and_gradients(config: DiaConfig, batch: Batch, seed: int = 
     fused, wanted = dict(model.named_parameters()), dict(theirs.named_parameters())
     found = fused_slices(config)
     assert found.keys() == wanted.keys()
+    # Of one token attention forgets its queries and keys: their gradient is a difference that cancels.
+    terms = max(float(gradient.abs().max()) for gradient in gradients[0].values())
     for name, (target, first, last) in found.items():
         gradient = fused[target].grad
         assert gradient is not None, name
-        assert_equal_up_to_rounding(gradient[first:last], [found[name] for found in gradients], name)
+        assert_equal_up_to_rounding(gradient[first:last], [found[name] for found in gradients], name, terms)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
