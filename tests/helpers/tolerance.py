@@ -109,11 +109,13 @@ def assert_equal_up_to_rounding(
     assert difference <= allowed, f"{name}: {difference:.3e} off, {share:.2f} x what is allowed"
 
 
-def assert_same_numbers(ours: Sequence[float], plain: Sequence[Sequence[float]], name: str = "numbers") -> None:
+def assert_same_numbers(
+    ours: Sequence[float], plain: Sequence[Sequence[float]], name: str = "numbers", terms: float = 0.0
+) -> None:
     """As `assert_equal_up_to_rounding`, each number by itself; plain: several evaluations in float32 of all of them."""
     for at, found in enumerate(ours):
         column = [torch.tensor([float(row[at])], dtype=torch.float32) for row in plain]
-        assert_equal_up_to_rounding(torch.tensor([float(found)], dtype=torch.float64), column, f"{name} {at}")
+        assert_equal_up_to_rounding(torch.tensor([float(found)], dtype=torch.float64), column, f"{name} {at}", terms)
 
 
 def exponential_bound(largest: float) -> float:

@@ -59,7 +59,8 @@ def assert_same_loss_and_gradients(config: DiaConfig, batch: Batch, seed: int = 
             expected.backward()
             losses.append([expected.item()])
             gradients.append({name: weight.grad.clone() for name, weight in theirs.named_parameters()})
-    assert_same_numbers([loss.item()], losses, "loss")
+    # A mean of differences of a logit and a logarithm: rounded at that size, which evaluations that agree do not show.
+    assert_same_numbers([loss.item()], losses, "loss", terms=abs(losses[0][0]))
     fused, wanted = dict(model.named_parameters()), dict(theirs.named_parameters())
     found = fused_slices(config)
     assert found.keys() == wanted.keys()
