@@ -475,14 +475,13 @@ ASKS = re.compile(r"(what|whatever|whether|who|whoever|whose|how|however|where|w
 
 
 def asking(source: str) -> list[tuple[int, str]]:
-    """(line, first line) of docstrings that begin with a question word."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and ASKS.match(text):
-                found.append((getattr(node, "lineno", 1), text.splitlines()[0]))
-    return found
+    """(line, first line) of docstrings, those of variables among them, that begin with a question word."""
+    return [
+        (node.lineno, node.value.value.strip().splitlines()[0])
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        if ASKS.match(node.value.value.strip())
+    ]
 
 
 def test_docstrings_state_instead_of_asking() -> None:
@@ -497,6 +496,7 @@ def test_docstrings_state_instead_of_asking() -> None:
 
 def test_the_check_of_docstrings_itself() -> None:
     assert asking('"""What a caller may pass."""') == [(1, "What a caller may pass.")]
+    assert asking('LIMIT = 3\n"""How many."""') == [(2, "How many.")]
     assert not asking('def f():\n    """Whole frames only."""')
 
 

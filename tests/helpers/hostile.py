@@ -47,7 +47,7 @@ from dia_kernels import reference
 from tests.helpers.codecs import SMALL
 
 SECONDS, BYTES = 10, 2 << 30
-"""What one case may take; tiny files need some milliseconds and some megabytes."""
+"""Seconds and bytes that one case may take; tiny files need some milliseconds and some megabytes."""
 
 DEEP = "[" * 200_000
 VALUES = (

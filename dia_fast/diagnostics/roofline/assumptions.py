@@ -88,4 +88,4 @@ STATEMENTS = (
     "every request has the same context; the GPU does nothing else and does not throttle",
     "figures of registers, bytes in flight and instructions are the compiler's, not those of a run",
 )
-"""What else the arithmetic takes for granted, a sentence each."""
+"""Other assumptions of the arithmetic, a sentence each."""

@@ -20,8 +20,8 @@ PARTS = {
     "gap": "launch gap",
     "serial": "latency",
 }
-"""What decides: bandwidth of memory, bytes in flight, issue slots, bandwidth of L2, peak arithmetic, programs without
-work, the gap between kernels, loads and steps that wait for one another."""
+"""Names of the limits: bandwidth of memory, bytes in flight, issue slots, bandwidth of L2, peak arithmetic, programs
+without work, the gap between kernels, loads and steps that wait for one another."""
 
 
 def data(
