@@ -39,19 +39,9 @@ $(VENV)/.dev: $(VENV)/.base
 	@$(INSTALL) --quiet --no-deps descript-audio-codec
 	@touch $@
 
-$(VENV)/.voice: $(VENV)/.base
-	@echo "installing what makes speech and listens to it into $(VENV)"
-	@$(INSTALL) -e '.[voice]'
-	@touch $@
-
-$(VENV)/.docs: $(VENV)/.base
-	@echo "installing what builds the documentation into $(VENV)"
-	@$(INSTALL) -e '.[docs]'
-	@touch $@
-
-$(VENV)/.server: $(VENV)/.base
-	@echo "installing the server into $(VENV)"
-	@$(INSTALL) -e '.[server]'
+$(VENV)/.voice $(VENV)/.docs $(VENV)/.server: $(VENV)/.%: $(VENV)/.base
+	@echo "installing the extra $* into $(VENV)"
+	@$(INSTALL) -e '.[$*]'
 	@touch $@
 
 $(VENV)/.ray: $(VENV)/.dev
