@@ -233,11 +233,13 @@ def test_read_only_output_folder(capfd: pytest.CaptureFixture[str], monkeypatch:
         folder.mkdir()
         Path(name).chmod(0o755)
         folder.chmod(0o555)
+        monkeypatch.chdir(name)  # the folder in which the tests run may be closed to that user
         with ordinary_user():
             assert main(["speak", TEXT, "--model", "unused/unused", "-o", str(folder / "out.wav")]) == 2
         assert f"cannot write {folder / 'out.wav'}: Permission denied" in capfd.readouterr().err
         assert not tree(folder)
         folder.chmod(0o755)
+        monkeypatch.undo()
 
 
 def test_full_disk(home: Path, tmp_path: Path) -> None:
