@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-voice eval-voice test test-isa test-latest test-clients test-load test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures serve \
-	package-test lint clean
+	package-test lint clean clean-results
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -148,6 +148,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-clean: ## remove the virtual environment and everything generated
-	rm -rf $(VENV) $(LATEST) build dist demo-output bench/results *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove the virtual environments and everything generated, but what took long: see clean-results
+	rm -rf $(VENV) $(LATEST) $(CLIENTS) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-results: ## remove what benchmarks and the demo voice left: results, plots, random weights, trained weights
+	rm -rf bench/results examples/demo_voice/build

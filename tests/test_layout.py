@@ -4,6 +4,8 @@ import ast
 import inspect
 import pkgutil
 import re
+import shutil
+import subprocess
 from collections.abc import AsyncGenerator, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -326,6 +328,18 @@ def test_readme_names_make_targets_that_exist() -> None:
         named = set(re.findall(r"(?:^|^    |`)make ([a-z-]+)", text, re.MULTILINE))
         assert named, document
         assert named <= targets, f"{document} names {sorted(named - targets)}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_clean_leaves_what_took_long(tmp_path: Path) -> None:
+    """Results, plots and 3.2 GB of weights have a target of their own."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    long, short = (tmp_path / "bench/results", tmp_path / "examples/demo_voice/build"), (tmp_path / ".venv",)
+    for folder in (*long, *short):
+        folder.mkdir(parents=True)
+    for target, left in (("clean", long), ("clean-results", ())):
+        subprocess.run(["make", "-s", target], cwd=tmp_path, check=True, timeout=60)
+        assert [folder for folder in (*long, *short) if folder.exists()] == [*left], target
 
 
 def test_documents_agree_on_the_version() -> None:
