@@ -3,6 +3,7 @@
 How it was made, and how well it is understood, is in the model card beside its weights; `examples/demo_voice` makes it.
 """
 
+import difflib
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ DEMO = "demo"
 TEMPERATURE = 0.5
 """At which the demo voice is understood best."""
 
+_ALIKE = 0.55  # of two words that are alike, 0 to 1 as difflib counts it
 _FOLDER = Path(__file__).parent.parent / "demo_voice"
 
 
@@ -52,3 +54,24 @@ def unknown_words(text: str) -> list[str]:
     words = "".join(letter if letter.isalnum() else " " for letter in spoken).split()
     known = set(vocabulary())
     return list(dict.fromkeys(word for word in words if word.lower() not in known))
+
+
+def nearest_words(word: str, most: int = 2) -> list[str]:
+    """The words of the demo voice that are spelled most like this one, the nearest first; none if none is alike."""
+    return difflib.get_close_matches(word.lower(), vocabulary(), most, _ALIKE)
+
+
+def unknown_words_remark(text: str, most: int = 5) -> str | None:
+    """The remark on the words of a transcript that the demo voice never learnt, with its nearest; None if it knows all.
+
+    Args:
+        text: A transcript.
+        most: Words that are named; of others the number is told.
+    """
+    if not (unknown := unknown_words(text)):
+        return None
+    named = [
+        f"{word} (nearest: {', '.join(near)})" if (near := nearest_words(word)) else word for word in unknown[:most]
+    ]
+    more = f" and {len(unknown) - most} more" if len(unknown) > most else ""
+    return f"the demo voice never learnt: {', '.join(named)}{more}"

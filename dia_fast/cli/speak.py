@@ -6,6 +6,7 @@ import contextlib
 import os
 import struct
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--trim-silence", action="store_true", help="cut silence at the ends, and long silence inside")
     parser.add_argument("--add-tag", action="store_true", help="put [S1] before a transcript that has no tag there")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar and no summary")
+    parser.add_argument("--words", action="store_true", help="show the words that the demo voice knows, and do no more")
 
     voice = parser.add_argument_group("voice")
     voice.add_argument("--prompt", type=path, metavar="AUDIO", help="the voice to speak in, 5 to 10 s, or its name")
@@ -288,6 +290,9 @@ def check_prompt(prompt: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check whatever can be checked without the model first, then load, speak and write."""
+    if args.words:
+        _print_words(args.model)
+        return 0
     args.seed = random_seed() if args.seed in (None, -1) else args.seed
     params_from(args, SamplingParams())
     text = transcript(args)
@@ -332,7 +337,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _tell_demo_voice(text: str, *, quiet: bool) -> None:
     """Say that the demo voice speaks, unless quiet, and warn of words that it cannot say."""
-    from dia_fast.checkpoint.demo import demo_voice, unknown_words, vocabulary
+    from dia_fast.checkpoint.demo import demo_voice, unknown_words_remark, vocabulary
 
     folder = demo_voice()
     if not quiet:
@@ -341,10 +346,17 @@ def _tell_demo_voice(text: str, *, quiet: bool) -> None:
             f"two synthetic speakers ({folder / 'README.md'}); for anything else: --model {OFFICIAL_MODEL}",
             file=sys.stderr,
         )
-    if unknown := unknown_words(text):
-        few = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        told = f"the demo voice never learnt: {few}; its words: {folder / 'vocabulary.txt'}"
-        warn(told, TextWarning)
+    if remark := unknown_words_remark(text):
+        warn(f"{remark}; dia-fast speak --words shows all that it knows", TextWarning)
+
+
+def _print_words(model: str | None) -> None:
+    """Print the words of the demo voice, wrapped. Raises InputError for another model."""
+    from dia_fast.checkpoint.demo import DEMO, vocabulary
+
+    if model not in (None, DEMO):
+        raise InputError(f"--words shows the words of the demo voice; {model} takes any text")
+    print(textwrap.fill(" ".join(vocabulary()), 100, break_on_hyphens=False))
 
 
 def at_once(args: argparse.Namespace, text: str) -> int:

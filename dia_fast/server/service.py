@@ -15,7 +15,7 @@ from torch import Tensor
 import dia_fast
 from dia_fast.audio.audio import Audio
 from dia_fast.audio.editing import has_media
-from dia_fast.checkpoint.demo import unknown_words
+from dia_fast.checkpoint.demo import unknown_words_remark
 from dia_fast.errors import InputError
 from dia_fast.generation.inputs import params_for
 from dia_fast.generation.long_form import make_scripts
@@ -217,9 +217,8 @@ class Service:
         fps = dia.codec.frames_per_second
         [script] = make_scripts(dia.config, [text], [codes], prompt_text, split, params, [seed], fps)
         told += script.remarks
-        if self.is_demo and (unknown := unknown_words(text)):
-            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            told.append(f"the demo voice never learnt: {', '.join(unknown[:5])}{more}")
+        if self.is_demo and (remark := unknown_words_remark(text)):
+            told.append(remark)
         if body.instructions:
             told.append("instructions: ignored, Dia takes none; write sounds as (laughs) into the text")
         if unread := extras(body):
@@ -258,9 +257,9 @@ class Service:
             told = text_warnings(found, max_length=1 << 17) if TAG.search(found) else text_warnings(f"[S1] {found}")
             told = [line for line in told if not line.startswith("the text is about") or "below" in line]
             if self.is_demo:
-                unknown = unknown_words(found)
+                remark = unknown_words_remark(found, most=8)
                 told = [line for line in told if "sounds unnatural" not in line]
-                told += [f"the demo voice never learnt: {', '.join(unknown[:8])}"] if unknown else []
+                told += [remark] if remark else []
             return TextReport(bytes=len(found.encode()), seconds=spoken_seconds(found), warnings=told)
         except InputError as error:
             return TextReport(bytes=len(text.encode("utf-8", "replace")), seconds=0, warnings=[], error=str(error))

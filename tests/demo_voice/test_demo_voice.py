@@ -17,7 +17,7 @@ from transformers import DacModel, DiaForConditionalGeneration
 from bench.tools.pairs import their_rows
 from dia_fast import Audio, Dia, demo_voice
 from dia_fast.audio.codec import codec_for, load_codec
-from dia_fast.checkpoint.demo import TEMPERATURE, unknown_words, vocabulary
+from dia_fast.checkpoint.demo import TEMPERATURE, nearest_words, unknown_words, unknown_words_remark, vocabulary
 from dia_fast.cli import main
 from dia_fast.integrations.transformers import accelerate
 from dia_fast.model.delay import undo_delay
@@ -123,7 +123,7 @@ def test_speak_without_a_model_uses_it_and_says_so(tmp_path: Path, capsys: pytes
     assert main(["speak", "[S1] Hello, elephant.", "-o", str(path), "--seed", "3", "--device", "cpu"]) == 0
     said = capsys.readouterr()
     assert "demo voice" in said.err and "nari-labs/Dia-1.6B-0626" in said.err
-    assert "never learnt: elephant" in said.err
+    assert "never learnt: elephant" in said.err and "--words" in said.err
     assert str(path) in said.out
     assert soundfile.info(path).samplerate == 16_000
 
@@ -155,3 +155,34 @@ def test_unknown_words_are_told() -> None:
     assert vocabulary() == taught()
     assert unknown_words("[S1] The RED book, please! [S2] Zebra 7 zebra?") == ["Zebra", "7", "zebra"]
     assert unknown_words("[S1] Good morning.") == []
+
+
+def test_the_nearest_known_words_are_told() -> None:
+    assert nearest_words("kitchens")[0] == "kitchen"
+    assert nearest_words("GREENER")[0] == "green"
+    assert nearest_words("xylophon") == []
+    assert unknown_words_remark("[S1] The red book. [S2] Good morning.") is None
+    remark = unknown_words_remark("[S1] The kitchens xylophon the red book.")
+    assert remark is not None
+    assert remark.endswith("never learnt: kitchens (nearest: kitchen), xylophon")
+    many = " ".join(f"qq{letter}qq" for letter in "abcdefg")
+    assert str(unknown_words_remark(many, most=2)).endswith("never learnt: qqaqq, qqbqq and 5 more")
+
+
+@given(st.text(max_size=30), st.integers(1, 4))
+def test_nearest_words_are_known_ones(word: str, most: int) -> None:
+    near = nearest_words(word, most)
+    assert len(near) <= most and set(near) <= set(vocabulary())
+
+
+@pytest.mark.parametrize("given", [[], ["--model", "demo"]])
+def test_its_words_are_shown(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["speak", "--words", *given]) == 0
+    shown = capsys.readouterr().out
+    assert shown.split() == vocabulary()
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_the_words_of_another_model_are_no_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["speak", "--words", "--model", "nari-labs/Dia-1.6B-0626"]) == 2
+    assert "nari-labs/Dia-1.6B-0626 takes any text" in capsys.readouterr().err
