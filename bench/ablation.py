@@ -7,20 +7,18 @@ what it takes alone: its launch hides behind the op before it, or does not. Need
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench.captured import CapturedStep, Load, random_model, state_for, without
 from bench.device import Device, open_device
-from bench.environment import collect
 from bench.measure import DTYPES, bytes_per_step, read_bandwidth
+from bench.tools.results import Results, add_options
 from dia_fast.errors import DiaFastError
 from dia_fast.model.decode_state import DecodeState
 from dia_fast.model.model import DiaModel
@@ -30,11 +28,6 @@ OPS = (
     "embed_codes", "rms_norm_linear", "rope_attention", "linear_residual", "cross_attention", "rms_norm_glu",
     "codebook_logits", "sample",
 )  # fmt: skip
-
-
-def _write(path: Path | None, facts: dict[str, Any]) -> None:
-    if path:
-        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _seconds(device: Device, model: DiaModel, state: DecodeState, load: Load) -> float:
@@ -65,18 +58,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--whole", action="store_true", help="time the whole step only")
     parser.add_argument("--table", type=Path, nargs="+", default=[], help="configs to time beside the default ones")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
     try:
         device = open_device(options.device)
         ops = get_ops("triton", device.torch)
         for table in options.table:
             launcher.read_table(str(table))
+        results = Results(parser, options, arguments, device.torch)
     except (DiaFastError, ValueError) as error:
         print(f"ablation: {error}", file=sys.stderr)
         return 2
@@ -84,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = random_model(DTYPES[options.dtype], device.torch, ops, options.layers)
     weights = bytes_per_step(model)
     print(f"{device.name}, reads {reads / 1e12:.2f} TB/s; a step reads {weights / 1e9:.3f} GB of weights")
-    found = []
+    results.add({"op": "reading memory"}, {"bytes_per_second": reads, "weight_bytes": weights})
     with torch.inference_mode():
         for rows in options.rows:
             load = Load(rows, options.context, options.text)
@@ -92,21 +87,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             whole = _seconds(device, model, state, load)
             share = weights / reads / whole
             print(f"{rows} rows: {whole * 1e3:.4f} ms a step, {share:.1%} of what reading the weights alone allows")
-            found.append({"rows": rows, "op": "all", "seconds": whole, "share": share})
+            results.add({"rows": rows, "op": "all"}, {"seconds": whole, "share": share})
             for table, seconds in _under(options.table, partial(_seconds, device, model, state, load)):
                 print(f"  {table:24} {seconds * 1e3:.4f} ms, {whole / seconds:.3f} times as fast", flush=True)
-                found.append({"rows": rows, "op": "all", "table": table, "seconds": seconds})
+                results.add({"rows": rows, "op": "all", "table": table}, {"seconds": seconds})
             for op in () if options.whole else OPS:
                 model.ops = without(ops, op)
                 saved = whole - _seconds(device, model, state, load)
                 model.ops = ops
                 print(f"  {op:16} {saved * 1e6:8.1f} us  {saved / whole:6.1%}", flush=True)
-                found.append({"rows": rows, "op": op, "seconds": saved, "share": saved / whole})
+                results.add({"rows": rows, "op": op}, {"seconds": saved, "share": saved / whole})
             del state
-            _write(
-                options.json, {"environment": collect(device.torch), "reads": reads, "weights": weights, "found": found}
-            )
-    return 0
+    return results.end(0)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ what is measured now.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bench import baseline, metrics
 from bench.baseline import Finding, Group
+from bench.tools.results import Results, add_options
 from dia_fast.errors import DiaFastError, InputError
-from dia_fast.utils.files import replacing
 
 BASELINE = Path(__file__).with_name("baseline.json")
 ANEW = "python -m bench.check --update"
@@ -44,19 +43,21 @@ def main(arguments: Sequence[str] | None = None, measure: Measure = metrics.in_a
     parser.add_argument("--only", type=chosen, default=list(metrics.GROUPS), metavar="GROUP,...", help="these groups")
     parser.add_argument("--update", action="store_true", help="record what is measured now, and say what changed")
     parser.add_argument("--all", action="store_true", help="print figures that did not change, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and its verdict here")
+    add_options(parser)
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE", help="default: bench/baseline.json")
     options = parser.parse_args(arguments)
     try:
         with tempfile.TemporaryDirectory(prefix="bench-check-") as folder:
-            run = update if options.update else check
-            return run(options, lambda name: _measured(name, Path(folder), measure))
+            if options.update:
+                return update(options, lambda name: _measured(name, Path(folder), measure))
+            results = Results(parser, options, arguments)
+            return results.end(check(options, lambda name: _measured(name, Path(folder), measure), results))
     except DiaFastError as error:
         print(f"check: {error}", file=sys.stderr)
         return 2
 
 
-def check(options: argparse.Namespace, measured: Callable[[str], Group]) -> int:
+def check(options: argparse.Namespace, measured: Callable[[str], Group], results: Results) -> int:
     """Compare, print and return the exit status. Raises DiaFastError if there is no baseline."""
     recorded = baseline.read(options.baseline)
     found: list[Finding] = []
@@ -70,10 +71,8 @@ def check(options: argparse.Namespace, measured: Callable[[str], Group]) -> int:
             problems.append(str(error))
     failed = [item for item in found if item.fails]
     status = 1 if failed else 2 if problems else 0
-    if options.json:
-        with replacing(options.json) as temporary:
-            report = {"status": status, "problems": problems, "figures": [asdict(item) for item in found]}
-            temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    results.extend((_case(item), _values(item)) for item in found)
+    results.extend(({"problem": problem}, {}) for problem in problems)
     print(table(found if options.all else [item for item in found if item.verdict != "same"]))
     print("\n".join([*summary(found), *problems]))
     if failed:
@@ -81,6 +80,14 @@ def check(options: argparse.Namespace, measured: Callable[[str], Group]) -> int:
     elif any(item.verdict == "better" for item in found):
         print(f"Better than recorded: {ANEW} keeps it so.")
     return status
+
+
+def _case(item: Finding) -> dict[str, Any]:
+    return {"group": item.group, "subject": item.subject, "kind": item.kind, "unit": item.unit}
+
+
+def _values(item: Finding) -> dict[str, Any]:
+    return {"recorded": item.recorded, "now": item.now, "limit": item.limit, "verdict": item.verdict}
 
 
 def update(options: argparse.Namespace, measured: Callable[[str], Group]) -> int:

@@ -10,11 +10,11 @@ Figures are read off the machine code (`bench/machine_code.py`); none of them is
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from bench import machine_code, occupancy
 from bench.machine_code import MACHINES, Code
+from bench.tools.results import Results, add_options
 from dia_fast.diagnostics import launches
+from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
 from dia_kernels import aot as ahead
 
@@ -240,6 +242,21 @@ def summary(lines: Iterable[Line]) -> str:
     return table(head, ([*cells(*key, group)] for key, group in groups.items()))
 
 
+def _results(
+    lines: Iterable[Line], steps: Iterable[occupancy.Neighbours]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield case and values of every launch, in order, then of every two neighbours of a step."""
+    for item in lines:
+        values = asdict(item)
+        values["matrix"] = ", ".join(f"{count} {name}" for name, count in item.matrix.items())
+        yield {name: values.pop(name) for name in ("target", "dtype", "rows", "kernel")}, values
+    for step in steps:
+        for pair in step.pairs:
+            values = asdict(pair)
+            names = {name: values.pop(name) for name in ("first", "second")}
+            yield {"target": step.target, "dtype": step.dtype, "rows": step.rows} | names, values
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=(__doc__ or "").splitlines()[0])
@@ -261,15 +278,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here instead of printing them")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the worst of each kernel and target here")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    add_options(parser)
     arguments = parser.parse_args(argv)
+    try:
+        results = Results(parser, arguments, argv)
+    except DiaFastError as error:
+        print(f"codegen: {error}", file=sys.stderr)
+        return 2
     steps: list[occupancy.Neighbours] = []
     lines = list(report(arguments.targets, arguments.rows, arguments.dtypes, sys.stderr.isatty(), steps))
     tables = markdown(lines) + "\n" + occupancy.markdown(steps)
-    if arguments.json:
-        facts = {"triton": triton.__version__, "lines": [asdict(item) for item in lines]}
-        facts["steps"] = [asdict(item) for item in steps]
-        arguments.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    results.extend(_results(lines, steps))
     if arguments.markdown:
         arguments.markdown.write_text(tables, encoding="utf-8")
     else:
@@ -284,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sep="\n",
         file=sys.stderr,
     )
-    return 1 if wrong else 0
+    return results.end(1 if wrong else 0)
 
 
 if __name__ == "__main__":

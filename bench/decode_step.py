@@ -28,6 +28,7 @@ from bench.measure import (
     step_times,
     their_run,
 )
+from bench.tools.results import Results, add_options
 from dia_fast.engine import Request
 from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
@@ -52,17 +53,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=16, help="timed steps per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clock", choices=Seconds._fields, default="wall", help="the one that decides")
+    add_options(parser)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     try:
         model, theirs = load(options)
+        results = Results(parser, options, arguments, model.device)
     except DiaFastError as error:
         print(f"decode_step: {error}", file=sys.stderr)
         return 2
-    return report(model, theirs, options)
+    return results.end(report(model, theirs, options, results))
 
 
-def report(model: DiaModel, theirs: Any, options: argparse.Namespace) -> int:
+def step_figures(times: Sequence[Seconds], moved: int) -> dict[str, float]:
+    """Return the least and the median of step times. moved: bytes of weights that a step reads."""
+    low, mid = least(times), median(times)
+    return {
+        "wall_min_ms": low.wall * 1e3, "wall_median_ms": mid.wall * 1e3, "cpu_min_ms": low.cpu * 1e3,
+        "cpu_median_ms": mid.cpu * 1e3, "weights_gigabytes_per_second": moved / low.wall / 1e9, "steps": len(times),
+    }  # fmt: skip
+
+
+def report(model: DiaModel, theirs: Any, options: argparse.Namespace, results: Results) -> int:
     """Run both sides in turns and print what a step takes: the least, which disturbs little, and the median."""
     requests = requests_for(model.config, options)
     sides = {"dia-fast": our_run(model, requests)}
@@ -81,6 +93,7 @@ def report(model: DiaModel, theirs: Any, options: argparse.Namespace) -> int:
             f"{name:13} {low.wall * 1e3:10.1f} {mid.wall * 1e3:8.1f} {low.cpu * 1e3:10.1f} {mid.cpu * 1e3:8.1f} "
             f"{moved / low.wall / 1e9:6.2f} {len(times):6}"
         )
+        results.add({"side": name, "requests": options.batch}, step_figures(times, moved))
     if len(spans) == 1:
         return 0
     ours, others = spans.values()
@@ -89,6 +102,10 @@ def report(model: DiaModel, theirs: Any, options: argparse.Namespace) -> int:
     print("steps per second, times transformers': " + "; ".join(
         f"{clock} {low:.2f} (of the least), {mid:.2f} (of the medians)" for clock, (low, mid) in ratios.items()
     ))  # fmt: skip
+    results.extend(
+        ({"side": "ratio", "clock": clock}, {"of_the_least": low, "of_the_medians": mid})
+        for clock, (low, mid) in ratios.items()
+    )
     return int(ratios[options.clock][1] < 1)
 
 

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from bench.tools.results import Results, add_options
 from dia_fast.engine import Request
+from dia_fast.errors import DiaFastError
 from dia_fast.integrations.transformers import accelerate, loop, patch
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
 
@@ -91,8 +93,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
     parser.add_argument("--no-transformers", dest="transformers", action="store_false", help="skip the model's own")
     parser.add_argument("--copy", action="store_true", help="accelerate(share_memory=False)")
+    add_options(parser)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        results = Results(parser, options, arguments, device)
+    except DiaFastError as error:
+        print(f"dropin: {error}", file=sys.stderr)
+        return 2
     model = load(options.model, getattr(torch, options.dtype))
     if torch.cuda.is_available():
         model.cuda()
@@ -106,10 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 torch.cuda.synchronize()
             if turn:  # the first round warms up
                 seconds[name].append(clock() - start)
-    return report(seconds, options)
+    return results.end(report(seconds, options, results))
 
 
-def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> int:
+def report(seconds: dict[str, list[float]], options: argparse.Namespace, results: Results) -> int:
     """Print the medians, the cost of the drop-in, and its lead."""
     from bench.measure import describe_machine
 
@@ -119,10 +128,12 @@ def report(seconds: dict[str, list[float]], options: argparse.Namespace) -> int:
     for name, times in seconds.items():
         spread = f"{min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}"
         print(f"{name:13} {middle[name] * 1e3:8.1f} ms for {options.steps} steps ({spread})")
+        results.add({"side": name, "clock": options.clock}, {"median_s": middle[name], "min_s": min(times)})
     # In pairs of one round, so that a change of the machine's pace meets both.
     extra = [after - before for before, after in zip(seconds["engine"], seconds["accelerate"], strict=True)]
     cost = statistics.median(extra) / middle["engine"]
     print(f"the drop-in costs {cost:.1%} of a call ({statistics.median(extra) * 1e3:.2f} ms); allowed: {MOST:.0%}")
+    results.add({"side": "drop-in", "clock": options.clock}, {"extra_s": statistics.median(extra), "share": cost})
     if "transformers" in middle:
         print(f"ratio {middle['accelerate'] / middle['transformers']:.3f} of transformers' time, for the whole call")
     return int(cost > MOST)

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from bench.machine_code import MACHINES
+from bench.tools import results
 from dia_fast.diagnostics.roofline import figures, work
 from dia_fast.diagnostics.roofline.predict import SIZES
+from dia_fast.errors import InputError
 from dia_fast.model.config import DiaConfig
 from dia_fast.utils.files import replacing
 from dia_kernels.triton import gemv
@@ -31,15 +33,15 @@ Table = dict[str, dict[str, dict[str, dict[str, list[float]]]]]
 
 
 def read(paths: Iterable[Path]) -> tuple[str, list[Line]]:
-    """Triton's version and all lines. Raises ValueError if versions differ or a file is no such report."""
+    """Triton's version and all lines. Raises InputError or ValueError for other files or several versions."""
     versions: dict[str, Path] = {}
     steps: dict[tuple[str, str, int], list[Line]] = {}
     for path in paths:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(report, dict) or not {"triton", "lines"} <= set(report):
-            raise ValueError(f"{path} is no report of bench.codegen: it has no triton and lines")
-        versions.setdefault(report["triton"], path)
-        steps |= _by_step(report["lines"])
+        report = results.read(path)
+        if report["bench"] != "codegen":
+            raise InputError(f"{path} is no report of bench.codegen, but of {report['bench']}")
+        versions.setdefault(report["versions"]["triton"], path)
+        steps |= _by_step(line for line in results.flat(report) if "kernel" in line)
     if len(versions) != 1:
         raise ValueError(
             "reports of different versions of Triton: " + ", ".join(f"{k} ({v})" for k, v in versions.items())

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.parts import ROOT, Interrupted, Part, Result, Runner, clean, installed, scrub
-from bench.report import DOCTOR, PARITY, Report
+from bench.report import DOCTOR, Report
 from dia_fast.errors import DiaFastError, InputError
 
 CANDIDATES = [str(path) for path in sorted((ROOT / "bench" / "candidates").glob("*.json"))]
@@ -55,9 +55,11 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
     thin = ("--layers", "1") if options.quick else ()
     layout = ("--layout", "original") if installed("dia") else ()  # which dia-fast reads as well
 
+    def measured(name: str, shows: str, limit: float, module: str, *command: str, **more: Any) -> Part:
+        return part(name, shows, limit, module, *command, "--json", str(folder / f"{name}.json"), **more)
+
     def whole_step(name: str, shows: str, limit: float, *rows: str) -> Part:
-        out = ("--json", str(folder / f"{name}.json"))
-        return part(name, shows, limit, "bench.ablation", *device, *thin, "--whole", "--rows", *rows, *out, speed=True)
+        return measured(name, shows, limit, "bench.ablation", *device, *thin, "--whole", "--rows", *rows, speed=True)
 
     def weights_part() -> list[Part]:
         if options.model is not None:
@@ -72,32 +74,30 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
         whole_step("baseline", "a captured step of one guided request, by the default configs", 60, "2"),
         whole_step("candidates", "configs that were never measured, beside the default ones", 60, "2", "--table",
                    *CANDIDATES),
-        part("residency", "launches whose programs are resident ahead of time", 30, "bench.residency", *device,
-             "--json", str(folder / "residency.json")),
-        part("parity", "tokens and logits in fp32, fp16 and bf16, with graphs and without", 90, "bench.parity",
-             *device, "--json", str(folder / PARITY), *few),
+        measured("residency", "launches whose programs are resident ahead of time", 30, "bench.residency", *device),
+        measured("parity", "tokens and logits in fp32, fp16 and bf16, with graphs and without", 90, "bench.parity",
+                 *device, *few),
         whole_step("rows", "captured steps of 1, 16 and 64 rows", 60, "1", "16", "64"),
         *weights_part(),
-        part("step", "a decode step beside that of transformers", 75, "bench.decode_step", *device, *model, *against,
-             *step, speed=True),
-        part("throughput", "frames per second over the number of requests", 75, "bench.throughput", *device, *model,
-             *against, "--rounds", "1", "--out", str(folder / "throughput"), *batches, needs=("matplotlib",),
-             speed=True),
-        part("latency", "time to the first sound", 45, "bench.latency", *device, *model, *sound, speed=True),
-        part("serving", "1, 8 and 32 streams at once, the codec included", 75, "bench.serving", *device, *model,
-             "--codec", "random", "--json", str(folder / "serving.json"), speed=True),
+        measured("step", "a decode step beside that of transformers", 75, "bench.decode_step", *device, *model,
+                 *against, *step, speed=True),
+        measured("throughput", "frames per second over the number of requests", 75, "bench.throughput", *device,
+                 *model, *against, "--rounds", "1", "--out", str(folder / "throughput"), *batches,
+                 needs=("matplotlib",), speed=True),
+        measured("latency", "time to the first sound", 45, "bench.latency", *device, *model, *sound, speed=True),
+        measured("serving", "1, 8 and 32 streams at once, the codec included", 75, "bench.serving", *device, *model,
+                 "--codec", "random", speed=True),
         part("sanitizer", "a captured step under compute-sanitizer", 90, "bench.sanitizer", *device,
              programs=("compute-sanitizer",)),
-        part("suite", "every kernel, step and stage beside torch and torch.compile", 220, "bench.suite", *device,
-             *quick, "--out", str(folder / "suite"), "--limit", "180", needs=("pytest", "pytest_benchmark")),
-        part("ablation", "time that each op of a step takes", 60, "bench.ablation", *device, *thin, "--json",
-             str(folder / "ablation.json"), speed=True),
-        part("ragged", "requests of different lengths, one after another", 60, "bench.ragged", *device, *model,
-             *against, "--gap", "0.1", "--steps", "50", "200", speed=True),
+        measured("suite", "every kernel, step and stage beside torch and torch.compile", 220, "bench.suite", *device,
+                 *quick, "--out", str(folder / "suite"), "--limit", "180", needs=("pytest", "pytest_benchmark")),
+        measured("ablation", "time that each op of a step takes", 60, "bench.ablation", *device, *thin, speed=True),
+        measured("ragged", "requests of different lengths, one after another", 60, "bench.ragged", *device, *model,
+                 *against, "--gap", "0.1", "--steps", "50", "200", speed=True),
         part("plan", "measured beside predicted", 60, "dia_fast", "plan", *device, "--measure", "--plots",
              str(folder / "plan"), needs=("matplotlib",), speed=True),
-        part("original", "a decode step beside that of the original package", 75, "bench.original", *device, *model,
-             *step, needs=("dia",), speed=True),
+        measured("original", "a decode step beside that of the original package", 75, "bench.original", *device,
+                 *model, *step, needs=("dia",), speed=True),
     ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from bench.measure import DTYPES, Seconds, describe_machine, load, median, now, use
+from bench.tools.results import Results, add_options
 from dia_fast import Dia, DiaFastError, TextWarning
 from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
 from dia_fast.model.device import choose_device
@@ -60,7 +61,7 @@ def time_stream(dia: Dia, steps: int, chunk_seconds: float) -> Taken:
     return Taken(*first, now().since(start))
 
 
-def report(dia: Dia, options: argparse.Namespace) -> None:
+def report(dia: Dia, options: argparse.Namespace, results: Results) -> None:
     """Run every way in turns and print the medians as a table."""
     taken: dict[float, list[Taken]] = {length: [] for length in [0.0, *options.chunks]}
     dia.generate(TEXT, seed=0, max_new_tokens=min(options.steps, 24))  # what is made at first use does not count
@@ -79,6 +80,13 @@ def report(dia: Dia, options: argparse.Namespace) -> None:
         name = f"{length:g} s" if length else "in one call"
         span = f"{first.wall:.2f} ({first.cpu:.2f}) | {end.wall:.2f} ({end.cpu:.2f})"
         print(f"| {name} | {times[0].steps} | {span} |")
+        results.add(
+            {"chunk_s": length or None},
+            {
+                "steps_before": times[0].steps, "first_wall_s": first.wall, "first_cpu_s": first.cpu,
+                "total_wall_s": end.wall, "total_cpu_s": end.cpu,
+            },
+        )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunks", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0], help="lengths in seconds")
     parser.add_argument("--steps", type=int, default=180, help="rows of speech (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
+    add_options(parser)
     parser.set_defaults(against=None, weights=FLOAT)
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -105,11 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from bench.tools.tiny_models import make_transformers_checkpoint
 
                 options.model = str(make_transformers_checkpoint(Path(folder) / "model"))
-            report(Dia(load(options)[0], codec), options)
+            results = Results(parser, options, arguments, options.device)
+            report(Dia(load(options)[0], codec), options, results)
         except DiaFastError as error:
             print(f"latency: {error}", file=sys.stderr)
             return 2
-    return 0
+    return results.end(0)
 
 
 if __name__ == "__main__":

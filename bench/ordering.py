@@ -21,6 +21,8 @@ from torch import Tensor
 
 from bench import ptx
 from bench.tools.resident import Launch
+from bench.tools.results import Results, add_options
+from dia_fast.errors import DiaFastError
 from dia_kernels import aot as ahead
 from dia_kernels import reference
 from dia_kernels import triton as kernels
@@ -202,15 +204,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.ordering", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=("sm_90",), choices=TARGETS, help="default: sm_90")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="orders to try (default: %(default)s)")
+    add_options(parser)
     options = parser.parse_args(argv)
+    try:
+        results = Results(parser, options, argv)
+    except DiaFastError as error:
+        print(f"ordering: {error}", file=sys.stderr)
+        return 2
     wrong = []
     for target in options.targets:
         for case in cases():
             found = sorted({p for seed in range(options.seeds) for p in problems(case, target, seed)})
             print(f"{case.name} on {target}: {'wrong' if found else 'right, no race'}", flush=True)
+            results.add({"case": case.name, "target": target}, {"orders": options.seeds, "problems": len(found)})
             wrong += found
     print(*wrong, f"{len(wrong)} problems", sep="\n", file=sys.stderr)
-    return 1 if wrong else 0
+    return results.end(1 if wrong else 0)
 
 
 if __name__ == "__main__":

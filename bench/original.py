@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from bench.decode_step import step_figures
 from bench.measure import (
     WARM_UP,
     Seconds,
     add_model_options,
+    bytes_per_step,
     describe,
     least,
     load,
@@ -29,6 +31,7 @@ from bench.measure import (
     use,
 )
 from bench.parts import installed
+from bench.tools.results import Results, add_options
 from dia_fast.engine import Request
 from dia_fast.errors import DiaFastError, InputError
 from dia_fast.model.device import choose_device
@@ -61,7 +64,7 @@ def original_steps(call: Callable[[int], None], steps: int) -> Seconds:
     return Seconds(span.wall / steps, span.cpu / steps)
 
 
-def report(options: argparse.Namespace) -> int:
+def report(options: argparse.Namespace, results: Results) -> int:
     """Run both in turns and print what a step takes. Raises InputError."""
     theirs = load_original(options)
     model, _ = load(options)
@@ -91,9 +94,11 @@ def report(options: argparse.Namespace) -> int:
         print(
             f"{name:13} {low.wall * 1e3:10.2f} {mid.wall * 1e3:8.2f} {low.cpu * 1e3:10.2f} {mid.cpu * 1e3:8.2f}"
         )  # fmt: skip
+        results.add({"side": name, "requests": options.requests}, step_figures(times, bytes_per_step(model)))
     ratio = median(spans["original"]).wall / median(spans["dia-fast"]).wall
     print(f"steps per second, times the original's: {ratio:.2f} (wall, of the medians)")
-    return int(ratio < 1)
+    results.add({"side": "ratio", "clock": "wall"}, {"of_the_medians": ratio})
+    return results.end(int(ratio < 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,11 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=64, help="timed steps per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="let the original use torch.compile")
+    add_options(parser)
     options = parser.parse_args(arguments)
     options.against = None
     torch.manual_seed(0)
     try:
-        return report(options)
+        return report(options, Results(parser, options, arguments, choose_device(options.device)))
     except DiaFastError as error:
         print(f"original: {error}", file=sys.stderr)
         return 2

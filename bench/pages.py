@@ -17,7 +17,9 @@ import torch
 
 from bench.make_checkpoint import DTYPES, random_weight
 from bench.metrics import resident
+from bench.tools.results import Results, add_options
 from dia_fast.engine import Engine, Request
+from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
@@ -41,7 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=512, help="rows between two lines (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=0, help="rows of it that are an audio prompt (default: none)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    add_options(parser)
     options = parser.parse_args(arguments)
+    try:
+        results = Results(parser, options, arguments)
+    except DiaFastError as error:
+        print(f"pages: {error}", file=sys.stderr)
+        return 2
     config, dtype = narrow_config(), DTYPES[options.dtype]
     weights = {name: random_weight(config, name, 0, dtype) for name in fused_shapes(config)}
     weights["decoder.head"][config.decoder.eos_token_id] = 0  # it must not end early
@@ -59,10 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row += 1
         if row == 32 or row % options.every == 0:
             stats = engine.stats
-            grown = (resident("VmRSS") - start) / MIB
-            print(f"| {row} | {stats.pages} | {stats.page_bytes / MIB:.0f} MiB | {grown:.0f} MiB |", flush=True)
+            grown = resident("VmRSS") - start
+            print(f"| {row} | {stats.pages} | {stats.page_bytes / MIB:.0f} MiB | {grown / MIB:.0f} MiB |", flush=True)
+            results.add({"row": row}, {"pages": stats.pages, "page_bytes": stats.page_bytes, "grown_bytes": grown})
     print(f"\nafterwards {engine.stats.pages} pages are in use; the most were {engine.stats.peak_bytes / MIB:.0f} MiB")
-    return 0
+    return results.end(0)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ twice that of torch in the same dtype, plus one rounding. Graphs may not change 
 """
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor
 
 from bench.make_checkpoint import random_weight
 from bench.measure import use
+from bench.tools.results import Results, add_options
 from dia_fast.engine import Engine, Request, place, plan, prefill
 from dia_fast.engine.decode_graphs import choose_capture
 from dia_fast.errors import DiaFastError
@@ -34,7 +33,6 @@ from dia_fast.model.delay import FREE
 from dia_fast.model.device import choose_device, choose_dtype
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
-from dia_fast.utils.files import replacing
 from dia_kernels import get_ops
 
 TEXTS = (list(b"\x01 Did you hear that? \x02 Hear what?"), list(b"\x01 It was a bell, far away. \x02 I see."))
@@ -234,24 +232,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "fp16", "bf16"])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--json", type=Path)
+    add_options(parser)
     options = parser.parse_args(arguments)
-    found: list[Finding] = []
+    wrong = False
     try:
         device = use(choose_device(options.device))
         dtypes = [choose_dtype(name, device) for name in options.dtypes]
         ops = get_ops(options.backend, device)
+        results = Results(parser, options, arguments, device)
         for dtype in dtypes:
             for finding in check(shallow(options.layers), dtype, ops, device, options.steps):
-                found.append(finding)
+                wrong |= finding.outcome in ("wrong", "failed")
                 print(f"{finding.dtype:9} {finding.what:14} {finding.outcome:10} {finding.detail}", flush=True)
-                if options.json:  # now: whatever ends this run later, what was found is known
-                    with replacing(options.json) as temporary:
-                        temporary.write_text(json.dumps([asdict(finding) for finding in found], indent=1))
+                case = {"dtype": finding.dtype, "what": finding.what}
+                results.add(case, {"outcome": finding.outcome, "detail": finding.detail})
     except (DiaFastError, ValueError) as error:
         print(f"parity: {error}", file=sys.stderr)
         return 2
-    return int(any(finding.outcome in ("wrong", "failed") for finding in found))
+    return results.end(int(wrong))
 
 
 if __name__ == "__main__":

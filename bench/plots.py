@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.style import save_figure
+from bench.tools.results import flat, read
 from dia_fast.errors import DiaFastError, InputError
 
 BACKENDS = {"torch": "C5", "compile": "C1", "triton": "C0"}
@@ -143,7 +144,7 @@ def throughput(steps: Sequence[Benchmark], folder: Path, note: str) -> list[Path
 
 
 def traffic(found: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Draw the bytes of each launch, by kind, over the fewest possible. found: the JSON of `bench.traffic`."""
+    """Draw the bytes of each launch, by kind, over the fewest possible. found: results of `bench.traffic`."""
     names = [f"{item['kernel']}, {item['rows']} rows, context {item['context']}" for item in found]
 
     def draw(axes: Any) -> None:
@@ -208,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.suite:
             paths += draw_suite(json.loads(_read(options.suite)), options.out)
         if options.traffic:
-            paths += traffic(json.loads(_read(options.traffic)), options.out)
+            paths += traffic(flat(read(options.traffic)), options.out)
         if options.throughput:
             rows = list(csv.DictReader(_read(options.throughput).splitlines()))
             paths += batches(rows, options.out, options.note)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from bench.measure import WARM_UP, Seconds, add_model_options, describe, load, median, now, step_times, their_run
+from bench.tools.results import Results, add_options
 from dia_fast.engine import MAX_BATCH, Engine, Handle, Request
 from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
@@ -41,6 +42,13 @@ class Outcome:
     end: float
     busy: Seconds
     mean_wait: float
+
+    def figures(self, steps: int) -> dict[str, float]:
+        """Return the values of a result. steps: of all requests together."""
+        return {
+            "total_s": self.end, "steps_per_second": steps / self.end, "mean_wait_s": self.mean_wait,
+            "busy_wall_s": self.busy.wall, "busy_cpu_s": self.busy.cpu,
+        }  # fmt: skip
 
 
 def schedule(config: DiaConfig, options: argparse.Namespace) -> list[Arrival]:
@@ -103,10 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=4, help="short runs of transformers to time its step by")
     parser.add_argument("--sample-steps", type=int, default=3, help="timed steps in each")
     parser.add_argument("--seed", type=int, default=0)
+    add_options(parser)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     try:
         model, theirs = load(options)
+        results = Results(parser, options, arguments, model.device)
     except DiaFastError as error:
         print(f"ragged: {error}", file=sys.stderr)
         return 2
@@ -139,14 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{name}: done after {outcome.end:.0f} s ({sum(steps) / outcome.end:.2f} steps of a request per second); "
             f"busy {outcome.busy.wall:.0f} s wall, {outcome.busy.cpu:.0f} s CPU; mean wait {outcome.mean_wait:.0f} s"
         )
+        results.add({"side": name.partition(",")[0], "measured": outcome is ours}, outcome.figures(sum(steps)))
     if len(outcomes) == 1:
-        return 0
+        return results.end(0)
     _, other = outcomes.values()
     print(
         f"throughput, times transformers': {other.end / ours.end:.2f} until the last is done; of the time busy: wall "
         f"{other.busy.wall / ours.busy.wall:.2f}, CPU {other.busy.cpu / ours.busy.cpu:.2f}"
     )
-    return int(ours.end > other.end)
+    return results.end(int(ours.end > other.end))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,17 @@ from typing import Any
 from bench.parts import Part, Result
 from bench.style import picture
 from bench.suite import table
+from bench.tools.results import flat
 from dia_fast.errors import InputError
 from dia_fast.utils.files import replacing
 
 DOCTOR = "doctor.json"
 PARITY = "parity.json"
 SUITE = "suite/suite.json"
-FIGURES = ("baseline.json", "candidates.json", "rows.json", "ablation.json", "residency.json")
+FIGURES = (
+    "baseline.json", "candidates.json", "residency.json", "rows.json", "step.json", "throughput.json", "latency.json",
+    "serving.json", "suite.json", "ablation.json", "ragged.json", "original.json",
+)  # fmt: skip
 # What they show, for those who do not see them, by their folder.
 MEASURED = {
     "roofline": "operations per second of every kernel, under what the device itself reaches",
@@ -80,7 +84,7 @@ class Report:
         for verdict in self._read(DOCTOR, {}).get("kernels", ()):
             if verdict["outcome"] in ("wrong", "failed"):
                 yield f"doctor: {verdict['op']} {verdict['outcome']}: {verdict['detail']}"
-        for finding in self._read(PARITY, []):
+        for finding in flat(self._read(PARITY, {"results": []})):
             if finding["outcome"] in ("wrong", "failed"):
                 yield f"parity: {finding['dtype']} {finding['what']}: {finding['detail']}"
         for item in self._read(SUITE, {}).get("verdicts", ()):

@@ -8,10 +8,8 @@ the hardware takes them: the weights of as many launches can be on their way at 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ import triton.language as tl
 
 from bench.captured import QuickCapture
 from bench.device import open_device
-from bench.environment import collect
+from bench.tools.results import Results, add_options
 from dia_fast.errors import DiaFastError
 from dia_kernels import launcher
 
@@ -83,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="residency", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_options(parser)
     options = parser.parse_args(arguments)
     try:
         device = open_device(options.device)
@@ -93,19 +91,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.torch.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device.torch) < (9, 0):
         print(f"residency: {device.name} has no programmatic dependent launch, which came with sm_90", file=sys.stderr)
         return 2
+    try:
+        results = Results(parser, options, arguments, device.torch)
+    except DiaFastError as error:
+        print(f"residency: {error}", file=sys.stderr)
+        return 2
     capture = QuickCapture()
-    found = []
     for programs, warps in SHAPES:
         result = measure(programs, warps, device.torch, capture)
-        found.append(result)
+        case = {"programs": programs, "warps": warps}
+        results.add(case, {"ahead": result["ahead"]})
+        results.extend(
+            (case | {"launch": number}, {"first_start_us": first, "last_start_us": last})
+            for number, (first, last) in enumerate(result["starts_us"], 1)
+        )
         times = ", ".join(f"{first:.1f} to {last:.1f}" for first, last in result["starts_us"])
         print(
             f"{programs} programs of {warps} warps: {result['ahead']} launches ahead; starts in us: {times}", flush=True
         )
-    if options.json:
-        facts = {"environment": collect(device.torch), "found": found}
-        options.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return results.end(0)
 
 
 if __name__ == "__main__":

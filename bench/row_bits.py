@@ -11,7 +11,7 @@ common, a feature of a row, must be equal to the bit. The exit code is 1 if it i
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from bench import ptx
 from bench.codegen import DTYPES, PROJECTIONS, ROWS
+from bench.tools.results import Results, add_options
 from dia_fast.diagnostics import launches
+from dia_fast.errors import DiaFastError
 from dia_kernels import aot as ahead
 from dia_kernels import launcher as launch
 
@@ -181,8 +183,8 @@ def step(target: str, dtype: torch.dtype, rows: int) -> dict[tuple[str, int, int
     return found
 
 
-def examine(target: str, dtype: str, rows: Sequence[int], say: Callable[[str], None]) -> list[str]:
-    """Run all projections of steps of these row counts; say what agrees, return what is wrong."""
+def examine(target: str, dtype: str, rows: Sequence[int], found_out: Results) -> list[str]:
+    """Run all projections of steps of these row counts; print and note what agrees, return what is wrong."""
     results: dict[tuple[str, int, int], list[tuple[str, Result]]] = {}
     for count in rows:
         for key, compiled in step(target, DTYPES[dtype], count).items():
@@ -193,9 +195,15 @@ def examine(target: str, dtype: str, rows: Sequence[int], say: Callable[[str], N
         found = compare(group)
         wrong += found
         shared = sum(len(result.bits) for _, result in group) - len({at for _, result in group for at in result.bits})
-        say(
+        error = max(result.error for _, result in group)
+        print(
             f"{target} {dtype} {kernel[1:]} [{features}, {width}]: {shared} values in common, {len(found)} wrong, "
-            f"error at most {max(result.error for _, result in group):.2f} of what is allowed"
+            f"error at most {error:.2f} of what is allowed",
+            flush=True,
+        )
+        found_out.add(
+            {"target": target, "dtype": dtype, "kernel": kernel[1:], "features": features, "hidden": width},
+            {"values_in_common": shared, "wrong": len(found), "error_of_allowed": error},
         )
     return wrong
 
@@ -206,13 +214,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, values in (("--targets", TARGETS), ("--dtypes", tuple(DTYPES))):
         parser.add_argument(flag, nargs="+", default=values, choices=values, help="default: all of %(choices)s")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, metavar="N", help="default: %(default)s")
+    add_options(parser)
     arguments = parser.parse_args(argv)
+    try:
+        results = Results(parser, arguments, argv)
+    except DiaFastError as error:
+        print(f"row_bits: {error}", file=sys.stderr)
+        return 2
     wrong = []
     for target in arguments.targets:
         for dtype in arguments.dtypes:
-            wrong += examine(target, dtype, arguments.rows, lambda line: print(line, flush=True))
+            wrong += examine(target, dtype, arguments.rows, results)
     print(*wrong, f"{len(wrong)} violations", sep="\n", file=sys.stderr)
-    return 1 if wrong else 0
+    return results.end(1 if wrong else 0)
 
 
 if __name__ == "__main__":

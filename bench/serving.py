@@ -8,18 +8,17 @@ have been played. Wasted are steps beyond those of the longest stream, and frame
 """
 
 import argparse
-import json
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
 from bench.measure import DTYPES, describe_machine, use
+from bench.tools.results import Results, add_options
 from dia_fast import Dia, DiaFastError, TextWarning
 from dia_fast.engine import EngineEvent
 from dia_fast.model.device import choose_device
@@ -114,8 +113,8 @@ def measure(dia: Dia, count: int, options: argparse.Namespace) -> Row:
     )
 
 
-def report(dia: Dia, options: argparse.Namespace) -> list[Row]:
-    """Measure each number of streams, print a table, and return its rows."""
+def report(dia: Dia, options: argparse.Namespace, results: Results) -> None:
+    """Measure each number of streams, and print and note a table."""
     print(
         f"{describe_machine(dia.device)}; torch {torch.__version__}\n{dia}, {dia.codec}; chunks of {options.chunk} s\n"
     )
@@ -128,17 +127,15 @@ def report(dia: Dia, options: argparse.Namespace) -> list[Row]:
             thread.start()
         for thread in threads:
             thread.join()
-    rows = []
     for count in options.streams:
         row = measure(dia, count, options)
-        rows.append(row)
+        results.add({"streams": count}, {name: value for name, value in asdict(row).items() if name != "streams"})
         print(
             f"| {count} | {row.first_median:.3f} s ({row.first_worst:.3f}) | {row.stall_worst:.3f} s | "
             f"{row.frames_per_second:.0f} | {row.realtime_factor:.2f} | {row.steps} ({row.wasted_steps}) | "
             f"{row.decoded_per_frame:.2f} |",
             flush=True,
         )
-    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--chunk", type=float, default=0.1, help="seconds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="most steps of a stream (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the rows there as well")
+    add_options(parser)
     options = parser.parse_args(arguments)
     if min(options.streams) < 1:
         parser.error("--streams are numbers from 1 on")
@@ -166,13 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             codec = random_codec(CodecConfig(), device=device)
         chosen = {"device": device, "dtype": options.dtype, "backend": options.backend, "codec": codec}
         with Dia.from_pretrained(options.model, background=True, **chosen) as dia:
-            rows = report(dia, options)
+            results = Results(parser, options, arguments, device)
+            report(dia, options, results)
     except DiaFastError as error:
         print(f"serving: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
-    return 0
+    return results.end(0)
 
 
 if __name__ == "__main__":

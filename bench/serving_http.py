@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.tools.http_client import Exchange, call
+from bench.tools.results import Results, add_options
+from dia_fast.errors import DiaFastError
 
 SPEECH = "/v1/audio/speech"
 TEXTS = (
@@ -374,8 +376,8 @@ def engine_alone(jobs: list[Job], together: int) -> dict[str, float]:
     }
 
 
-def arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="serving_http", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--streams", type=int, default=200, help="clients at a time (%(default)s)")
     parser.add_argument("--seconds", type=float, default=300, help="how long they ask (%(default)s)")
@@ -385,9 +387,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=8, help="different requests, 1 to 8 (%(default)s)")
     parser.add_argument("--together", type=int, default=8, help="requests at a time when costs are measured")
     parser.add_argument("--seed", type=int, default=0, help="of who does what")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    add_options(parser)
     parser.add_argument("serve", nargs="*", metavar="OPTION", help="for dia-fast serve, after --")
-    return parser.parse_args(given)
+    return parser
 
 
 async def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
@@ -413,10 +415,12 @@ async def measure(options: argparse.Namespace) -> tuple[dict[str, Any], list[str
 
 def main(given: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    options = arguments(given)
+    parser = build_parser()
+    options = parser.parse_args(given)
     try:
+        results = Results(parser, options, given)
         found, faults = asyncio.run(measure(options))
-    except RuntimeError as error:
+    except (RuntimeError, DiaFastError) as error:
         print(f"serving_http: {error}", file=sys.stderr)
         return 2
     for name, value in found.items():
@@ -426,9 +430,10 @@ def main(given: Sequence[str] | None = None) -> int:
         print(f"FAULT ({count}): {fault}")
     if not faults:
         print("every finished stream is the one that was spoken alone; every batch row is free")
-    if options.json:
-        options.json.write_text(json.dumps(found | {"faults": faults}, indent=1))
-    return 1 if faults else 0
+    for name, value in found.items():
+        results.add({"figure": name}, value if isinstance(value, dict) else {"value": value})
+    results.add({"figure": "faults"}, dict(Counter(faults)))
+    return results.end(1 if faults else 0)
 
 
 if __name__ == "__main__":

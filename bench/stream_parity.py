@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bench.tools.results import Results, add_options
 from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
 from dia_fast.errors import DiaFastError
 
@@ -29,11 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--codec", help="folder, file or Hub id (default: random weights of the official size)")
     parser.add_argument("--frames", type=int, default=200)
     parser.add_argument("--chunks", type=int, nargs="+", default=[43, 9, 1], help="lengths in frames of 1/86 s")
+    add_options(parser)
     options = parser.parse_args(arguments)
     if min(options.frames, *options.chunks) < 1:
         parser.error("--frames and --chunks count frames: at least 1")
     try:
         codec = load_codec(options.codec) if options.codec else random_codec(CodecConfig())
+        results = Results(parser, options, arguments)
     except DiaFastError as error:
         print(f"stream_parity: {error}", file=sys.stderr)
         return 2
@@ -41,11 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         whole = codec.decode(codes)
         for size in options.chunks:
-            difference = float((joined(codec, codes, size) - whole).abs().max())
-            print(
-                f"chunks of {size} frames: {difference:.2g} (loudest sample {float(whole.abs().max()):.2g})", flush=True
-            )
-    return 0
+            difference, loudest = float((joined(codec, codes, size) - whole).abs().max()), float(whole.abs().max())
+            print(f"chunks of {size} frames: {difference:.2g} (loudest sample {loudest:.2g})", flush=True)
+            results.add({"chunk_frames": size}, {"largest_difference": difference, "loudest_sample": loudest})
+    return results.end(0)
 
 
 if __name__ == "__main__":

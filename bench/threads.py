@@ -19,7 +19,9 @@ import torch
 
 from bench.make_checkpoint import DTYPES, random_weight
 from bench.measure import WARM_UP, describe_machine, median, now
+from bench.tools.results import Results, add_options
 from dia_fast.engine import Engine, Request
+from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import fused_shapes, parameter_count
 from dia_fast.model.model import DiaModel
@@ -89,7 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--layers", type=int, default=12, help="of the decoder (default: %(default)s)")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the decoder")
+    add_options(parser)
     options = parser.parse_args(arguments)
+    try:
+        results = Results(parser, options, arguments)
+    except DiaFastError as error:
+        print(f"threads: {error}", file=sys.stderr)
+        return 2
     print(f"{describe_machine(torch.device('cpu'))}, {options.dtype}, {options.threads} threads beside one\n")
     print(
         "| weights | idle: 1 thread | all | gain | busy: 1 thread | all | gain |\n|---:|---:|---:|---:|---:|---:|---:|"
@@ -108,8 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ]
             one, several = (times[0] + times[3]) / 2, (times[1] + times[2]) / 2
             cells += [f"{one * 1e3:.2f} ms", f"{several * 1e3:.2f} ms", f"{one / several:.2f}x"]
+            results.add(
+                {"width": width, "busy": bool(load)},
+                {"weights": parameter_count(config), "one_thread_s": one, "threads_s": several},
+            )
         print(f"| {parameter_count(config) / 1e6:.0f} M | {' | '.join(cells)} |", flush=True)
-    return 0
+    return results.end(0)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from bench.measure import (
     step_times,
     their_run,
 )
+from bench.tools.results import Results, add_options
 from dia_fast.diagnostics.plotting import require_matplotlib
 from dia_fast.engine import MAX_BATCH, Engine, Request
 from dia_fast.errors import DiaFastError
@@ -62,7 +63,7 @@ def our_steps(model: DiaModel, count: int, options: argparse.Namespace) -> list[
     return spans[WARM_UP:]
 
 
-def measure(model: DiaModel, theirs: Any, options: argparse.Namespace) -> list[dict[str, float]]:
+def measure(model: DiaModel, theirs: Any, options: argparse.Namespace, results: Results) -> list[dict[str, float]]:
     """One row for each number of requests."""
     rows = []
     for count in options.requests:
@@ -86,6 +87,7 @@ def measure(model: DiaModel, theirs: Any, options: argparse.Namespace) -> list[d
         if others:
             rows[-1] |= {"transformers_step_ms": median(others).wall * 1e3, "ratio": median(others).wall / step.wall}
         print("  ".join(f"{rows[-1].get(name, float('nan')):>{len(name)}.2f}" for name in HEADINGS), flush=True)
+        results.add({"requests": count}, {name: value for name, value in rows[-1].items() if name != "requests"})
     return rows
 
 
@@ -104,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--against-most", type=int, default=8, help="largest static batch of transformers")
     parser.add_argument("--out", type=Path, help="folder for the table and the plot")
+    add_options(parser)
     options = parser.parse_args(arguments)
     if not all(1 <= count <= MAX_BATCH for count in options.requests):
         parser.error(f"--requests: from 1 to {MAX_BATCH} fit in a batch, got {options.requests}")
@@ -112,12 +115,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out:
             require_matplotlib()
         model, theirs = load(options)
+        results = Results(parser, options, arguments, model.device)
     except DiaFastError as error:
         print(f"throughput: {error}", file=sys.stderr)
         return 2
     title = describe(model, options)
     print(title, "  ".join(HEADINGS), sep="\n")
-    rows = measure(model, theirs, options)
+    rows = measure(model, theirs, options, results)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         with (options.out / "throughput.csv").open("w", newline="") as file:
@@ -125,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer.writeheader()
             writer.writerows(rows)
         plots.batches(rows, options.out, title.splitlines()[0])
-    return 0
+    return results.end(0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # a GPU is not asked
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +31,9 @@ from torch import Tensor
 
 from bench.make_checkpoint import DTYPES
 from bench.tools.interpreter import Access, install, listening
+from bench.tools.results import Results, add_options
 from dia_fast.diagnostics.launches import one_layer
+from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pages
 from dia_fast.model.model import DiaModel
@@ -256,16 +257,27 @@ def markdown(found: Sequence[Traffic], layers: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _result(item: Traffic) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return case and values of a launch."""
+    values = asdict(item)
+    return {name: values.pop(name) for name in ("rows", "context", "kernel")}, values
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="traffic", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8])
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 1024, 3072])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    add_options(parser)
     options = parser.parse_args(arguments)
     install()
+    try:
+        results = Results(parser, options, arguments)
+    except DiaFastError as error:
+        print(f"traffic: {error}", file=sys.stderr)
+        return 2
     config = DiaConfig()
     found: list[Traffic] = []
     with torch.inference_mode():
@@ -275,14 +287,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     layers = config.decoder.num_hidden_layers
     table = markdown(found, layers)
     print(table)
-    listed = json.dumps([asdict(item) for item in found], indent=1)
-    for path, text in ((options.json, listed), (options.markdown, table)):
-        if path is not None:
-            with replacing(path) as temporary:
-                temporary.write_text(text)
+    results.extend(map(_result, found))
+    if options.markdown is not None:
+        with replacing(options.markdown) as temporary:
+            temporary.write_text(table)
     broken = violations(found, layers)
     print("\n".join(broken) or "no violations")
-    return 1 if broken else 0
+    return results.end(1 if broken else 0)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import torch
 from bench.captured import CapturedStep, Load, QuickCapture, random_model, state_for
 from bench.device import open_device
 from bench.measure import DTYPES
+from bench.tools.results import Results, add_options
 from dia_fast.errors import DiaFastError
 from dia_fast.utils.files import replacing
 from dia_kernels.launcher import architecture
@@ -252,13 +253,19 @@ class Tuner:
         return found, best
 
 
+def _result(trial: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return case and values of a trial."""
+    case = {"rows": trial["rows"], "launch": trial["launch"], "use": json.dumps(trial.get("use"))}
+    return case, {name: value for name, value in trial.items() if name not in case}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="file for the table")
-    parser.add_argument("--json", type=Path, help="file for all that was tried")
+    add_options(parser)
     parser.add_argument("--rows", type=int, nargs="+", default=[2], help="of the step: 1, or twice the requests")
     parser.add_argument(
         "--only", nargs="+", help=f"launches: {', '.join(PROJECTIONS)}, 'qkv ahead', rope_attention, sample, ..."
@@ -278,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="dia-fast-") as folder:
         try:
             tuner = Tuner(options, Path(folder))
+            results = Results(parser, options, arguments, tuner.device.torch)
         except (DiaFastError, ValueError) as error:
             print(f"tune: {error}", file=sys.stderr)
             return 2
@@ -290,11 +298,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with torch.inference_mode():
                 tuner.run()
         finally:
-            if options.json:
-                options.json.write_text(json.dumps(tuner.trials, indent=1) + "\n", encoding="utf-8")
+            results.extend(map(_result, tuner.trials))
             write_table(options.out, tuner.entries())
     print(f"table: {options.out}")
-    return 0
+    return results.end(0)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.suite import backends, table
+from bench.tools.results import Results, add_options
 from dia_fast.errors import DiaFastError, InputError
 from dia_fast.model.device import choose_device, choose_dtype
 
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--distrust", nargs="+", default=[], metavar="OP", help='kernels, or "model", known to be wrong'
     )
+    add_options(parser)
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     return parser
 
@@ -66,7 +68,7 @@ def pytest_arguments(options: argparse.Namespace, saved: Path, verdicts: Path) -
     return given + options.pytest
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, results: Results) -> int:
     """Run pytest and write suite.json, suite.md and the plots. Raises InputError."""
     import importlib.util
 
@@ -99,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
         for file in (saved, verdicts):
             with contextlib.suppress(OSError):
                 file.unlink()
+    results.extend(table.figures(run))
     print(table.markdown(run))
     if run["benchmarks"]:
         draw(run, options.out)
@@ -137,9 +140,11 @@ def draw(run: dict[str, Any], folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
     try:
-        return run(options)
+        results = Results(parser, options, arguments, choose_device(options.device))
+        return results.end(run(options, results))
     except DiaFastError as error:
         print(f"bench.suite: {error}", file=sys.stderr)
         return 2

@@ -1,10 +1,11 @@
 """Results of a run of the suite, for people and for programs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.tools.results import Scalar
 from dia_fast.utils.files import replacing
 
 Run = Mapping[str, Any]  # pytest-benchmark's JSON, with `verdicts` and `complete`
@@ -46,6 +47,20 @@ def markdown(run: Run) -> str:
         sizes = f"{facts['bytes'] / 1e6:.3g} | {facts['operations'] / 1e6:.3g}" if found else " | "
         lines.append(f"| {name} | {sizes} | {' | '.join(cells)} |")
     return "\n".join(lines + _skipped(run) + _compared(run)) + "\n"
+
+
+def figures(run: Run) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield case and values of everything that was timed, or is wrong, failed or was skipped."""
+    for item in run["benchmarks"]:
+        facts = {name: value for name, value in item["extra_info"].items() if isinstance(value, Scalar)}
+        times = {f"{name}_s": item["stats"][name] for name in ("median", "iqr", "min")} | {
+            "rounds": item["stats"]["rounds"]
+        }
+        yield {"what": item["group"], "backend": facts.pop("backend")}, times | facts
+    for item in run["verdicts"]:
+        if item["outcome"] != "ok":
+            case = {"what": item["group"], "backend": item["backend"]}
+            yield case, {"outcome": item["outcome"], "detail": item["detail"]}
 
 
 def medians(run: Run) -> dict[tuple[str, str], float]:

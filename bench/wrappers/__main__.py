@@ -13,12 +13,15 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from bench.tools.results import Results, add_options
 from bench.wrappers.programs import PROGRAMS
 from bench.wrappers.weights import make
+from dia_fast.errors import DiaFastError
 
 CARRY_NONE = ("tts-webui",)  # which import an installed original
 HOP = 512  # samples of a frame
@@ -51,14 +54,20 @@ def compare(folder: Path, name: str) -> str:
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.wrappers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("programs", nargs="+", metavar="NAME=CHECKOUT", help=f"of {', '.join(PROGRAMS)}")
     parser.add_argument("--original", type=Path, help="a checkout of nari-labs/dia, for programs that carry none")
     parser.add_argument("--generation", choices=("first", "second"), default="first")
     parser.add_argument("--keep", type=Path, help="an empty folder for weights, sounds and logs")
-    options = parser.parse_args()
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    try:
+        results = Results(parser, options, arguments)
+    except DiaFastError as wrong:
+        print(f"wrappers: {wrong}", file=sys.stderr)
+        return 2
     failed = False
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
@@ -80,7 +89,8 @@ def main() -> int:
                 told = compare(folder, name) if error is None else f"its own code fails here: {error}"
                 ran += ": " + ", ".join(np.load(folder / f"{name}-ours.npz").files)
             print(f"{name:<20} {ran:<34} {told}", flush=True)
-    return int(failed)
+            results.add({"program": name, "generation": options.generation}, {"ran": ran, "frames_equal": told})
+    return results.end(int(failed))
 
 
 if __name__ == "__main__":

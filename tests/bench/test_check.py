@@ -1,6 +1,5 @@
 """The gate by which regressions are found: its rules, its file, and what it says of figures made up."""
 
-import json
 import math
 import sys
 from dataclasses import replace
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from bench import baseline, check, metrics
 from bench.baseline import Group, Kind
+from bench.tools import results
 from dia_fast.errors import InputError
 
 KIND = Kind("bytes", "lower", 0.1, 1.0, "made up")
@@ -225,11 +225,10 @@ def test_update_does_not_lose_what_it_cannot_read(tmp_path: Path, capsys: pytest
 def test_the_report_holds_every_figure(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     assert gate(tmp_path, SOUND, changed("first", "moved", 500.0), "--json", str(report)) == 1
-    told = json.loads(report.read_text())
-    assert told["status"] == 1 and len(told["figures"]) == 3
-    assert {"group": "traffic", "recorded": 100.0, "now": 500.0, "verdict": "WORSE"}.items() <= told["figures"][
-        0
-    ].items()
+    told = results.read(report)
+    assert told["status"] == 1 and len(told["results"]) == 3
+    expected = {"group": "traffic", "recorded": 100.0, "now": 500.0, "verdict": "WORSE"}
+    assert expected.items() <= results.flat(told)[0].items()
 
 
 @pytest.mark.parametrize("names", ["speed", "traffic,speed", ","])

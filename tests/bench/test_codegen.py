@@ -16,6 +16,8 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: there is nothing to compile with", allow_module_level=True)
 
+from bench.tools import results
+
 ROOT = Path(__file__).parents[2]
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
 
@@ -37,7 +39,8 @@ def compile_for(target: str, tmp_path: Path, *options: str) -> tuple[subprocess.
     """Run the report; the result and its lines."""
     report = tmp_path / "report.json"
     run = in_a_process(tmp_path, "-m", "bench.codegen", "--targets", target, "--json", str(report), *options)
-    return run, json.loads(report.read_text())["lines"] if report.exists() else []
+    lines = results.flat(results.read(report)) if report.exists() else []
+    return run, [line for line in lines if "kernel" in line]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -51,12 +54,12 @@ def test_one_request_in_bf16(target: str, tmp_path: Path) -> None:
         "cross_attention of the first generation", "sample of the first generation",
     }  # fmt: skip
     assert not planned_with(tmp_path / "report.json", target), "make the figures of dia-fast plan anew"
-    [step] = json.loads((tmp_path / "report.json").read_text())["steps"]
+    found = [line for line in results.flat(results.read(tmp_path / "report.json")) if "first" in line]
     chained = target in ("sm_90", "sm_100", "sm_120")
-    assert [(pair["first"], pair["second"]) for pair in step["pairs"]] == (PAIRS if chained else [])
+    assert [(pair["first"], pair["second"]) for pair in found] == (PAIRS if chained else [])
     assert ("room beside the launch in front" in run.stdout) == chained
     if chained:
-        needed = {pair["second"]: pair["needed"] for pair in step["pairs"]}
+        needed = {pair["second"]: pair["needed"] for pair in found}
         splits = {"sm_90": 1}.get(target, 2)  # of a text of 200 tokens: 256 a split, or what fits into registers
         assert needed["cross_attention"] == 16 * splits, "programs beyond the text end at once"
 
@@ -65,14 +68,12 @@ def planned_with(report: Path, target: str) -> list[str]:
     """Kernels that are larger than the figures of `dia-fast plan` say, which are those of the worst row count."""
     from dia_fast.diagnostics.roofline import figures, work
 
-    found, known = (
-        json.loads(report.read_text()),
-        json.loads((Path(figures.__file__).parent / figures.FILE).read_text()),
-    )
-    if found["triton"] != known["triton"]:
+    found = results.read(report)
+    known = json.loads((Path(figures.__file__).parent / figures.FILE).read_text())
+    if found["versions"]["triton"] != known["triton"]:
         return []
     recorded = known["figures"][target]["bfloat16"]
-    sizes = {line["kernel"]: line["instructions"] for line in found["lines"] if line["rows"]}
+    sizes = {line["kernel"]: line["instructions"] for line in results.flat(found) if line["rows"] and "kernel" in line}
     others = [name for name in work.LAUNCHES if name not in work.PROJECTIONS]
     return [name for name in others if sizes[work.KERNELS[name]] > recorded[name]["0"][-1]]
 

@@ -1,6 +1,5 @@
 """Parity of the model on a GPU with torch, without a GPU: what it finds, and that nothing found is lost."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 
 from bench import parity
 from bench.parity import Finding
+from bench.tools import results
 from bench.tools.tiny_models import tiny_config
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.model import DiaModel
@@ -87,13 +87,13 @@ def test_what_was_found_is_written_before_the_next_check(tmp_path: Path, monkeyp
 
     def check(*given: Any) -> Iterator[Finding]:
         yield Finding("float32", "graphs", "wrong", "other codes")
-        [found] = json.loads(file.read_text())
+        [found] = results.flat(results.read(file))
         assert found["outcome"] == "wrong"
         yield Finding("float32", "greedy tokens", "ok", "none differ")
 
     monkeypatch.setattr(parity, "check", check)
     arguments = ["--device", "cpu", "--backend", "torch", "--dtypes", "fp32", "--json", str(file)]
-    assert parity.main(arguments) == 1 and len(json.loads(file.read_text())) == 2
+    assert parity.main(arguments) == 1 and len(results.read(file)["results"]) == 2
 
 
 def model_of(config: DiaConfig) -> DiaModel:

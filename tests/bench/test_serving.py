@@ -1,12 +1,12 @@
 """The benchmark of many streams runs and reports; what it measures depends on the machine."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from bench import serving
 from bench.serving import Heard
+from bench.tools import results
 
 
 def test_a_table_of_streams(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,7 +15,7 @@ def test_a_table_of_streams(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert serving.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| 1 | " in printed and "| 3 | " in printed
-    rows = json.loads(path.read_text())
+    rows = results.flat(results.read(path))
     assert [row["streams"] for row in rows] == [1, 3]
     assert all(0 <= row["wasted_steps"] <= 8 and row["first_median"] <= row["first_worst"] for row in rows)
 

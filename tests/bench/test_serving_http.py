@@ -1,7 +1,6 @@
 """A short form of the load test: the server holds, and the test would notice if it did not."""
 
 import asyncio
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ pytest.importorskip("fastapi", reason="the extra server is not installed")
 
 from bench import serving_http
 from bench.serving_http import Job, Record, finish, serving, slope
+from bench.tools import results
 
 
 @pytest.mark.timeout(300)
@@ -18,7 +18,7 @@ def test_a_server_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     out = tmp_path / "load.json"
     options = ["--streams", "12", "--seconds", "5", "--hostile", "0.5", "--requests", "3", "--schemathesis"]
     assert serving_http.main([*options, "--json", str(out)]) == 0, capsys.readouterr().out
-    found = json.loads(out.read_text())
+    found = {row["case"]["figure"]: row["values"] for row in results.read(out)["results"]}
     assert found["requests"]["finished"] and found["requests"]["hostile"] and found["requests"]["schemathesis"]
     assert not found["faults"] and found["first byte, seconds"]["p50"] > 0
     assert found["server, seconds a request"]["cpu"] > 0 < found["engine alone, seconds a request"]["cpu"]

@@ -18,6 +18,7 @@ from bench.device import Device, Moment, measure_peaks
 from bench.suite import __main__ as suite
 from bench.suite import backends, cases, table
 from bench.suite.stages import Models, Stage, Work
+from bench.tools import results
 from dia_fast.diagnostics.doctor import OPS
 from dia_fast.diagnostics.roofline import work
 from dia_fast.model.config import DiaConfig
@@ -305,7 +306,10 @@ def test_steps_become_pictures_of_latency_and_throughput(tmp_path: Path) -> None
 
 def test_traffic_becomes_a_picture(tmp_path: Path) -> None:
     counted = {"kernel": "k", "rows": 2, "context": 64, "weights": 80, "kv": 10, "other": 12, "minimum": 100}
-    (tmp_path / "traffic.json").write_text(json.dumps([counted]))
+    case = {name: counted.pop(name) for name in ("rows", "context", "kernel")}
+    run = results.header("traffic", [], torch.device("cpu")) | {"status": 0}
+    run["results"] = [{"case": case, "values": counted}]
+    (tmp_path / "traffic.json").write_text(results.dump(run))
     assert plots.main(["--traffic", str(tmp_path / "traffic.json"), "--out", str(tmp_path / "out")]) == 0
     assert len(list((tmp_path / "out").iterdir())) == 4
 

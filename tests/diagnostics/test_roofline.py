@@ -1,6 +1,5 @@
 """The prediction: its bytes, its bounds, and that it never promises what cannot be."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.machine_code import MACHINES
+from bench.tools import results
 from dia_fast.diagnostics.roofline import assumptions, figures, published, work
 from dia_fast.diagnostics.roofline.devices import DEVICES, Device, named_like
 from dia_fast.diagnostics.roofline.predict import STEPS_PER_SECOND, Workload, predict
@@ -53,7 +53,7 @@ def usual(**changes: object) -> Workload:
 def test_bytes_at_full_size_are_those_that_were_counted() -> None:
     """`bench/traffic.json` has what the meter counted at the shapes of Dia-1.6B."""
     steps: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for counted in json.loads((ROOT / "bench" / "traffic.json").read_text()):
+    for counted in results.flat(results.read(ROOT / "bench" / "traffic.json")):
         steps.setdefault((counted["rows"], counted["context"]), []).append(counted)
     assert sorted(steps) == [(rows, context) for rows in (1, 2, 8) for context in (64, 1024, 3072)]
     names = {1: ["self_attention"], 11: list(work.LAUNCHES)}

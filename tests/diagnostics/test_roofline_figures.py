@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import figures as maker
 from bench.codegen import Line
 from bench.machine_code import MACHINES
+from bench.tools import results
 from dia_fast.diagnostics.roofline import figures, work
 
 FIRST = [name + work.FIRST for name in ("cross_attention", "sample")]
@@ -38,6 +40,18 @@ def report_lines(target: str = "sm_90", dtype: str = "bfloat16", rows: int = 2) 
     ]  # fmt: skip
 
 
+def write_report(path: Path, triton: str, lines: list[dict[str, Any]], bench: str = "codegen") -> None:
+    """Write lines as `bench.codegen --json` does."""
+    pairs = ({name: line[name] for name in ("target", "dtype", "rows", "kernel")} for line in lines)
+    head = results.header(bench, [], torch.device("cpu"))
+    head["versions"]["triton"] = triton
+    rows = [
+        {"case": case, "values": {k: v for k, v in line.items() if k not in case and k != "matrix"}}
+        for case, line in zip(pairs, lines, strict=True)
+    ]
+    path.write_text(results.dump(head | {"status": 0, "results": rows}))
+
+
 def test_every_target_is_there_and_the_file_is_small() -> None:
     assert set(table()["figures"]) == set(MACHINES)
     assert (Path(figures.__file__).parent / figures.FILE).stat().st_size < 100_000
@@ -49,8 +63,6 @@ def test_every_target_is_there_and_the_file_is_small() -> None:
 
 def test_rows_per_program_follow_the_default_config() -> None:
     """A change of the configs asks for a new report."""
-    import torch
-
     from bench.figures import shapes
     from dia_kernels.triton import gemv
 
@@ -100,7 +112,7 @@ def test_what_was_not_compiled_has_a_stand_in_that_is_named(monkeypatch: pytest.
 def test_a_report_becomes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report, out = tmp_path / "report.json", tmp_path / "codegen.json"
     outside = report_lines()[0] | {"rows": 0, "kernel": "glu"}
-    report.write_text(json.dumps({"triton": "3.7.1", "lines": [*report_lines(), outside]}))
+    write_report(report, "3.7.1", [*report_lines(), outside])
     assert maker.main([str(report), "--out", str(out)]) == 0
     made = json.loads(out.read_text())
     names = made["figures"]["sm_90"]["bfloat16"]
@@ -119,7 +131,7 @@ def test_of_two_reports_of_one_step_the_later_one_counts_whole(tmp_path: Path) -
     for order in ((report_lines(), other), (other, report_lines())):
         paths = [tmp_path / f"{at}.json" for at in range(3)]
         for path, lines in zip(paths, (*order, report_lines(rows=64)), strict=True):
-            path.write_text(json.dumps({"triton": "3.7.1", "lines": lines}))
+            write_report(path, "3.7.1", lines)
         _, together = maker.read(paths)
         assert maker.compact(together) == maker.compact([*order[1], *report_lines(rows=64)])
 
@@ -143,7 +155,7 @@ def test_a_report_of_one_row_count_updates_the_rest_of_a_file(
     report, out = tmp_path / "report.json", tmp_path / "codegen.json"
     out.write_text((Path(figures.__file__).parent / figures.FILE).read_text())
     before = json.loads(out.read_text())
-    report.write_text(json.dumps({"triton": before["triton"], "lines": report_lines()}))
+    write_report(report, before["triton"], report_lines())
     assert maker.main([str(report), "--out", str(out), "--update"]) == 0
     after = json.loads(out.read_text())
     changed, kept = after["figures"]["sm_90"]["bfloat16"], before["figures"]["sm_90"]["bfloat16"]
@@ -152,7 +164,7 @@ def test_a_report_of_one_row_count_updates_the_rest_of_a_file(
     for table in (before, after):
         del table["figures"]["sm_90"]["bfloat16"]
     assert before == after
-    report.write_text(json.dumps({"triton": "3.6.0", "lines": report_lines()}))
+    write_report(report, "3.6.0", report_lines())
     assert maker.main([str(report), "--out", str(out), "--update"]) == 2
     assert "is of Triton" in capsys.readouterr().err
 
@@ -168,7 +180,7 @@ def test_code_that_does_not_tell_weights_apart_is_counted_whole() -> None:
     ("reports", "said"),
     [
         ([{"triton": "3.7.1", "lines": report_lines()}, {"triton": "3.6.0", "lines": []}], "different versions"),
-        ([{"lines": []}], "no report of bench.codegen"),
+        ([{"triton": "3.7.1", "lines": [], "bench": "traffic"}], "no report of bench.codegen, but of traffic"),
         ([{"triton": "3.7.1", "lines": report_lines()[1:]}], "has the launches"),
         ([{"triton": "3.7.1", "lines": [line | {"programs": 77} for line in report_lines()]}], "77 programs"),
         ([{"triton": "3.7.1", "lines": report_lines() * 2}], "embed_codes is launched 2 times in a step"),
@@ -180,7 +192,7 @@ def test_reports_that_do_not_fit_are_refused(
     paths = []
     for at, content in enumerate(reports):
         paths.append(tmp_path / f"{at}.json")
-        paths[-1].write_text(json.dumps(content))
+        write_report(paths[-1], **content)
     assert maker.main([*map(str, paths), "--out", str(tmp_path / "out.json")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out.json").exists()
 
