@@ -49,13 +49,24 @@ class Driver:
     async def submit(self, request: Request, ended: Callable[[], None]) -> Handle:
         """Submit a request whose frames will be read; `ended` is called in the loop when it has left the engine.
 
+        A caller that is cancelled here leaves the request to this driver: it is ended, and `ended` called.
+
         Raises:
             InputError, OutOfPages: The engine does not take it. `ended` is not called then.
         """
-        submission = _Submission(request, self._loop.create_future(), ended)
-        self._submissions.append(submission)
+        accepted = self._loop.create_future()
+        self._submissions.append(_Submission(request, accepted, ended))
         self._wake.set()
-        return await submission.accepted
+        try:
+            return await accepted
+        except asyncio.CancelledError:
+            # The answer may have come before the cancellation, while the caller was about to go on.
+            if not accepted.cancelled():
+                if accepted.exception() is None:
+                    self.cancel(accepted.result())
+                else:
+                    ended()
+            raise
 
     async def wait(self, handle: Handle, frames: int) -> None:
         """Wait until so many frames are complete, or nothing more will come."""
@@ -103,7 +114,7 @@ class Driver:
             try:
                 handle = self.engine.submit(item.request, stream=True)
             except Exception as error:
-                self._call(_refuse, item.accepted, error)
+                self._call(_refuse, item, error)
                 continue
             self._live[handle] = item.ended
             self._call(self._accept, item.accepted, handle)
@@ -134,9 +145,11 @@ class Driver:
             self._stopped = True
 
 
-def _refuse(accepted: "asyncio.Future[Handle]", error: Exception) -> None:
-    if not accepted.cancelled():
-        accepted.set_exception(error)
+def _refuse(item: _Submission, error: Exception) -> None:
+    if item.accepted.cancelled():
+        item.ended()
+    else:
+        item.accepted.set_exception(error)
 
 
 def _deliver(ready: list[_Waiter], calls: list[Callable[[], None]]) -> None:

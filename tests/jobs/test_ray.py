@@ -39,7 +39,7 @@ def started(home: Path, folder: str, *more: str) -> "subprocess.Popen[str]":
 
 
 def done(folder: Path) -> int:
-    """How many items the manifest calls done."""
+    """Count the items that the manifest calls done."""
     try:
         lines = (folder / "manifest.jsonl").read_text().splitlines()
     except FileNotFoundError:

@@ -106,6 +106,15 @@ class Server:
             time.sleep(0.01)
         return time.monotonic() - start
 
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """See that what a client gives up in the block is ended, and not spoken to its end."""
+        before = self.metric("audio_seconds_total")
+        yield
+        self.until("running", 0)
+        self.until("active", 0)
+        assert self.metric("audio_seconds_total") == before, "it was spoken to its end"
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.process.wait(30)

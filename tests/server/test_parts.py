@@ -1,6 +1,7 @@
 """The parts of the server that need no process."""
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ pytest.importorskip("fastapi", reason="the extra server is not installed")
 
 from dia_fast import Dia, InputError
 from dia_fast.server.conversation import Sentences
+from dia_fast.server.driver import Driver
 from dia_fast.server.encoders import FORMATS, Pipeline, _Sink
 from dia_fast.server.options import Options, read_keys
 from dia_fast.server.queueing import Gate
@@ -150,6 +152,88 @@ def test_a_slot_given_to_one_who_leaves_goes_on_to_the_next() -> None:
         assert gate.free == 1
 
     asyncio.run(queue())
+
+
+class Running:
+    """A handle whose speech goes on until it is cancelled."""
+
+    done = False
+
+    def cancel(self) -> None:
+        self.done = True
+
+    def has(self, frames: int) -> bool:
+        return False
+
+
+class Taking:
+    """As much of an engine as a driver uses: it takes every request, or none."""
+
+    steps = 0
+
+    def __init__(self, *, full: bool) -> None:
+        self.full, self.taken = full, list[Running]()
+
+    def submit(self, request: object, stream: bool) -> Running:
+        if self.full:
+            raise InputError("no")
+        self.taken.append(Running())
+        return self.taken[-1]
+
+    def step(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["taken", "refused"])
+@pytest.mark.parametrize("moment", ["before", "with", "after"])
+def test_whoever_leaves_while_a_request_is_submitted_leaves_nothing(full: bool, moment: str) -> None:
+    """Before the engine's answer, with it (the caller has not gone on yet), or after it."""
+
+    async def leave() -> None:
+        engine, ended = Taking(full=full), asyncio.Event()
+        driver = Driver(engine, asyncio.get_running_loop(), lambda seconds: None)  # type: ignore[arg-type]
+        answer = driver._call
+
+        def call(function: Callable[..., None], *args: object) -> None:
+            def deliver() -> None:
+                if moment == "before":
+                    task.cancel()
+                function(*args)
+                if moment == "with":
+                    task.cancel()
+
+            answer(deliver)
+
+        driver._call = call  # type: ignore[method-assign]
+
+        async def ask() -> None:
+            try:
+                handle = await driver.submit(None, ended.set)  # type: ignore[arg-type]
+            except InputError:
+                ended.set()
+                return
+            try:
+                await driver.wait(handle, 1)
+            finally:
+                driver.cancel(handle)
+
+        task = asyncio.create_task(ask())
+        try:
+            if moment == "after":
+                while not engine.taken and not full:
+                    await asyncio.sleep(0)
+                await asyncio.sleep(0.01)
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.wait_for(ended.wait(), 10)
+            assert all(handle.done for handle in engine.taken) and bool(engine.taken) is not full
+        finally:
+            driver.stop()
+
+    asyncio.run(leave())
 
 
 @pytest.mark.parametrize(
