@@ -1,11 +1,12 @@
-"""Do other people's programs run on dia-fast as they are, and do they say the same as on their own code?
+"""Do other people's programs run on dia-fast as they are, and do they choose the same codes as on their own code?
 
     python -m bench.wrappers [--original CHECKOUT] [--generation first|second] NAME=CHECKOUT ...
 
-Each program is driven twice in a process of its own, on dia-fast and on the copy of the original package that it
-carries (`--original`: nari-labs/dia at 2811af1, for the one that carries none), on tiny random weights, greedily.
-Prints a line for each: what ran, and how much of the sound is equal. A checkout is read only. Exit status 1 if one
-failed.
+Each program is driven in processes of its own, on dia-fast and on the copy of the original package that it carries
+(`--original`: nari-labs/dia at 2811af1, for the one that carries none), on tiny random weights, greedily. Where a copy
+is known to differ from 2811af1, it is driven once more with those lines mended in a temporary copy. Prints a line for
+each sound: frames of codes that are equal from the start on, of those that its own code makes. A checkout is read only.
+Exit status 1 if a program failed on dia-fast.
 """
 
 import argparse
@@ -19,13 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from bench.tools.results import Results, add_options
+from bench.wrappers.mends import mended
 from bench.wrappers.programs import PROGRAMS
 from bench.wrappers.weights import make
 from dia_fast.errors import DiaFastError
 
 CARRY_NONE = ("tts-webui",)  # which import an installed original
-HOP = 512  # samples of a frame
-SAME = 1e-3  # of full scale: two codecs' rounding, or a file's 16 bits; other codes are other sounds altogether
 
 
 def drive(name: str, place: Path, folder: Path, side: str, environment: dict[str, str]) -> str | None:
@@ -36,22 +36,55 @@ def drive(name: str, place: Path, folder: Path, side: str, environment: dict[str
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
 
 
-def same_frames(ours: np.ndarray, own: np.ndarray) -> int:
-    """Count the frames from the start on that are the same in both."""
+def same_frames(ours: np.ndarray, own: np.ndarray, dropped: int = 0) -> int:
+    """Count the frames of codes `[frames, channels]`, from the start on, that are the same in both.
+
+    dropped: the first frames of ours that the program makes and does not decode.
+    """
+    ours = ours[dropped:]
     count = min(len(ours), len(own))
-    differs = np.flatnonzero(np.abs(ours[:count] - own[:count]) > SAME)
-    return (int(differs[0]) if len(differs) else count) // HOP
+    differs = np.flatnonzero((ours[:count] != own[:count]).any(1))
+    return int(differs[0]) if len(differs) else count
 
 
-def compare(folder: Path, name: str) -> str:
-    """`what equal/own frames`, for each sound."""
-    ours, own = (np.load(folder / f"{name}-{side}.npz") for side in ("ours", "own"))
-    return ", ".join(
-        f"{what} {same_frames(ours[what], own[what])} of {len(own[what]) // HOP} ({len(ours[what]) // HOP})"
-        if len(own[what])
-        else f"{what} fails ({len(ours[what]) // HOP})"
-        for what in own.files
-    )
+def sounds(folder: Path, name: str, side: str) -> dict[str, list[np.ndarray]]:
+    """Read the codes of a program's sounds on a side, in the parts that were decoded."""
+    found: dict[str, list[np.ndarray]] = {}
+    for key, part in np.load(folder / f"{name}-{side}.npz").items():
+        found.setdefault(key.split(":")[0], []).append(part)
+    return found
+
+
+def counted(ours: list[np.ndarray], own: list[np.ndarray], dropped: int) -> str:
+    """Say how many frames are equal, of those of its own code."""
+    if not own:
+        return "fails"
+    equal = sum(same_frames(part, other, dropped) for part, other in zip(ours, own, strict=False))
+    return f"{equal} of {sum(len(part) for part in own)}"
+
+
+def compare(
+    name: str, place: Path, folder: Path, environment: dict[str, str], original: Path | None
+) -> dict[str, dict[str, str]]:
+    """Drive a program on its own code, and with that mended; return the frames that are equal, by side and sound."""
+    if name in CARRY_NONE and original:
+        paths = environment["PYTHONPATH"], str(original.resolve())
+        environment = environment | {"PYTHONPATH": os.pathsep.join(paths)}
+    sides = {"own": place}
+    if mend := PROGRAMS[name].mend:
+        sides["mended"] = mended(place, folder / f"{name}-mended", mend)
+    ours = sounds(folder, name, "ours")
+    found: dict[str, dict[str, str]] = {}
+    for side, at in sides.items():
+        if (error := drive(name, at, folder, side, environment)) is not None:
+            print(f"{name:<18} its own code ({side}) fails here: {error}")
+            found[side] = {}
+            continue
+        theirs = sounds(folder, name, side)
+        found[side] = {
+            sound: counted(ours[sound], theirs[sound], PROGRAMS[name].dropped) for sound in ours if sound in theirs
+        }
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,23 +106,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = options.keep or Path(temporary)
         folder.mkdir(exist_ok=True)
         environment = make(folder, options.generation)
-        print(f"{'program':<20} {'on dia-fast':<34} frames equal, of those on its own code (and on dia-fast)")
+        print(f"{'program':<18} {'sound':<13} {'on dia-fast':>11}{'own code':>16}{'mended':>16}")
         for given in options.programs:
             name, _, place = given.partition("=")
-            error = drive(name, Path(place), folder, "ours", environment)
-            ran = "runs" if error is None else f"FAILS: {error}"
-            failed |= error is not None
-            told = ""
-            if error is None:
-                paths = [environment["PYTHONPATH"]]
-                if name in CARRY_NONE and options.original:
-                    paths.append(str(options.original.resolve()))
-                own = environment | {"PYTHONPATH": os.pathsep.join(paths)}
-                error = drive(name, Path(place), folder, "own", own)
-                told = compare(folder, name) if error is None else f"its own code fails here: {error}"
-                ran += ": " + ", ".join(np.load(folder / f"{name}-ours.npz").files)
-            print(f"{name:<20} {ran:<34} {told}", flush=True)
-            results.add({"program": name, "generation": options.generation}, {"ran": ran, "frames_equal": told})
+            if (error := drive(name, Path(place), folder, "ours", environment)) is not None:
+                failed = True
+                print(f"{name:<18} FAILS on dia-fast: {error}", flush=True)
+                results.add({"program": name, "sound": "", "generation": options.generation}, {"error": error})
+                continue
+            counts = compare(name, Path(place), folder, environment, options.original)
+            for sound, parts in sounds(folder, name, "ours").items():
+                found = {side: column.get(sound, "fails") for side, column in counts.items()}
+                frames = sum(len(part) for part in parts)
+                print(f"{name:<18} {sound:<13} {frames:>11}" + "".join(f"{told:>16}" for told in found.values()))
+                case = {"program": name, "sound": sound, "generation": options.generation}
+                results.add(case, {"frames": frames} | {f"{side}_equal": told for side, told in found.items()})
     return results.end(int(failed))
 
 

@@ -1,8 +1,8 @@
-"""Drives one program in this process, on one side, and writes its sounds.
+"""Drives one program in this process, on one side, and writes the codes of its sounds.
 
-    python -m bench.wrappers.programs NAME CHECKOUT FOLDER --side ours|own
+    python -m bench.wrappers.programs NAME CHECKOUT FOLDER --side ours|own|mended
 
-FOLDER: the stand-ins that `bench.wrappers.weights` has made; the sounds go to `NAME-SIDE.npz` in it.
+FOLDER: the stand-ins that `bench.wrappers.weights` has made; the codes go to `NAME-SIDE.npz` in it.
 """
 
 import argparse
@@ -20,11 +20,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
 import torch
+
+from bench.wrappers import mends
 
 TEXT = "[S1] Did you hear that? [S2] Hear what?"
 FULL = " ".join([TEXT] * 5)  # fills the stand-in's text window: some copies do not mask padding
@@ -32,14 +34,26 @@ TRANSCRIPT = "[S1] This is a voice."
 STEPS = 60
 CLONE_STEPS = 100
 VOICE = "voice.wav"
-Sounds = dict[str, Any]  # arrays, or functions that make them
+VOICE_FRAMES = 29
+Sounds = dict[str, Callable[[], Any]]
+Codes = dict[str, list[np.ndarray]]  # of each sound, in the parts that were decoded, [frames, channels]
+
+
+def decoded(call: Callable[[], Any]) -> list[np.ndarray]:
+    """Make a call and return the codes that were decoded for it."""
+    folder = Path(os.environ["RECORDED_CODES"])
+    before = set(folder.glob("*.npy"))
+    assert np.size(call())
+    found = [np.load(path) for path in sorted(set(folder.glob("*.npy")) - before)]
+    assert found, "nothing was decoded"
+    return found
 
 
 def pinokio(place: Path, folder: Path, side: str) -> Sounds:
     """The Gradio app of the Pinokio script: its callback, as the button calls it."""
     sys.path.insert(0, str(place))
     sys.argv = ["app.py", "--device", "cpu"]
-    if side == "own":  # which takes a GPU for granted
+    if side != "ours":  # which takes a GPU for granted
         from dia.model import Dia
 
         Dia.from_pretrained.__func__.__defaults__ = ("nari-labs/Dia-1.6B", torch.device("cpu"))
@@ -49,7 +63,7 @@ def pinokio(place: Path, folder: Path, side: str) -> Sounds:
     return {
         "generate": lambda: run(TEXT, None, STEPS, *settings)[1],
         "full": lambda: run(FULL, None, STEPS, *settings)[1],
-        "clone": lambda: run(f"{TRANSCRIPT} {FULL}", (rate, voice), CLONE_STEPS, *settings)[1],
+        "clone": lambda: run(f"{TRANSCRIPT} {FULL}", (rate, voice), _first_steps(side), *settings)[1],
     }
 
 
@@ -71,7 +85,7 @@ def finetuning(place: Path, folder: Path, side: str) -> Sounds:
     return {
         "generate": lambda: speak("generate", TEXT, *steps),
         "full": lambda: speak("full", FULL, *steps),
-        "clone": lambda: speak("clone", f"{TRANSCRIPT} {FULL}", "--max-tokens", str(CLONE_STEPS), *voice),
+        "clone": lambda: speak("clone", f"{TRANSCRIPT} {FULL}", "--max-tokens", str(_first_steps(side)), *voice),
     }
 
 
@@ -91,8 +105,8 @@ def tts_webui(place: Path, folder: Path, side: str) -> Sounds:
 def vox_box(place: Path, folder: Path, side: str) -> Sounds:
     """The back end of vox-box, which reads its settings from the environment when it is imported."""
     sys.path.insert(0, str(place))
-    found = {}
-    for name in ("generate", "full", "clone"):
+
+    def speak(name: str) -> np.ndarray:
         os.environ |= {"TEMPERATURE": "0", "MAX_TOKENS": str(CLONE_STEPS if name == "clone" else STEPS)}
         if name == "clone":
             os.environ["AUDIO_PROMPT"] = str(folder / VOICE)
@@ -101,9 +115,9 @@ def vox_box(place: Path, folder: Path, side: str) -> Sounds:
         config = importlib.import_module("vox_box.config.config").Config()
         config.model, config.device = "nari-labs/Dia-1.6B", "cpu"
         text = {"generate": TEXT, "full": FULL}.get(name, f"{TRANSCRIPT} {FULL}")
-        path = backend.Dia(config).load().speech(text, reponse_format="wav")
-        found[name] = soundfile.read(path, dtype="float32")[0]
-    return found
+        return soundfile.read(backend.Dia(config).load().speech(text, reponse_format="wav"))[0]
+
+    return {name: functools.partial(speak, name) for name in ("generate", "full", "clone")}
 
 
 def comfyui_yuan(place: Path, folder: Path, side: str) -> Sounds:
@@ -115,7 +129,7 @@ def comfyui_yuan(place: Path, folder: Path, side: str) -> Sounds:
     return {
         "generate": lambda: run(model, TEXT, None, STEPS, *settings)[0][1],
         "full": lambda: run(model, FULL, None, STEPS, *settings)[0][1],
-        "clone": lambda: run(model, f"{TRANSCRIPT} {FULL}", voice, CLONE_STEPS, *settings)[0][1],
+        "clone": lambda: run(model, f"{TRANSCRIPT} {FULL}", voice, _first_steps(side), *settings)[0][1],
     }
 
 
@@ -164,11 +178,11 @@ def comfyui_diatest(place: Path, folder: Path, side: str) -> Sounds:
     }
 
 
-def dia_tts_server(place: Path, folder: Path, side: str) -> Sounds:
+def dia_tts_server(place: Path, folder: Path, side: str) -> Codes:
     """The server, started as its README says but for the prefix, and asked at every endpoint that it has."""
     import requests
 
-    found: Sounds = {}
+    found: Codes = {}
     with _server(place, folder, side) as (url, home):
         ask = functools.partial(_ask, requests, url)
         ask("GET", "/health", has="model_loaded")
@@ -184,8 +198,12 @@ def dia_tts_server(place: Path, folder: Path, side: str) -> Sounds:
         greedy = {"temperature": 0.1, "cfg_filter_top_k": 1, "speed_factor": 1.0, "output_format": "wav"}
         ask("POST", "/save_settings", json={"generation_defaults": {"temperature": 0.1, "cfg_filter_top_k": 1}})
 
-        def tts(**given: Any) -> np.ndarray:
-            return _sound(ask("POST", "/tts", json=greedy | {"max_tokens": STEPS, "split_text": False} | given))
+        def tts(**given: Any) -> list[np.ndarray]:
+            settings = greedy | {"max_tokens": STEPS, "split_text": False} | given
+            return decoded(lambda: _sound(ask("POST", "/tts", json=settings)))
+
+        def openai(**given: Any) -> list[np.ndarray]:
+            return decoded(lambda: _sound(ask("POST", "/v1/audio/speech", json=speech | given)))
 
         speech = {"input": TEXT, "response_format": "wav"}
         found |= {
@@ -197,10 +215,8 @@ def dia_tts_server(place: Path, folder: Path, side: str) -> Sounds:
                 max_tokens=CLONE_STEPS,
             ),
             "chunks": tts(text=" ".join([FULL] * 2), voice_mode="dialogue", chunk_size=100, split_text=True),
-            "openai": _sound(ask("POST", "/v1/audio/speech", json=speech | {"voice": "dialogue"})),
-            "openai voice": _sound(
-                ask("POST", "/v1/audio/speech", json=speech | {"voice": "Short", "seed": 2**40})
-            ),
+            "openai": openai(voice="dialogue"),
+            "openai voice": openai(voice="Short", seed=2**40),
         }  # fmt: skip
         assert ask("POST", "/v1/audio/speech", json={"input": TEXT, "voice": "S1"}).content[:4] == b"OggS"
         form = {
@@ -216,20 +232,39 @@ def dia_tts_server(place: Path, folder: Path, side: str) -> Sounds:
         assert requests.post(url + "/tts", json={"text": TEXT}, timeout=60).status_code == 503
         ask("POST", "/restart_server")
         _wait(lambda: requests.get(url + "/health", timeout=9).json()["model_loaded"], "the model after a restart")
-        assert np.array_equal(tts(text=TEXT, voice_mode="dialogue"), found["generate"])
+        [again], [before] = tts(text=TEXT, voice_mode="dialogue"), found["generate"]
+        assert np.array_equal(again, before)
     return found
 
 
-PROGRAMS: dict[str, Callable[[Path, Path, str], Sounds]] = {
-    "dia-tts-server": dia_tts_server,
-    "tts-webui": tts_webui,
-    "pinokio": pinokio,
-    "dia-finetuning": finetuning,
-    "vox-box": vox_box,
-    "comfyui-diatest": comfyui_diatest,
-    "comfyui-yuan": comfyui_yuan,
-    "comfyui-billwuhao": comfyui_billwuhao,
+class Program(NamedTuple):
+    """One program, and what its copy of the original does in its own way.
+
+    drive: its function above. quirks: it has the original's off-by-one. dropped: frames at the start that it makes and
+    does not decode. mend: see `bench.wrappers.mends`.
+    """
+
+    drive: Callable[[Path, Path, str], Sounds | Codes]
+    quirks: bool = True
+    dropped: int = 0
+    mend: mends.Mend = ()
+
+
+PROGRAMS = {
+    "dia-tts-server": Program(dia_tts_server, mend=mends.cache_index("dia")),
+    "tts-webui": Program(tts_webui),
+    "pinokio": Program(pinokio, False, 1, mends.first_release("dia")),
+    "dia-finetuning": Program(finetuning, False, 1, (*mends.first_release("dia"), *mends.tags("dia"))),
+    "vox-box": Program(vox_box, mend=mends.padding("vox_box/third_party/dia/dia")),
+    "comfyui-diatest": Program(comfyui_diatest, mend=mends.cache_index("dia_lib")),
+    "comfyui-yuan": Program(comfyui_yuan, False, 1, mends.first_release("src")),
+    "comfyui-billwuhao": Program(comfyui_billwuhao),
 }
+
+
+def _first_steps(side: str) -> int:
+    """`max_tokens` of a clone; the first release does not count the audio prompt."""
+    return CLONE_STEPS + (VOICE_FRAMES if side == "ours" else 0)
 
 
 def _voice(folder: Path) -> tuple[int, np.ndarray]:
@@ -308,25 +343,27 @@ def main() -> None:
     parser.add_argument("name", choices=PROGRAMS)
     parser.add_argument("checkout", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--side", choices=("ours", "own"), required=True)
+    parser.add_argument("--side", choices=("ours", "own", "mended"), required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    program = PROGRAMS[options.name]
     if options.side == "ours" and options.name != "dia-tts-server":
         from dia_fast.integrations import original
 
-        original.install(quirks=True)
-    found = PROGRAMS[options.name](options.checkout.resolve(), options.folder.resolve(), options.side)
-    plain: dict[str, Any] = {}
-    for name, sound in found.items():
+        original.install(quirks=program.quirks)
+    codes: Codes = {}
+    for name, sound in program.drive(options.checkout.resolve(), options.folder.resolve(), options.side).items():
         try:
-            plain[name] = np.asarray(sound() if callable(sound) else sound)
+            codes[name] = decoded(sound) if callable(sound) else sound
         except (Exception, SystemExit) as error:
             if options.side == "ours":
                 raise
             print(f"{name}: {type(error).__name__}: {error}")  # early copies have faults of their own
-            plain[name] = np.zeros(0, np.float32)
-    scaled = {name: sound / 32767 if sound.dtype == np.int16 else sound for name, sound in plain.items()}
-    np.savez(options.folder / f"{options.name}-{options.side}.npz", **scaled)
+            codes[name] = []
+    named: dict[str, Any] = {
+        f"{name}:{index}": part for name, parts in codes.items() for index, part in enumerate(parts)
+    }
+    np.savez(options.folder / f"{options.name}-{options.side}.npz", **named)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def make(folder: Path, generation: str) -> dict[str, str]:
     time = np.arange(44_100 // 3) / 44_100
     noise = np.random.default_rng(1).standard_normal(len(time))
     soundfile.write(folder / "voice.wav", 0.3 * np.sin(2 * np.pi * 180 * time) + 0.02 * noise, 44_100, subtype="FLOAT")
+    (folder / "codes").mkdir()
     return {
+        "RECORDED_CODES": str(folder / "codes"),
         "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1", "STAND_IN_CODEC": str(snapshot), "STAND_IN_COMFY": str(comfy),
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "BROWSER": "true",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent / "stand_ins"), os.environ.get("PYTHONPATH", "")]),

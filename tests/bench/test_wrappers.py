@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bench.wrappers import __main__ as wrappers
+from bench.wrappers import mends
 from bench.wrappers.weights import make
 
 MODEL = """
@@ -40,10 +41,23 @@ with gr.Blocks(theme=gr.themes.Soft()) as demo:
 
 
 def test_frames_from_the_start_on() -> None:
-    own = np.random.default_rng(0).standard_normal(5 * 512).astype(np.float32)
+    own = np.random.default_rng(0).integers(0, 1024, (6, 9))
     other = own.copy()
-    other[3 * 512 + 7] += 1
-    assert [wrappers.same_frames(sound, own) for sound in (own, own[:1024], other, own + 1)] == [5, 2, 3, 0]
+    other[3, 8] += 1
+    assert [wrappers.same_frames(codes, own) for codes in (own, own[:2], other, own + 1)] == [6, 2, 3, 0]
+    assert wrappers.same_frames(own, own[1:], dropped=1) == 5
+    assert wrappers.counted([own, other], [own, own[:5]], 0) == "9 of 11" and wrappers.counted([own], [], 0) == "fails"
+
+
+def test_lines_of_a_copy_are_mended_where_they_are_known(tmp_path: Path) -> None:
+    checkout = tmp_path / "program"
+    (checkout / "dia").mkdir(parents=True)
+    (checkout / "dia" / "state.py").write_text("self.current_idx = prefill_len - 1\n")
+    folder = mends.mended(checkout, tmp_path / "mended", mends.cache_index("dia"))
+    assert (folder / "dia" / "state.py").read_text() == "self.current_idx = prefill_len\n"
+    assert (checkout / "dia" / "state.py").read_text().endswith("- 1\n")
+    with pytest.raises(ValueError, match=r"current_idx = prefill_len - 1' 0 times"):
+        mends.mended(folder, tmp_path / "again", mends.cache_index("dia"))
 
 
 def test_a_program_runs_on_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +71,9 @@ def test_a_program_runs_on_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     root = Path(wrappers.__file__).parents[2]
     environment["PYTHONPATH"] += f":{root}:{root / 'kernels'}"
     assert wrappers.drive("pinokio", program, folder, "ours", environment) is None
-    sounds = np.load(folder / "pinokio-ours.npz")
-    assert sounds.files == ["generate", "full", "clone"] and all(len(sounds[name]) > 40 * 512 for name in sounds.files)
+    sounds = wrappers.sounds(folder, "pinokio", "ours")
+    assert {name: [part.shape for part in parts] for name, parts in sounds.items()} == {
+        "generate": [(44, 9)], "full": [(44, 9)], "clone": [(84, 9)]
+    }  # fmt: skip
     told = wrappers.drive("pinokio", program, folder, "own", environment)
     assert told == "ModuleNotFoundError: No module named 'needs_a_gpu'"
