@@ -1,5 +1,6 @@
 """Engine request and result types."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,7 @@ from dia_fast.errors import InputError, shown
 from dia_fast.generation.sampling_params import AnySamplingParams, SamplingParams, random_seed
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.delay import FREE, apply_delay
-from dia_fast.utils.values import tensor_of
+from dia_fast.utils.values import tensor_of, whole_number
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Request:
         delayed_codes: Instead of a prompt, the first delayed codes themselves, `[steps, channels]` integers from step 0
             on, special ones too, and -1 where the model chooses: never in step 0, and always in channel 0 after the
             first choice.
+        guidance_steps: Guide the first so many decode steps only; None for all. The steps after them compute no
+            unconditional half, and its pages are free.
 
     Raises:
         InputError: For values that cannot work.
@@ -44,6 +47,7 @@ class Request:
     top_p: float = 0.95
     seed: int | None = None
     delayed_codes: Tensor | None = None
+    guidance_steps: int | None = None
 
     PARAMS: ClassVar[type[SamplingParams]] = SamplingParams
 
@@ -57,6 +61,10 @@ class Request:
             seed=self.seed,
         )
         object.__setattr__(self, "_params", params)
+        if self.guidance_steps is not None:
+            whole_number("guidance_steps", self.guidance_steps, 1, None, "None guides all steps")
+            if not params.guided:
+                raise InputError("guidance_steps: the request has no guidance; give a guidance_scale other than 1")
         for name in ("prompt", "delayed_codes"):
             codes = getattr(self, name)
             if codes is not None and (not isinstance(codes, Tensor) or codes.dtype == torch.bool or codes.is_complex()):
@@ -115,8 +123,14 @@ class Plan:
 
     @property
     def guided(self) -> bool:
-        """True if a second, unconditional row is computed."""
+        """True if a second, unconditional row is computed, at first at least."""
         return self.request.params.guided
+
+    @property
+    def last_guided(self) -> float:
+        """The last step with guidance; infinity without an end."""
+        steps = self.request.guidance_steps
+        return math.inf if steps is None else self.first + steps - 1
 
 
 def plan(config: DiaConfig, request: Request) -> Plan:

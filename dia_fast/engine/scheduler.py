@@ -119,6 +119,7 @@ class Engine(OneProcess):
         self._deadline = math.inf
         self._view: DecodeState | None = None  # as the running sequences are shown; None when they have changed
         self._grow_at = 0.0  # the number of steps at which one of them needs another page
+        self._unguide_at = math.inf  # the number of steps at which the guidance of one of them ends
 
     def _renew(self) -> None:
         """In a new process: locks of its own, and no thread. The requests are left to the parent."""
@@ -342,6 +343,7 @@ class Engine(OneProcess):
             self._expire()
             self._bound()
             self._admit()
+            self._end_guidance()
             self._make_room()
             if self._running:
                 self._decode()
@@ -540,6 +542,21 @@ class Engine(OneProcess):
     def _step_of(self, sequence: Sequence) -> int:
         """The step of a running sequence after all launched steps, unless it has finished since."""
         return sequence.step + self._steps - sequence.since
+
+    def _end_guidance(self) -> None:
+        """Go on without guidance where only steps that have been launched were to have it."""
+        if self._view is not None and self._steps < self._unguide_at:
+            return
+        self._unguide_at = math.inf
+        for batch_idx, sequence in enumerate(self._running):
+            if not sequence.guided:
+                continue
+            left = sequence.plan.last_guided + 1 - self._step_of(sequence)
+            if left > 0:
+                self._unguide_at = min(self._unguide_at, self._steps + left)
+            else:
+                sequence.guided, self._view = False, None
+                self.state.end_guidance(batch_idx, sequence.table_idx)
 
     def _make_room(self) -> None:
         """Take pages for the next step of every running sequence, the first in line first; the last one makes way."""

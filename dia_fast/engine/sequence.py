@@ -56,6 +56,7 @@ class Sequence:
         step: Its step on the device when the engine had made `since` steps; it grows by one with each until the end.
         passed: How often a later one was let in before it.
         wanted: Frames beyond which nobody is in a hurry, see `Handle.want`.
+        guided: A second, unconditional row is computed in the next step.
     """
 
     plan: Plan
@@ -77,6 +78,10 @@ class Sequence:
     wanted: float = math.inf
     prefill: Generator[int, None, Tensor] | None = field(default=None, repr=False)
     swapped: Swapped | None = field(default=None, repr=False)
+    guided: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guided = self.plan.guided
 
     @property
     def order(self) -> tuple[int, int]:
@@ -93,10 +98,6 @@ class Sequence:
     @property
     def done(self) -> bool:
         return self.state is State.ENDED
-
-    @property
-    def guided(self) -> bool:
-        return self.plan.guided
 
     def begin(self, channels: int) -> None:
         """Make room for the codes to come. Those of the prompt are known."""

@@ -202,6 +202,15 @@ class DecodeState:
         for table_row in self.table_rows(table_idx, 2 * self.capacity == self.blocks.table_rows):
             self.blocks.release(table_row)
 
+    def end_guidance(self, batch_idx: int, table_idx: int) -> None:
+        """Make a guided request one without guidance from the next step on, and give its unconditional pages back.
+
+        `show` its pages anew.
+        """
+        self.guidance_scale[batch_idx] = 1.0
+        self.blocks.release(self.unconditional(table_idx), self._spare_pages)
+        self.write_spare(table_idx)
+
     def clear(self, batch_idx: int) -> None:
         """Make a batch index inert."""
         self.step[batch_idx] = -1

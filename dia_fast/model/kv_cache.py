@@ -187,10 +187,10 @@ class BlockTable:
         """The pages of a table row, in the order of its tokens."""
         return self._held[table_row]
 
-    def release(self, table_row: int) -> None:
-        """Give all pages of a table row back to the pool."""
-        held, self._held[table_row] = self._held[table_row], []
-        self._rows.pop(table_row, None)  # the next request of this row has other pages
+    def release(self, table_row: int, keep: int = 0) -> None:
+        """Give the pages of a table row back to the pool, all but the first `keep`."""
+        held, self._held[table_row] = self._held[table_row][keep:], self._held[table_row][:keep]
+        self._rows.pop(table_row, None)  # what is shown for this row has other pages
         self.pool.give(held)
 
     def repair(self) -> None:

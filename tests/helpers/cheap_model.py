@@ -99,9 +99,10 @@ def _read(pool: PagePool, table: Tensor, count: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _alone(key: tuple[object, ...]) -> Generation:
-    ids, prompt, most, guidance, seed, ends = key
+    ids, prompt, most, guidance, guided, seed, ends = key
     codes = None if prompt is None else torch.tensor(prompt, dtype=torch.int64)
-    request = Request(list(ids), codes, most, guidance_scale=guidance, seed=seed)  # type: ignore[arg-type, call-overload]
+    given = {"guidance_scale": guidance, "guidance_steps": guided, "seed": seed}
+    request = Request(list(ids), codes, most, **given)  # type: ignore[arg-type, call-overload]
     engine = Engine(CheapModel(ends=bool(ends)), max_batch=1)  # type: ignore[arg-type]
     return engine.submit(request).result()
 
@@ -109,4 +110,5 @@ def _alone(key: tuple[object, ...]) -> Generation:
 def alone_cheaply(request: Request, *, ends: bool = True) -> Generation:
     """The result of a request by itself."""
     prompt = None if request.prompt is None else tuple(map(tuple, request.prompt.tolist()))
-    return _alone((tuple(request.text_ids), prompt, request.max_new_tokens, request.guidance_scale, request.seed, ends))
+    guidance = (request.guidance_scale, request.guidance_steps)
+    return _alone((tuple(request.text_ids), prompt, request.max_new_tokens, *guidance, request.seed, ends))

@@ -56,7 +56,11 @@ def numbered_request(number: int, longest: int = 60, **settings: Any) -> Request
         "top_p": pick(0.95, 1.0, 0.5),
         "seed": number,
     }
-    return Request(text, prompt, **chosen | settings)
+    guided = pick(None, None, 1, 7, 30)
+    chosen |= settings
+    if chosen["guidance_scale"] is not None:
+        chosen.setdefault("guidance_steps", guided)
+    return Request(text, prompt, **chosen)
 
 
 @lru_cache
