@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from dia_fast.engine import MAX_BATCH, Request
+from dia_fast.engine.request import AnyRequest
 from dia_fast.errors import InputError, shown
 from dia_fast.generation.prompts import AudioPrompt
-from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams, named_seed, random_seed
+from dia_fast.generation.sampling_params import (
+    AnySamplingParams,
+    SamplingOptions,
+    SamplingParams,
+    named_seed,
+    random_seed,
+)
 from dia_fast.model.config import DecoderConfig, DiaConfig
 from dia_fast.text.tokenizer import SHORT_SECONDS, encode_text
 from dia_fast.utils.ambient import isolated
@@ -155,8 +162,9 @@ def ids_of(config: DiaConfig, text: str | bytes) -> list[int]:
 
 
 def make_request(ids: list[int], seed: int | None, prompt: Tensor | None, params: SamplingParams) -> Request:
-    """A request with these parameters, whatever their seed."""
-    return Request(
+    """A request with these parameters, whatever their seed; one without bounds for `AnySamplingParams`."""
+    kind = AnyRequest if isinstance(params, AnySamplingParams) else Request
+    return kind(
         ids,
         prompt,
         max_new_tokens=params.max_new_tokens,

@@ -63,7 +63,7 @@ def test_names_and_defaults() -> None:
     names = {
         "generate": ["self", "text", "max_tokens", "cfg_scale", "temperature", "top_p", "use_torch_compile",
                      "cfg_filter_top_k", "audio_prompt", "audio_prompt_path", "use_cfg_filter", "verbose", "seed",
-                     "pbar", "text_to_generate_size"],
+                     "pbar", "text_to_generate_size", "split", "voice", "speed"],
         "from_local": ["config_path", "checkpoint_path", "compute_dtype", "device", "load_dac", "more"],
         "from_pretrained": ["model_name", "compute_dtype", "device", "load_dac", "more"],
         "__init__": ["self", "config", "compute_dtype", "device", "load_dac", "dac_model", "dac_model_path", "quirks"],

@@ -12,22 +12,26 @@ import soundfile
 import torch
 from torch import Tensor
 
-from dia_fast.audio.audio import BLOCK, convert, load_audio
+from dia_fast.audio.audio import BLOCK, Audio, convert, load_audio
+from dia_fast.audio.editing import at_speed, checked_speed
 from dia_fast.checkpoint.loading import Checkpoint, open_checkpoint
-from dia_fast.engine import Engine, Generation, generate
+from dia_fast.engine import Engine, generate
 from dia_fast.engine.request import AnyRequest
 from dia_fast.errors import CheckpointError, InputError, shown
 from dia_fast.generation.inputs import least_seconds, texts_of
+from dia_fast.generation.long_form import Script, make_scripts, speak_scripts
 from dia_fast.generation.outcome import silence
-from dia_fast.generation.prompts import checked_codes
-from dia_fast.generation.sampling_params import MAX_SEED, RANDOM_SEED, random_seed
+from dia_fast.generation.prompts import Voice, checked_codes
+from dia_fast.generation.sampling_params import MAX_SEED, RANDOM_SEED, AnySamplingParams, random_seed
+from dia_fast.generation.voices import recording_of
 from dia_fast.integrations.original.codecs import SoundCodec, as_codec, as_module
 from dia_fast.integrations.original.config import ComputeDtype, OriginalConfig, as_config
 from dia_fast.integrations.original.module import OriginalModel, as_model
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.delay import apply_delay
 from dia_fast.model.device import choose_ops
-from dia_fast.text.tokenizer import SPEAKER_IDS, TAG, TextWarning, encode_text, warn_about
+from dia_fast.text.segmentation import join_segments
+from dia_fast.text.tokenizer import SPEAKER_IDS, TAG, TextWarning, checked_text, encode_text, warn_about
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.files import checked_path, replacing, uninterrupted
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
@@ -54,6 +58,7 @@ _INSIDE = frozenset(
 
 AudioPrompt: TypeAlias = str | os.PathLike[str] | Tensor | np.ndarray | None
 Prompts: TypeAlias = AudioPrompt | list[AudioPrompt]
+Voices: TypeAlias = Voice | str | os.PathLike[str] | list[Voice | str | os.PathLike[str]] | None
 
 
 class _Report:
@@ -99,7 +104,9 @@ def default_device() -> torch.device:
 
 
 class Dia(OneProcess):
-    """The original package's `Dia`. Positional arguments, defaults and results are the same; `seed` is new.
+    """The original package's `Dia`. Positional arguments, defaults and results are the same.
+
+    `seed`, `split`, `voice` and `speed` of `generate` are new, and so is `voice`.
 
     dac_model: what encodes and decodes sound, and may be replaced at any time: a `dac.DAC`, a `transformers.DacModel`,
     a `Codec`, which is given the interface of a `dac.DAC`; None before it is loaded. model: a module with the weights,
@@ -206,6 +213,10 @@ class Dia(OneProcess):
         Raises CheckpointError (a RuntimeError).
         """
         checkpoint = open_checkpoint(model_name)
+        if more.get("dac_model") is None and more.get("dac_model_path") is None:
+            from dia_fast.audio.codec import codec_for
+
+            more["dac_model"] = codec_for(model_name)  # the folder's own, if it has one
         made = cls(checkpoint.config, compute_dtype=compute_dtype, device=device, load_dac=load_dac, **more)
         return made._load(checkpoint)
 
@@ -239,6 +250,9 @@ class Dia(OneProcess):
         seed: int | list[int] | None = None,
         pbar: Any = None,
         text_to_generate_size: int | None = None,
+        split: str | None = None,
+        voice: Voices = None,
+        speed: float = 1.0,
     ) -> Any:
         """Speak a text, or a list of them as one batch.
 
@@ -249,6 +263,13 @@ class Dia(OneProcess):
         verbose: prints the original's lines. seed: as `torch.manual_seed` takes it, or -1 for a random one; by default
         drawn from torch's random numbers, so that `torch.manual_seed` decides. pbar, text_to_generate_size: of forks;
         the first hears of every step through its `update`, the second makes no difference.
+
+        Of dia-fast alone are the last three. split: `"auto"` cuts a text that is too long for the model into segments,
+        each of up to `max_tokens` rows, and speaks them in one voice, as `dia_fast.Dia.generate` does. voice: what
+        `Dia.voice` makes or takes, instead of audio_prompt, or a list with one for each text; the text holds the new
+        words alone. speed: 0.25 to 4 times as fast at the same pitch, with the extra `media`. With split or voice the
+        prompt is as transformers has it, whatever `quirks` says, and a segment that stays silent is tried again.
+
         Returns float32 samples `[n]` at 44.1 kHz, or with `load_dac=False` codes `[frames, channels]` int64, as a numpy
         array; for a list of two or more texts a list of them. Raises InputError (a ValueError) for whatever cannot be
         used, CheckpointError (a RuntimeError) if the weights were not loaded.
@@ -260,24 +281,52 @@ class Dia(OneProcess):
             warn("use_cfg_filter is deprecated and does nothing", FutureWarning)
         if text_to_generate_size is not None:
             tell_ignored(["text_to_generate_size"])
+        if checked_speed(speed) != 1 and not self.load_dac:
+            raise InputError(f"speed {speed:g} changes sound, and this Dia returns codes (load_dac=False)")
         model = self._ready()
         start = time.perf_counter()
         texts = texts_of(text)
-        prompts = self._prompts(audio_prompt, len(texts))
+        voices = self._voices(voice, audio_prompt, len(texts))
+        if voice is None:
+            prompts = self._prompts(audio_prompt, len(texts))
+        else:
+            prompts = [None if item is None else item.codes for item in voices]
         limit = self.config.native.decoder.max_position_embeddings if max_tokens is None else max_tokens
         settings = _settings(cfg_scale, temperature, top_p, cfg_filter_top_k)
-        requests = self._requests(texts, prompts, limit, settings, seed)
         given = min(0 if prompt is None else len(prompt) for prompt in prompts)
-        report = _Report(len(requests), given, verbose, pbar) if verbose or pbar is not None else None
-        spoken = generate(model, requests, progress=report, engine=self._engine_for(model))
+        report = _Report(len(texts), given, verbose, pbar) if verbose or pbar is not None else None
+        if split is not None or voice is not None:
+            frames = self._in_segments(model, texts, prompts, voices, split, limit, settings, seed, report)
+        else:
+            requests = self._requests(texts, prompts, limit, settings, seed)
+            spoken = generate(model, requests, progress=report, engine=self._engine_for(model))
+            frames = [[item.frames] for item in spoken]
+            for item in spoken:
+                if not len(item.frames):
+                    warn(silence(1), TextWarning)
         if verbose:
-            steps = sum(len(item.frames) for item in spoken) / len(spoken)
+            steps = sum(len(part) for parts in frames for part in parts) / len(frames)
             print(f"generate: avg steps={steps:.1f}, total duration={time.perf_counter() - start:.3f}s")
-        for result in spoken:
-            if not len(result.frames):
-                warn(silence(1), TextWarning)
-        outputs = [self._output(item) for item in spoken]
+        outputs = [self._output(parts, speed) for parts in frames]
         return outputs if len(outputs) > 1 else outputs[0]
+
+    def voice(self, source: str | os.PathLike[str] | Tensor | np.ndarray, *, text: str | None = None) -> Voice:
+        """Turn a recording into a voice, once, to be given as `voice`.
+
+        Args:
+            source: A recording's path; a folder that holds one and its transcript; the name of a voice that `dia-fast
+                voices add` has saved; or codes `[frames, channels]`.
+            text: What is said in it; by default the `.txt` file beside the recording.
+
+        Raises:
+            InputError: For a recording that cannot be used, or without a transcript.
+        """
+        if isinstance(source, str | os.PathLike):
+            path, said = recording_of(checked_path(source, "source"), text)
+            return Voice(self._prompt(path), said)
+        if text is None:
+            raise InputError("text: say what is said in the recording")
+        return Voice(self._prompt(source), checked_text(text).strip())
 
     def __getattr__(self, name: str) -> Any:
         if name in _INSIDE:
@@ -343,7 +392,7 @@ class Dia(OneProcess):
         if not wave.is_floating_point():
             wave = wave.float() / torch.iinfo(wave.dtype).max
         wave = wave[0] if wave.ndim == 3 and len(wave) == 1 else wave
-        samples = convert(wave.float().T.numpy(), sample_rate, DEFAULT_SAMPLE_RATE)
+        samples = convert(wave.float().numpy().T, sample_rate, DEFAULT_SAMPLE_RATE)
         return self._encode(torch.from_numpy(np.clip(samples, -1.0, 1.0))[None].to(self.device)).int()
 
     def reset_state(self) -> None:
@@ -395,6 +444,21 @@ class Dia(OneProcess):
             raise InputError(f"audio_prompt has {len(listed)} entries for {count} texts: give a list with one for each")
         return [None if item is None else self._prompt(item) for item in listed]
 
+    def _voices(self, given: Voices, audio_prompt: Prompts, count: int) -> list[Voice | None]:
+        """The voice of each text, or None."""
+        if given is None:
+            return [None] * count
+        if audio_prompt is not None:
+            raise InputError("audio_prompt and voice are two voices for one text: give one of them")
+        listed = given if isinstance(given, list) else [given] * count
+        if len(listed) != count:
+            raise InputError(f"voice has {len(listed)} entries for {count} texts: give one for each")
+        for item in listed:
+            if not isinstance(item, Voice | str | os.PathLike):
+                raise InputError(f"voice must be what Dia.voice makes, a recording's path or a name, not {shown(item)}")
+        made = {item: self.voice(item) for item in listed if not isinstance(item, Voice)}
+        return [item if isinstance(item, Voice) else made[item] for item in listed]
+
     def _prompt(self, given: Any) -> Tensor:
         config = self.config.native
         if isinstance(given, str | os.PathLike):
@@ -428,8 +492,37 @@ class Dia(OneProcess):
             requests.append(AnyRequest(ids, **start, max_new_tokens=limit - frames, seed=item_seed, **settings))
         return requests
 
+    def _in_segments(
+        self,
+        model: OriginalModel,
+        texts: list[str | bytes],
+        prompts: list[Tensor | None],
+        voices: list[Voice | None],
+        split: str | None,
+        limit: int,
+        settings: dict[str, Any],
+        seed: Any,
+        report: _Report | None,
+    ) -> list[list[Tensor]]:
+        """Speak texts as `dia_fast.Dia` does; return the frames of each one's segments."""
+        config, least = self.config.native, max(self.config.delay_pattern) + 2
+        scripts: list[Script] = []
+        for text, prompt, voice, item_seed in zip(texts, prompts, voices, self._seeds(seed, len(texts)), strict=True):
+            if voice is None and prompt is not None:
+                raise InputError(
+                    "split needs the words of the audio prompt, to speak each segment after them: give the recording "
+                    "as voice, with its transcript, instead of audio_prompt"
+                )
+            frames = 0 if prompt is None else len(prompt)
+            if whole_number("max_tokens", limit, 0, None) < frames + least:
+                raise InputError(f"max_tokens must be at least {frames + least} with this voice, not {limit}")
+            params = AnySamplingParams(max_new_tokens=limit - frames, **settings)
+            scripts += make_scripts(config, [text], [voice], None, split, params, [item_seed])
+        speak_scripts(self._engine_for(model) or Engine(model), scripts, report or False)
+        return [[frames for frames in script.frames if frames is not None] for script in scripts]
+
     @isolated()
-    def _seeds(self, seed: Any, count: int) -> list[int | None]:
+    def _seeds(self, seed: Any, count: int) -> list[int]:
         if seed is None:
             return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device="cpu").tolist()
         seeds = list(seed) if isinstance(seed, list | tuple) else [seed] * count
@@ -449,12 +542,15 @@ class Dia(OneProcess):
         warn_about(text, max_length=longest, least_seconds=least_seconds(self.config.native))
         return encode_text(text, max_length=longest)
 
-    def _output(self, item: Generation) -> np.ndarray:
+    @isolated()
+    def _output(self, parts: list[Tensor], speed: float) -> np.ndarray:
+        """The sound of a text's segments, or their codes."""
         if not self.load_dac:
-            return item.frames.numpy()
-        if not len(item.frames):
-            return np.zeros(0, np.float32)
-        return self._decode(item.frames).cpu().numpy()
+            return torch.cat(parts).numpy()
+        sounds = [self._decode(frames).cpu().numpy() for frames in parts if len(frames)]
+        if len(sounds) == 1 and speed == 1:
+            return sounds[0]
+        return at_speed(Audio(join_segments(sounds, DEFAULT_SAMPLE_RATE), DEFAULT_SAMPLE_RATE), speed).samples
 
 
 def _settings(cfg_scale: Any, temperature: Any, top_p: Any, top_k: Any) -> dict[str, Any]:
