@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-voice eval-voice test test-isa test-latest test-clients test-load test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures serve \
+.PHONY: help demo demo-voice eval-voice test test-isa test-latest test-oldest test-clients test-load test-slow test-emulated bench bench-check bench-suite bench-gpu codegen docs pictures serve \
 	package-test lint clean clean-results
 
 help: ## list the targets
@@ -73,6 +73,19 @@ test-latest: ## run the test suite with the newest release of each dependency, i
 	@$(MAKE) --no-print-directory VENV=$(LATEST) VERSIONS='--upgrade --upgrade-strategy eager' $(LATEST)/.dev
 	@$(LATEST)/bin/python -m tests.versions
 	@$(MAKE) --no-print-directory VENV=$(LATEST) VERSIONS='--upgrade --upgrade-strategy eager' test
+
+# pip cannot choose the oldest versions; uv can. It takes a CUDA build of torch as well.
+OLDEST := .venv-oldest
+PYTHON_OLDEST ?= python3.10
+test-oldest: ## run the test suite with the oldest release of each dependency that pyproject.toml allows (needs Python 3.10)
+	@rm -rf $(OLDEST)
+	@$(PYTHON_OLDEST) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv argbind einops
+	@$(OLDEST)/bin/python -m uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	@$(OLDEST)/bin/python -m pip install --quiet --quiet --no-deps descript-audio-codec
+	@touch $(OLDEST)/.created $(OLDEST)/.base $(OLDEST)/.dev
+	@$(OLDEST)/bin/python -m tests.versions
+	@$(MAKE) --no-print-directory VENV=$(OLDEST) test
 
 # Clients of the server that agree with nobody on versions: an environment each, of 1 GB together.
 CLIENTS := .venv-clients

@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 
 from dia_fast import Audio, Dia, TextWarning, cli, demo_voice
 from dia_fast.cli import app, info
 from dia_fast.model.config import DiaConfig
 from tests.server.serving import Server, serving
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
