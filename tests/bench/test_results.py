@@ -194,12 +194,19 @@ def of_suite(place: Place) -> list[str]:
 
 
 def of_wrappers(place: Place) -> list[str]:
-    files = SimpleNamespace(files=["app"])
     place.put(
-        "wrappers", drive=lambda *_: None, make=lambda *_: {"PYTHONPATH": ""}, compare=lambda *_: "app 5 of 5 (5)",
-        np=SimpleNamespace(load=lambda path: files),
+        "wrappers", drive=lambda *_: None, make=lambda *_: {"PYTHONPATH": ""}, sounds=lambda *_: {"generate": [[1, 2]]},
+        compare=lambda *_: {"own": {"generate": "1 of 2"}, "mended": {}},
     )  # fmt: skip
     return ["pinokio=nowhere"]
+
+
+def of_first_generation(place: Place) -> list[str]:
+    figures = {"rows": 9, "codes": 5, "differ": 0, "error": 1e-6, "margin": 0.1, "largest": 5.0}
+    place.put(
+        "first_generation", load=lambda *_: None, compare=lambda *_: figures, probabilities=lambda *_: 1e-7
+    )  # fmt: skip
+    return ["checkout", "--rows", "1"]
 
 
 RUNS: dict[str, Callable[[Place], Sequence[str]]] = {
@@ -209,6 +216,7 @@ RUNS: dict[str, Callable[[Place], Sequence[str]]] = {
     "cpu_products": lambda place: ["--features", "64", "--hidden", "64", "--rounds", "1"],
     "decode_step": lambda place: [*place.model, "--steps", "3", "--rounds", "1"],
     "dropin": of_dropin,
+    "first_generation": of_first_generation,
     "latency": lambda place: ["--device", "cpu", "--rounds", "1", "--steps", "24", "--chunks", "0.1"],
     "ordering": of_ordering,
     "original": of_original,
