@@ -17,7 +17,7 @@ from dia_fast.audio.code_store import CodeStore, default_cache
 from dia_fast.audio.editing import at_speed, checked_speed, without_silence
 from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.checkpoint.saving import save_pretrained
-from dia_fast.engine import MAX_BATCH, Engine
+from dia_fast.engine import MAX_BATCH, Engine, Hooks
 from dia_fast.errors import CheckpointError, InputError, not_finite, shown
 from dia_fast.generation import streaming
 from dia_fast.generation.inputs import (
@@ -79,6 +79,7 @@ class Dia(OneProcess):
         max_batch: As in `from_pretrained`.
         memory: As in `from_pretrained`.
         background: As in `from_pretrained`.
+        hooks: As in `from_pretrained`.
     """
 
     def __init__(
@@ -89,8 +90,11 @@ class Dia(OneProcess):
         max_batch: int = MAX_BATCH,
         memory: Memory = None,
         background: bool = False,
+        hooks: Hooks | None = None,
     ) -> None:
         check_codec(codec)
+        if hooks is not None and not isinstance(hooks, Hooks):
+            raise InputError(f"hooks must be a dia_fast.engine.Hooks or None, not {shown(hooks)}")
         self.model = model
         self._codec = codec
         self._load_codec: dict[str, Any] = {"device": model.device, "ops": model.ops}
@@ -101,7 +105,7 @@ class Dia(OneProcess):
         self._limits = engine_limits(max_batch, memory)
         if not isinstance(background, bool):
             raise InputError(f"background must be True or False, not {shown(background)}")
-        self._background = background
+        self._background, self._hooks = background, hooks
         self._left: Engine | None = None
         self._renew()
         renew_in_child(self)
@@ -123,6 +127,7 @@ class Dia(OneProcess):
         max_batch: int = MAX_BATCH,
         memory: Memory = None,
         background: bool = False,
+        hooks: Hooks | None = None,
         weights: str | None = None,
         pack: bool | str = True,
         revision: str | None = None,
@@ -144,6 +149,7 @@ class Dia(OneProcess):
                 half of what is free at first use. A GPU sets it aside then; on a CPU it is taken as it is used.
             background: Make the steps in a thread of their own, so that a stream goes on, up to 10 s ahead, while what
                 it gave is played.
+            hooks: Functions of the caller's that are called in every decode step (docs/research.md).
             weights: `"int8"` keeps the matrices in 8 bits, rounded while they load, `"int8-mlp"` those of the MLPs and
                 the heads, `"float"` none; by default what the checkpoint holds (docs/weights.md).
             pack: On a CPU, lay weights in 8 and 16 bits out for the product that this processor is fast with, or for
@@ -177,7 +183,7 @@ class Dia(OneProcess):
             from dia_fast.audio.codec import codec_for
 
             codec = codec_for(name_or_path, codec)
-        dia = cls(model, codec, max_batch=max_batch, memory=memory, background=background)
+        dia = cls(model, codec, max_batch=max_batch, memory=memory, background=background, hooks=hooks)
         dia.defaults = checkpoint.defaults
         dia._load_codec["local_files_only"] = local_files_only
         return dia
@@ -236,7 +242,7 @@ class Dia(OneProcess):
         with self._making:
             if self._engine is None:
                 check_device(self.device)
-                self._engine = Engine(self.model, **self._limits)
+                self._engine = Engine(self.model, hooks=self._hooks, **self._limits)
                 if self._background:
                     self._engine.start()
             return self._engine

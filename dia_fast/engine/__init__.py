@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dia_fast.engine.batch_rows import collect, place, prefill
 from dia_fast.engine.decode_graphs import Stepper
 from dia_fast.engine.handle import Cancelled, Handle
+from dia_fast.engine.hooks import Hooks, StepTensors
 from dia_fast.engine.memory import sizes_for
 from dia_fast.engine.metrics import EngineEvent, Stats
 from dia_fast.engine.request import Generation, Plan, Request, plan
@@ -19,10 +20,12 @@ __all__ = [
     "EngineFull",
     "Generation",
     "Handle",
+    "Hooks",
     "Plan",
     "Request",
     "Stats",
     "StepFailed",
+    "StepTensors",
     "Stepper",
     "collect",
     "generate",

@@ -1,6 +1,6 @@
 """Sequences in and out of a `DecodeState`: prefill, placing in the batch, swapping out and in, results."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 
 import numpy as np
 import torch
@@ -56,11 +56,18 @@ def prefill(
     return codes
 
 
-def place(state: DecodeState, batch_idx: int, item: Plan, codes: Tensor | None = None) -> None:
+def place(
+    state: DecodeState,
+    batch_idx: int,
+    item: Plan,
+    codes: Tensor | None = None,
+    extras: Mapping[str, Tensor | int] | None = None,
+) -> None:
     """Put a prefilled request at its first step into the batch.
 
     Args:
         codes: What `prefill` returned.
+        extras: Values on the device for some of the state's extras; the others get theirs at first.
     """
     params = item.request.params
     if codes is None:
@@ -74,6 +81,8 @@ def place(state: DecodeState, batch_idx: int, item: Plan, codes: Tensor | None =
     state.top_k[batch_idx] = params.top_k or 0
     state.top_p[batch_idx] = params.top_p
     state.first_step[batch_idx], state.end_step[batch_idx] = item.first, item.end
+    for name, tensor in state.extras.items():
+        tensor[batch_idx] = (extras or {}).get(name, state.first_extras[name])
     state.eos_step[batch_idx], state.finished[batch_idx], state.status[batch_idx] = -1, 0, 0
     state.step[batch_idx] = item.first
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
+from dia_fast.engine.hooks import Hooks, step_tensors
 from dia_fast.errors import InputError
 from dia_fast.model.decode_state import DecodeState
 from dia_fast.model.model import DiaModel
@@ -28,10 +29,13 @@ class Stepper:
     Args:
         capture: Makes a graph of a step, once for each bucket and with and without guidance. Without it every batch
             size is its own bucket, since padding would only cost.
+        hooks: What a program of its own adds to each step.
     """
 
-    def __init__(self, model: DiaModel, state: DecodeState, capture: Capture | None = None) -> None:
-        self.model, self.state, self.capture = model, state, capture
+    def __init__(
+        self, model: DiaModel, state: DecodeState, capture: Capture | None = None, hooks: Hooks | None = None
+    ) -> None:
+        self.model, self.state, self.capture, self.hooks = model, state, capture, hooks
         sizes = range(1, state.batch + 1)
         self.buckets: Sequence[int] = sizes if capture is None else _up_to(state.batch)
         self._views: dict[tuple[int, bool], DecodeState] = {}
@@ -54,13 +58,22 @@ class Stepper:
         if replay is not None:
             replay()
             return
-        self.model.decode_step(view)
+        self._step(view)()
         self._made.add(key)
+
+    def _step(self, view: DecodeState) -> Callable[[], None]:
+        """Return what makes a step launch by launch."""
+        hooks = self.hooks
+        if hooks is None or (hooks.in_step is None and hooks.sample is None):
+            return partial(self.model.decode_step, view)
+        tensors = step_tensors(view)
+        called = {name: partial(hook, tensors) for name in ("in_step", "sample") if (hook := getattr(hooks, name))}
+        return partial(self.model.decode_step, view, **called)
 
     def _capture(self, view: DecodeState) -> Callable[[], None] | None:
         assert self.capture is not None
         try:
-            replay = self.capture(partial(self.model.decode_step, view))
+            replay = self.capture(self._step(view))
         except Exception as error:
             warn(
                 f"the decode step for {view.batch} requests could not be captured as a graph "

@@ -1,7 +1,7 @@
 """Engine request and result types."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,6 +33,7 @@ class Request:
             first choice.
         guidance_steps: Guide the first so many decode steps only; None for all. The steps after them compute no
             unconditional half, and its pages are free.
+        extras: Values of this request for extras of the engine's `Hooks`, by name: tensors or numbers.
 
     Raises:
         InputError: For values that cannot work.
@@ -48,6 +49,7 @@ class Request:
     seed: int | None = None
     delayed_codes: Tensor | None = None
     guidance_steps: int | None = None
+    extras: Mapping[str, Tensor | float] | None = None
 
     PARAMS: ClassVar[type[SamplingParams]] = SamplingParams
 
@@ -71,6 +73,8 @@ class Request:
                 raise InputError(f"{name} must be an integer tensor, not {shown(codes)}")
             if codes is not None:
                 tensor_of(name, codes)
+        if self.extras is not None and not isinstance(self.extras, Mapping):
+            raise InputError(f"extras must be a dict of tensors by name, not {shown(self.extras)}")
         if not isinstance(self.text_ids, Sequence) or not all(type(item) is int for item in self.text_ids):
             raise InputError(f"text_ids must be a sequence of integers, not {shown(self.text_ids)}")
 

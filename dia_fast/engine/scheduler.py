@@ -8,10 +8,13 @@ from bisect import insort
 from collections import deque
 from functools import partial
 
+from torch import Tensor
+
 from dia_fast.engine import batch_rows
 from dia_fast.engine.decode_graphs import Capture, Stepper, choose_capture
 from dia_fast.engine.device import Device, Event, device_for
 from dia_fast.engine.handle import Handle
+from dia_fast.engine.hooks import NUMBER, Hooks, buffers, checked_extras, step_tensors
 from dia_fast.engine.memory import sizes_for_any
 from dia_fast.engine.metrics import EngineEvent, Listener, Stats
 from dia_fast.engine.polling import Polling, Report
@@ -66,6 +69,7 @@ class Engine(OneProcess):
         on_event: Called with an `EngineEvent` for each thing that happens to a request, by the thread that makes steps
             (`"queued"`: that submits). It must be quick; errors in it become warnings.
         device: What the steps run on; by default the model's.
+        hooks: Functions of the caller's that are called in every step, see `dia_fast.engine.Hooks`.
 
     Raises:
         InputError: For arguments that cannot be.
@@ -84,6 +88,7 @@ class Engine(OneProcess):
         max_waiting: int | None = None,
         on_event: Listener | None = None,
         device: Device | None = None,
+        hooks: Hooks | None = None,
     ) -> None:
         if not 1 <= max_batch <= MAX_BATCH:
             raise InputError(f"max_batch must be from 1 to {MAX_BATCH}, not {max_batch}")
@@ -96,10 +101,10 @@ class Engine(OneProcess):
         if sizes is None:
             sizes = sizes_for_any(model.config, max_batch, memory, model.dtype, model.device)
         with self.device.active():
-            self.state = DecodeState(model.config, model.ops, sizes, model.dtype, model.device)
+            self.state = DecodeState(model.config, model.ops, sizes, model.dtype, model.device, buffers(hooks))
             self._polling = Polling(self.state, self.device)
-            self._stepper = Stepper(model, self.state, choose_capture(capture, model))
-        self.on_event = on_event
+            self._stepper = Stepper(model, self.state, choose_capture(capture, model), hooks)
+        self.on_event, self.hooks = on_event, hooks
         self._process = os.getpid()
         self._renew()
         renew_in_child(self)
@@ -154,7 +159,7 @@ class Engine(OneProcess):
             EngineFull: If `max_waiting` others wait.
         """
         self._check_process()
-        item = plan(self.model.config, request)
+        item, extras = plan(self.model.config, request), checked_extras(self.hooks, request)
         sizes, state = self.state.sizes, self.state
         if item.guided and not state.guided:
             raise InputError("guidance_scale: this engine was made for requests without guidance")
@@ -176,6 +181,7 @@ class Engine(OneProcess):
             if self.max_waiting is not None and waiting >= self.max_waiting:
                 raise EngineFull(f"{waiting} requests wait already, and max_waiting is {self.max_waiting}; try later")
             sequence = Sequence(item, self._submitted, whole_number("priority", priority, -(1 << 31)), due, mark, now)
+            sequence.extras = extras
             handle = Handle(sequence, self.model.config, self.advance, self.cancel, self._wake_up)
             self._submitted += 1
             self._emit("queued", sequence)
@@ -495,7 +501,9 @@ class Engine(OneProcess):
         """Let a sequence whose prefill is done into the batch."""
         batch_idx = len(self._running)
         try:
-            batch_rows.place(self.state, batch_idx, sequence.plan, codes)  # type: ignore[arg-type]
+            extras: dict[str, Tensor | int] = {name: self.device.upload(x) for name, x in sequence.extras.items()}
+            extras[NUMBER] = sequence.number
+            batch_rows.place(self.state, batch_idx, sequence.plan, codes, extras)  # type: ignore[arg-type]
             sequence.begin(self.state.codes.shape[2])
         except Exception as error:
             self.state.clear(batch_idx)
@@ -614,6 +622,9 @@ class Engine(OneProcess):
             self.device.launch(partial(self._stepper, self._view))
             self._steps += 1
             self._unreported += 1
+            if self.hooks is not None and self.hooks.after_step is not None:
+                numbers = tuple(sequence.number for sequence in self._running)
+                self.hooks.after_step(step_tensors(self._view), numbers)
             if self._unreported >= self.device.poll_every:
                 self._launched.append(self._polling.send(list(self._running)))
                 self._unreported = 0

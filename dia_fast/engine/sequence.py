@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -56,6 +56,7 @@ class Sequence:
         step: Its step on the device when the engine had made `since` steps; it grows by one with each until the end.
         passed: How often a later one was let in before it.
         wanted: Frames beyond which nobody is in a hurry, see `Handle.want`.
+        extras: Values for extras of the engine's hooks, on the host.
         guided: A second, unconditional row is computed in the next step.
     """
 
@@ -78,6 +79,7 @@ class Sequence:
     wanted: float = math.inf
     prefill: Generator[int, None, Tensor] | None = field(default=None, repr=False)
     swapped: Swapped | None = field(default=None, repr=False)
+    extras: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     guided: bool = field(init=False)
 
     def __post_init__(self) -> None:

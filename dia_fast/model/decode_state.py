@@ -68,11 +68,20 @@ class DecodeState:
 
     Pages are listed in block tables, under a table index that a request keeps when it moves within the batch. There are
     `capacity` of them. At first batch index `b` uses table index `b`; `show` changes that.
+
+    extras: further tensors of each request, by name, with their values at first. They become `[batch, *shape]` and move
+    with their requests.
     """
 
     @isolated()
     def __init__(
-        self, config: DiaConfig, ops: ModuleType, sizes: Sizes, dtype: torch.dtype, device: torch.device
+        self,
+        config: DiaConfig,
+        ops: ModuleType,
+        sizes: Sizes,
+        dtype: torch.dtype,
+        device: torch.device,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> None:
         decoder, batch = config.decoder, sizes.batch
         self.batch, self.guided, self.capacity, self.sizes = batch, sizes.guided, batch, sizes
@@ -101,6 +110,10 @@ class DecodeState:
         )
         self.top_p = torch.ones(batch, device=device, dtype=torch.float32)
         self.top_k = integers(batch)
+        self.first_extras = {name: value.detach().to(device) for name, value in (extras or {}).items()}
+        self.extras = {
+            name: value.expand(batch, *value.shape).contiguous().clone() for name, value in self.first_extras.items()
+        }
 
         attention, cross = decoder.num_attention_heads, decoder.cross_num_attention_heads
         self.x = scratch(self.rows, decoder.hidden_size)
@@ -133,6 +146,7 @@ class DecodeState:
             setattr(part, name, getattr(self, name)[:batch])
         for name in _SCRATCH_PER_ROW:
             setattr(part, name, getattr(self, name)[: part.rows])
+        part.extras = {name: tensor[:batch] for name, tensor in self.extras.items()}
         part.x_cond, part.positions_cond = part.x[:batch], part.positions[:batch]
         device = self.x.device
         part.table = self.blocks.new_table(part.rows, self.sizes.steps, device)
@@ -215,22 +229,27 @@ class DecodeState:
         """Make a batch index inert."""
         self.step[batch_idx] = -1
         self.text_lengths[batch_idx] = 0
+        for name, tensor in self.extras.items():
+            tensor[batch_idx] = self.first_extras[name]
 
     def move(self, source: int, target: int) -> None:
         """Copy a request to another batch index and leave its own inert. `show` its pages anew."""
-        for name in _PER_REQUEST:
-            tensor = getattr(self, name)
+        for tensor in self._per_request().values():
             tensor[target] = tensor[source]
         self.clear(source)
 
     def save(self, batch_idx: int) -> dict[str, Tensor]:
         """A copy of a request's state, without its pages; `load` puts it back, at any batch index."""
-        return {name: getattr(self, name)[batch_idx].clone() for name in _PER_REQUEST}
+        return {name: tensor[batch_idx].clone() for name, tensor in self._per_request().items()}
 
     def load(self, batch_idx: int, saved: Mapping[str, Tensor]) -> None:
         """Put back what `save` returned."""
-        for name in _PER_REQUEST:
-            getattr(self, name)[batch_idx] = saved[name]
+        for name, tensor in self._per_request().items():
+            tensor[batch_idx] = saved[name]
+
+    def _per_request(self) -> dict[str, Tensor]:
+        extras = {f"extras.{name}": tensor for name, tensor in self.extras.items()}
+        return {name: getattr(self, name) for name in _PER_REQUEST} | extras
 
     def reset(self) -> None:
         """Make every batch index inert and every page free, in any state."""

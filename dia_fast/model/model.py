@@ -215,10 +215,18 @@ class DiaModel(OneProcess, nn.Module):
             _keep(layer, "uncond_cross", added.to(self.dtype))
 
     @isolated()
-    def decode_step(self, s: DecodeState) -> None:
+    def decode_step(
+        self,
+        s: DecodeState,
+        *,
+        in_step: Callable[[], object] | None = None,
+        sample: Callable[[], object] | None = None,
+    ) -> None:
         """Run one step of every request: form its next input from what was sampled and sample the codes after it.
 
         Exactly `8 * layers + 3` op calls; nothing is allocated (the torch ops aside) and nothing is waited for.
+
+        in_step: called between heads and sampling; sample: called in the place of the op.
         """
         ops, stack, config = self.ops, self.decoder, self.config.decoder
         eps, eos = config.norm_eps, config.eos_token_id
@@ -247,6 +255,11 @@ class DiaModel(OneProcess, nn.Module):
             ops.rms_norm_glu(s.x, layer.mlp_norm, layer.gate_up, eps, s.gated)
             ops.linear_residual(s.gated, layer.down, s.x)
         ops.codebook_logits(s.x, stack.norm, stack.head, eps, s.logits)
+        if in_step is not None:
+            in_step()
+        if sample is not None:
+            sample()
+            return
         ops.sample(
             s.logits, s.step, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, s.status, eos=eos,
             first_generation=first_generation,
