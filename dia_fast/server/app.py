@@ -16,7 +16,16 @@ from dia_fast.server.compat import add_compat
 from dia_fast.server.conversation import add_conversation
 from dia_fast.server.guard import Guard
 from dia_fast.server.page import add_page
-from dia_fast.server.schemas import ErrorBody, Model, ModelList, SpeechRequest, Status, TextReport, TextRequest
+from dia_fast.server.schemas import (
+    AudioModelList,
+    ErrorBody,
+    Model,
+    ModelList,
+    SpeechRequest,
+    Status,
+    TextReport,
+    TextRequest,
+)
 from dia_fast.server.sending import respond
 from dia_fast.server.service import ALIASES, Service
 
@@ -103,9 +112,10 @@ def _operations(app: FastAPI, service: Service) -> None:
         return models()
 
     @app.get("/v1/audio/models", tags=["models"])
-    async def list_audio_models() -> ModelList:
+    async def list_audio_models() -> AudioModelList:
         """As `/v1/models`."""
-        return models()
+        found = models()
+        return AudioModelList(data=found.data, models=found.data)
 
     @app.get("/v1/models/{name}", tags=["models"])
     async def one_model(name: str) -> Model:

@@ -140,6 +140,10 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class AudioModelList(ModelList):
+    models: list[Model] = Field(description="the same as `data`: the name that Open WebUI reads")
+
+
 class Status(BaseModel):
     status: str
 

@@ -69,6 +69,38 @@ def test_voices_come_and_go(tmp_path: Path) -> None:
             client.audio.voices.delete("door")
 
 
+def test_the_requests_of_open_webui(server: Server) -> None:
+    """Its lists, which it asks for without its key, and its request for speech, whose MP3 it keeps."""
+    models = server.call("/v1/audio/models").json["models"]
+    assert {"tts-1", "tts-1-hd"} <= {model["id"] for model in models}
+    voices = {voice["id"]: voice["name"] for voice in server.call("/v1/audio/voices").json["voices"]}
+    assert voices["alloy"] == "alloy"
+    who = {"X_OpenWebUI_User_Name": "Anna%20B", "X_OpenWebUI_User_Role": "user", "Authorization": "Bearer none"}
+    asked = {"input": TEXT, "voice": "alloy", "model": "tts-1", "seed": 3}  # seed: of its additional parameters
+    spoken = server.call("/v1/audio/speech", asked, **who)
+    assert spoken.status == 200 and spoken.headers["content-type"] == "audio/mpeg"
+    assert "x-dia-fast-warnings" not in spoken.headers
+    assert spoken.body == server.spoken(response_format="mp3").body
+    refused = server.call("/v1/audio/speech", {**asked, "voice": "?"}, **who)
+    assert refused.status == 400 and refused.error["message"]  # which it shows
+
+
+def test_the_requests_of_open_webui_at_a_server_with_a_key() -> None:
+    """Without its lists it offers the names of OpenAI's voices and models, which every server here has."""
+    with serving("--api-key", "sesame") as own:
+        assert own.call("/v1/audio/models").status == own.call("/v1/audio/voices").status == 401
+        for model in ("tts-1", "tts-1-hd"):
+            asked = {"input": TEXT, "voice": "shimmer", "model": model}
+            assert own.call("/v1/audio/speech", asked, Authorization="Bearer sesame").status == 200
+
+
+def test_the_request_of_sillytavern(server: Server) -> None:
+    asked = {"input": TEXT, "response_format": "mp3", "voice": "nova", "speed": 1, "model": "tts-1", "seed": 3}
+    spoken = server.call("/v1/audio/speech", asked, Authorization="Bearer ")  # as it sends where no key is set
+    assert spoken.status == 200 and spoken.headers["content-type"] == "audio/mpeg"
+    assert spoken.body == server.spoken(voice="nova", response_format="mp3").body
+
+
 CLIENTS = Path(os.environ.get("DIA_FAST_CLIENTS", Path(__file__).parents[2] / ".venv-clients"))
 
 
