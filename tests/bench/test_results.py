@@ -217,6 +217,7 @@ RUNS: dict[str, Callable[[Place], Sequence[str]]] = {
     "decode_step": lambda place: [*place.model, "--steps", "3", "--rounds", "1"],
     "dropin": of_dropin,
     "first_generation": of_first_generation,
+    "fleet": lambda place: ["--listeners", "50", "--horizon", "20"],
     "latency": lambda place: ["--device", "cpu", "--rounds", "1", "--steps", "24", "--chunks", "0.1"],
     "ordering": of_ordering,
     "original": of_original,

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from dia_fast.cli import app
 from tests.server.serving import LONG, Server, serving
 
 pytest.importorskip("ray", reason="needs the extra ray: make test-ray")
@@ -99,6 +101,28 @@ def test_an_address_where_nobody_is(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--ray", "127.0.0.1:1"]) == 2
     assert "no Ray cluster answers at 127.0.0.1:1" in capfd.readouterr().err
     assert time.monotonic() - start < 15
+
+
+def test_a_cluster_that_ray_can_start() -> None:
+    """As `ray up` checks it, before it asks the cloud for anything."""
+    import jsonschema
+    import yaml
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    from dia_fast.jobs.ray_pool import PoolOptions
+
+    text = (ROOT / "deploy" / "ray" / "cluster.yaml").read_text()
+    config = prepare_config(yaml.safe_load(text))
+    validate_config(config)
+    kinds = config["available_node_types"]
+    assert kinds["gpu"]["resources"]["GPU"] >= 1 and kinds["gpu"]["resources"]["CPU"] >= PoolOptions("x").cpus_per_actor
+    assert not any(kinds[config["head_node_type"]]["resources"].values()), "no engine fits on the head"
+    for wrong in ({"max_workers": -1}, {"no_such_entry": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            validate_config(config | wrong)
+    parser = app.build_parser()
+    commands = re.findall(r"^#\s+dia-fast (.*)$", text, re.MULTILINE)
+    assert len(commands) == 2 and all(parser.parse_args(command.replace("...", "x").split()) for command in commands)
 
 
 def test_the_application_of_the_manifest(tmp_path: Path) -> None:
