@@ -54,11 +54,11 @@ demo: $(VENV)/.base ## speak a short dialogue with the voice that comes with the
 
 VOICE_ARGS ?=
 VOICE_BUILD := examples/demo_voice/build
-demo-voice: $(VENV)/.voice ## make the demo voice from nothing: speech, codec, model (under 3 hours on two cores; VOICE_BUILD=)
-	OMP_NUM_THREADS=2 $(PY) -m examples.demo_voice.build $(VOICE_BUILD)
+demo-voice: $(VENV)/.voice ## make a demo voice from nothing: speech, codec, codes, model (hours on two cores; VOICE_BUILD=, VOICE_ARGS=)
+	OMP_NUM_THREADS=2 $(PY) -m examples.demo_voice.build $(VOICE_BUILD) $(VOICE_ARGS)
 
-eval-voice: $(VENV)/.voice ## let two recognisers listen to the demo voice, and measure its pitch (VOICE_ARGS=)
-	OMP_NUM_THREADS=2 $(PY) -m examples.demo_voice.evaluate $(VOICE_BUILD)/held-out $(VOICE_ARGS)
+eval-voice: $(VENV)/.voice ## let two recognisers listen to the demo voice: sentences, dialogues, scripts, cloning (VOICE_ARGS=)
+	OMP_NUM_THREADS=2 $(PY) -m examples.demo_voice.evaluate $(VOICE_BUILD)/kokoro $(VOICE_ARGS)
 
 test: $(VENV)/.dev ## run the test suite (under 15 minutes on two cores)
 	$(PYTEST) $(PYTEST_ARGS)

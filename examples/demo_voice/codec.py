@@ -1,9 +1,10 @@
-"""Trains the small codec of the demo voice from scratch: a DAC at 16 kHz, 9 codebooks of 256 codes, 50 frames a second.
+"""Trains the small codec of the demo voice: a DAC at 16 kHz, 9 codebooks of 512 codes, 31.25 frames a second.
 
-    python -m examples.demo_voice.codec RECORDINGS CODEC --steps 4000 [--device cuda]
+    python -m examples.demo_voice.codec SPEECH CODEC --steps 4000 [--warm-start OTHER_CODEC] [--device cuda]
 
 No adversary: distances between spectrograms at six resolutions, and between waveforms. It first learns to pass sound
-through without codes; then the codebooks are filled with what comes by, and codes are learnt.
+through without codes; then the codebooks are filled with what comes by, and codes are learnt. A run that was stopped
+goes on from its last state; with a larger number of steps, so does one that was finished.
 """
 
 import argparse
@@ -15,29 +16,30 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dia_fast.audio.codec import CodecConfig, random_codec
+from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
 from dia_fast.audio.codec.network import Codebook, DacNetwork, DecoderBlock, EncoderBlock, ResidualUnit, Snake
+from examples.demo_voice.stages import save
+from examples.demo_voice.turns import RATE, load_turns, of_training, pcm
 
 CONFIG = CodecConfig(
     encoder_hidden_size=16,
-    downsampling_ratios=(2, 4, 4, 10),
+    downsampling_ratios=(2, 4, 8, 8),
     decoder_hidden_size=256,
     hidden_size=64,
     n_codebooks=9,
-    codebook_size=256,
+    codebook_size=512,
     codebook_dim=8,
-    sampling_rate=16_000,
+    sampling_rate=RATE,
 )
-FRAMES = 30  # of a clip: 0.6 s
+FRAMES = 20  # of a clip: 0.64 s
 WINDOWS = {64: 8, 128: 16, 256: 32, 512: 64, 1024: 80, 2048: 80}  # of spectrograms: samples, and mel bins
-PEAK_RATE = 1e-3
+FALL = 0.3  # the share of the steps, at the end, in which the learning rate falls to nothing
+SAVE = 100  # steps between states that a stopped run goes on from
 DECAY = 0.99  # of a codeword's mean, each step
 FLOOR = 3e-4  # 70 dB below full scale; what is softer is silence
 
@@ -46,12 +48,15 @@ FLOOR = 3e-4  # 70 dB below full scale; what is softer is silence
 class Plan:
     """The plan of a codec's training.
 
-    samples: weight of the L1 of samples. fewer: share of the clips that do with fewer than all codebooks. shortest: of
-    the windows of spectrograms, in samples.
+    begin: the step at which codes begin. rate: the learning rate at its peak. samples: weight of the L1 of samples.
+    fewer: share of the clips that do with fewer than all codebooks. shortest: of the windows of spectrograms, in
+    samples.
     """
 
     steps: int = 4000
+    begin: int = 300
     batch: int = 8
+    rate: float = 6e-4
     samples: float = 15.0
     fewer: float = 0.25
     shortest: int = 64
@@ -241,67 +246,135 @@ def _mel(n: int, bins: int) -> Tensor:
     return triangles / triangles.sum(1, keepdim=True).clamp(min=1e-6)
 
 
-def load(folder: Path) -> Tensor:
-    """All recordings in a row, int16."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".wav", ".flac"))
-    return torch.from_numpy(np.concatenate([soundfile.read(path, dtype="int16")[0] for path in files]))
+def stretched(kernel: Tensor, taps: int) -> Tensor:
+    """The kernel `[.., taps]` at another stride: its values between the old ones, its sum kept."""
+    wide = F.interpolate(kernel.float(), taps, mode="linear", align_corners=False)
+    return wide * (kernel.shape[-1] / taps)
 
 
-def train(recordings: Path, output: Path, plan: Plan) -> None:
-    """Train and write the codec in the layout of transformers, now and then and at the end."""
-    torch.manual_seed(plan.seed)
-    generator = torch.Generator().manual_seed(plan.seed)
-    sound = load(recordings).to(plan.device)
-    codec = random_codec(CONFIG, plan.seed, plan.device)
-    network = cast(DacNetwork, codec.network).requires_grad_(True).train()
-    codebooks = Codebooks(network, plan.batch * FRAMES, generator)
-    learnt = [weight for name, weight in network.named_parameters() if "codebook" not in name]
-    optimizer = torch.optim.AdamW(learnt, lr=PEAK_RATE, betas=(0.8, 0.99), weight_decay=0.0)
-    distance, recent = Distance(plan), deque[Tensor](maxlen=20)
-    begin, length = plan.steps // 12, FRAMES * CONFIG.hop_length
-    clip = torch.arange(length, device=plan.device)
-    started = time.monotonic()
+@torch.no_grad()
+def start_from(network: DacNetwork, other: Path) -> None:
+    """Take over the encoder and the decoder of a trained codec of the same widths; strides may differ."""
+    theirs, mine = load_codec(other).network.state_dict(), network.state_dict()
+    for name, weight in mine.items():
+        if not name.startswith("quantizer."):
+            found = theirs[name]
+            # A transposed convolution adds up `taps / stride` values whatever the stride: nothing to divide there.
+            scale = found.shape[-1] / weight.shape[-1] if ".conv_t1." in name and weight.ndim == 3 else 1.0
+            weight.copy_(found if found.shape == weight.shape else stretched(found, weight.shape[-1]) / scale)
+
+
+class Run:
+    """A training run with all its state: weights, optimizer, codebooks and what is drawn."""
+
+    def __init__(self, plan: Plan, config: CodecConfig, warm_start: Path | None) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan, self.done = plan, 0
+        self.generator = torch.Generator().manual_seed(plan.seed)
+        self.codec = random_codec(config, plan.seed, plan.device)
+        self.network = cast(DacNetwork, self.codec.network).requires_grad_(True).train()
+        if warm_start:
+            start_from(self.network, warm_start)
+        self.codebooks = Codebooks(self.network, plan.batch * FRAMES, self.generator)
+        self.learnt = [weight for name, weight in self.network.named_parameters() if "codebook" not in name]
+        self.optimizer = torch.optim.AdamW(self.learnt, lr=plan.rate, betas=(0.8, 0.99), weight_decay=0.0)
+        self.distance, self.recent = Distance(plan), deque[Tensor](maxlen=20)
+
+    def rate(self, step: int) -> float:
+        """The learning rate: up, constant, and at last down to nothing."""
+        left = (self.plan.steps - step) / (FALL * self.plan.steps)
+        return self.plan.rate * min(step / 200, 1.0, 0.01 + left)
+
+    def step(self, sound: Tensor) -> tuple[float, float, float]:
+        """Take one; return how far the sound and the latents are off, and the norm of the gradient."""
+        plan, codebooks = self.plan, self.codebooks
+        self.done += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(self.done)
+        length = FRAMES * self.codec.hop_length
+        starts = torch.randint(len(sound) - length, (plan.batch, 1), generator=self.generator)
+        wave = sound[(starts + torch.arange(length)).to(sound.device)].float() / 32768
+        z, aside = encode(self.network, wave), wave.new_zeros(())
+        self.recent.append(z.detach().transpose(1, 2).flatten(0, 1))
+        if self.done == plan.begin:
+            codebooks.begin(torch.cat(list(self.recent)))
+        elif self.done > plan.begin and self.done % 50 == 0 and self.done < 0.8 * plan.steps:
+            codebooks.revive(self.recent[-1])
+        if self.done >= plan.begin:
+            # Some clips do with fewer codebooks, so that the first ones say what matters most.
+            most = round(len(codebooks.stages) / plan.fewer)
+            used = torch.randint(1, most, (plan.batch,), generator=self.generator)
+            z, aside = codebooks(z, used.to(wave.device))
+        far = self.distance(decode(self.network, z), wave)
+        self.optimizer.zero_grad()
+        (far + 0.25 * aside).backward()
+        norm = nn.utils.clip_grad_norm_(self.learnt, 5.0)
+        self.optimizer.step()
+        return far.item(), aside.item(), float(norm)
+
+    def save(self, path: Path) -> None:
+        """Write the state so that a kill while writing leaves the one before."""
+        state = {
+            "done": self.done,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "counts": self.codebooks.counts,
+            "sums": self.codebooks.sums,
+            "generator": self.generator.get_state(),
+            "recent": list(self.recent),
+        }
+        save(state, path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a state."""
+        state = torch.load(path, map_location=self.plan.device, weights_only=True)
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.codebooks.counts.copy_(state["counts"])
+        self.codebooks.sums.copy_(state["sums"])
+        self.generator.set_state(state["generator"].cpu())
+        self.recent.extend(state.get("recent", ()))
+        self.done = state["done"]
+
+
+def train(
+    sound: Tensor, output: Path, plan: Plan, config: CodecConfig = CONFIG, warm_start: Path | None = None
+) -> Codec:
+    """Train, or go on, and write the codec in the layout of transformers at the end.
+
+    sound: int16 samples at the codec's rate, all recordings in a row. The state lies beside the codec, in
+    `OUTPUT.state`; the log, of every 20th step, in `OUTPUT.log`.
+    """
+    run, state = Run(plan, config, warm_start), output.with_name(f"{output.name}.state")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with (output.parent / f"{output.name}.log").open("w") as log:
-        for step in tqdm(range(1, plan.steps + 1), unit="step", dynamic_ncols=True, mininterval=5):
-            rate = PEAK_RATE * min(step / 200, 0.02 + 0.98 * (1 + math.cos(math.pi * step / plan.steps)) / 2)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            starts = torch.randint(len(sound) - length, (plan.batch, 1), generator=generator)
-            wave = sound[starts.to(plan.device) + clip].float() / 32768
-            z, aside = encode(network, wave), wave.new_zeros(())
-            recent.append(z.detach().transpose(1, 2).flatten(0, 1))
-            if step == begin:
-                codebooks.begin(torch.cat(list(recent)))
-            elif step > begin and step % 50 == 0 and step < 0.8 * plan.steps:
-                codebooks.revive(recent[-1])
-            if step >= begin:
-                # Some clips do with fewer codebooks, so that the first ones say what matters most.
-                most = round(len(codebooks.stages) / plan.fewer)
-                used = torch.randint(1, most, (plan.batch,), generator=generator)
-                z, aside = codebooks(z, used.to(plan.device))
-            far = distance(decode(network, z), wave)
-            optimizer.zero_grad()
-            (far + 0.25 * aside).backward()
-            norm = nn.utils.clip_grad_norm_(learnt, 5.0)
-            optimizer.step()
-            if step % 20 == 0:
-                numbers = [step, far.item(), aside.item(), float(norm), rate, time.monotonic() - started]
-                log.write(" ".join(f"{number:.4g}" for number in [*numbers, *codebooks.bits()]) + "\n")
+    if state.is_file():
+        run.restore(state)
+    sound, started = sound.to(plan.device), time.monotonic()
+    with output.with_name(f"{output.name}.log").open("a") as log:
+        for _ in tqdm(range(plan.steps - run.done), unit="step", dynamic_ncols=True, mininterval=30):
+            losses = run.step(sound)
+            if run.done % 20 == 0:
+                numbers = [run.done, *losses, run.rate(run.done), time.monotonic() - started, *run.codebooks.bits()]
+                log.write(" ".join(f"{number:.4g}" for number in numbers) + "\n")
                 log.flush()
-            if step % 500 == 0 or step == plan.steps:
-                codec.save_pretrained(output)
+            if run.done % SAVE == 0 or run.done == plan.steps:
+                run.save(state)
+    run.codec.save_pretrained(output)
+    return run.codec
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("recordings", type=Path)
+    parser.add_argument("speech", type=Path)
     parser.add_argument("codec", type=Path)
+    parser.add_argument("--warm-start", type=Path)
     for field in fields(Plan):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     options = vars(parser.parse_args())
-    train(options.pop("recordings"), options.pop("codec"), Plan(**options))
+    turns = [turn for turn in load_turns(options.pop("speech")) if of_training(turn)]
+    output, warm_start = options.pop("codec"), options.pop("warm_start")
+    train(pcm(turns), output, Plan(**options), warm_start=warm_start)
 
 
 if __name__ == "__main__":

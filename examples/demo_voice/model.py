@@ -13,20 +13,20 @@ from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.model.fused_weights import fused_shapes
 
-CODES = 256  # per codebook; end of speech, padding and begin of speech come after them
+CODES = 512  # per codebook; end of speech, padding and begin of speech come after them
 CONFIG = DiaConfig(
     EncoderConfig(
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=192,
+        intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=32,
-        max_position_embeddings=512,
+        head_dim=64,
+        max_position_embeddings=1024,
     ),
     DecoderConfig(
-        hidden_size=256,
-        intermediate_size=640,
+        hidden_size=320,
+        intermediate_size=896,
         num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -34,7 +34,7 @@ CONFIG = DiaConfig(
         cross_num_attention_heads=4,
         cross_num_key_value_heads=4,
         cross_head_dim=64,
-        cross_hidden_size=128,
+        cross_hidden_size=192,
         vocab_size=CODES + 4,
         max_position_embeddings=1024,
         eos_token_id=CODES,

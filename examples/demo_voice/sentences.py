@@ -1,4 +1,4 @@
-"""Sentences of the demo voice: a closed vocabulary, sentences drawn from it, and those kept for testing.
+"""Sentences of the demo voice that ships: a closed vocabulary, sentences drawn from it, and those kept for testing.
 
 A sentence is held out if a hash of its words says so, whoever speaks it and wherever: no training recording has it.
 """
@@ -7,6 +7,8 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from examples.demo_voice.turns import words
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLORS = ("red", "green", "blue", "yellow", "black", "white")
@@ -55,12 +57,6 @@ def vocabulary() -> list[str]:
     for group in (DIGITS, COLORS, THINGS, PLACES, OPENINGS):
         words += [word for entry in group for word in entry.lower().split()]
     return sorted(set(words))
-
-
-def words(text: str) -> list[str]:
-    """The words of a sentence or transcript, without tags and punctuation, in lower case."""
-    bare = text.lower().replace("[s1]", " ").replace("[s2]", " ")
-    return "".join(letter if letter.isalpha() else " " for letter in bare).split()
 
 
 def sentences(turn: str) -> list[str]:

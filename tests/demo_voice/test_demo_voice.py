@@ -23,8 +23,9 @@ from dia_fast.integrations.transformers import accelerate
 from dia_fast.model.delay import undo_delay
 from dia_fast.text.tokenizer import encode_text
 from examples.demo_voice.recognisers import score, sphinx
-from examples.demo_voice.sentences import is_held_out, lines, sentence, words
+from examples.demo_voice.sentences import is_held_out, lines, sentence
 from examples.demo_voice.sentences import vocabulary as taught
+from examples.demo_voice.turns import words
 from tests.helpers.codecs import assert_same_sound
 
 TEXT = "[S1] The red book is in the kitchen. [S2] Thank you, please call four seven."
