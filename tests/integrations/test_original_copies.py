@@ -68,7 +68,7 @@ def write(folder: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
-NAMES = ["box.third_party.dia.dia.model", "node.dia_lib.model", "node.src.model", "voices.dia"]
+NAMES = ["box.third_party.dia.dia.model", "node.dia_lib.model", "node.src.model", "voices.dia", "park.dia.model"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,7 +87,8 @@ def test_a_copy_is_found_by_what_it_defines(tmp_path: Path, name: str) -> None:
 
 def test_other_modules_are_left_alone(tmp_path: Path) -> None:
     write(tmp_path, {"shop/__init__.py": "", "shop/model.py": "class Dia:\n    def generate(self): return 1\n",
-                     "shop/media.py": "class Dia: pass", "broken/model.py": EARLY + "(("})  # fmt: skip
+                     "shop/media.py": "class Dia: pass", "port/model.py": "import math\nfrom flax import nnx\n" + LATE,
+                     "broken/model.py": EARLY + "(("})  # fmt: skip
     original.install()
     from shop.media import Dia as media  # type: ignore[import-not-found]
     from shop.model import Dia as other  # type: ignore[import-not-found]
@@ -95,6 +96,8 @@ def test_other_modules_are_left_alone(tmp_path: Path) -> None:
     assert other().generate() == 1 and not issubclass(media, Dia)
     with pytest.raises(SyntaxError):
         import broken.model  # type: ignore[import-not-found]  # noqa: F401
+    with pytest.raises(ModuleNotFoundError, match="flax"):  # its own: a port to another library is left alone
+        import port.model  # type: ignore[import-not-found]  # noqa: F401
     original.uninstall()
     original.install(discover=False)
     write(tmp_path, {"late/model.py": LATE, "late/state.py": "STATE = 'yes'"})

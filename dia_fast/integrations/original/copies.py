@@ -5,11 +5,13 @@ Forks have another order of arguments and other defaults, and their programs cou
 
 import ast
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from dia_fast.integrations.original.model import Dia, tell_ignored
 
+_OTHERS = re.compile(rb"^(?:import|from) (?:jax|flax|mlx)\b", re.MULTILINE)  # ports whose arrays are not torch's
 _MARKS = (b"class Dia", b"def generate", b"def _load_dac_model")
 _METHODS = ("__init__", "from_local", "from_pretrained", "generate")
 _OURS = {name: set(inspect.signature(getattr(Dia, name)).parameters) for name in _METHODS}
@@ -19,7 +21,7 @@ _SKIP = object()
 
 def class_of(source: bytes) -> ast.ClassDef | None:
     """The `Dia` that a module's source defines, or None if it is no copy of the original's `model.py`."""
-    if not all(mark in source for mark in _MARKS):
+    if not all(mark in source for mark in _MARKS) or _OTHERS.search(source):
         return None
     try:
         tree = ast.parse(source)
