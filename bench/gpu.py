@@ -40,7 +40,7 @@ exit status: 0 all is right and was measured; 1 something failed, is wrong or ha
 def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[Part]:
     """Return the parts in the order in which they matter: the last ones are left out when the time is over."""
     device = ("--device", options.device)
-    model = ("--model", options.model or str(weights))
+    model, thin = ("--model", options.model or str(weights)), ("--layers", "1") if options.quick else ()
     against = ("--against", "transformers") if installed("transformers") else ()
     quick = ("--quick",) if options.quick else ()
     workers = ("-n", "4") if installed("xdist") else ()
@@ -52,7 +52,6 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
     few = ("--layers", "1", "--steps", "6") if options.quick else ()
     sound = ("--rounds", "1", "--steps", "24", "--chunks", "0.1") if options.quick else ("--rounds", "2")
     batches = ("--requests", "1", "2") if options.quick else ()
-    thin = ("--layers", "1") if options.quick else ()
     layout = ("--layout", "original") if installed("dia") else ()  # which dia-fast reads as well
 
     def measured(name: str, shows: str, limit: float, module: str, *command: str, **more: Any) -> Part:
@@ -87,6 +86,7 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
         measured("latency", "time to the first sound", 45, "bench.latency", *device, *model, *sound, speed=True),
         measured("serving", "1, 8 and 32 streams at once, the codec included", 75, "bench.serving", *device, *model,
                  "--codec", "random", speed=True),
+        measured("long_sound", "memory and time of decoding 36 s of sound", 30, "bench.long_sound", *device),
         part("sanitizer", "a captured step under compute-sanitizer", 90, "bench.sanitizer", *device,
              programs=("compute-sanitizer",)),
         measured("suite", "every kernel, step and stage beside torch and torch.compile", 220, "bench.suite", *device,

@@ -324,7 +324,7 @@ class Dia(OneProcess):
         if cut_prompt:
             audio_prompt = cut_prompts(audio_prompt)
         scripts = self._scripts(text, audio_prompt, prompt_text, split, params, seed)
-        speak_scripts(self.engine, scripts, progress)
+        speak_scripts(self.engine, scripts, progress, codec)
         audios = [script.audio(codec) for script in scripts]
         audios = [at_speed(without_silence(audio) if trim_silence else audio, speed) for audio in audios]
         return audios if is_list(text) else audios[0]

@@ -99,15 +99,14 @@ class Audio:
         if not len(self.samples):
             raise InputError("there are no samples to write: the audio is empty")
         container, encoding = FORMATS[extension]
-        clipped = np.clip(self.samples, -1.0, 1.0)
         buffer = io.BytesIO()
         try:
             with (
                 uninterrupted(),
                 soundfile.SoundFile(buffer, "w", self.sample_rate, 1, encoding, format=container) as file,
             ):
-                for start in range(0, len(clipped), BLOCK):
-                    file.write(clipped[start : start + BLOCK])
+                for start in range(0, len(self.samples), BLOCK):
+                    file.write(np.clip(self.samples[start : start + BLOCK], -1.0, 1.0))
         except soundfile.LibsndfileError as error:
             raise InputError(
                 f"cannot write {self.sample_rate} Hz audio as {container}: {error.error_string}"
@@ -165,10 +164,9 @@ def growing_file(path: str | os.PathLike[str], sample_rate: int) -> Iterator[Cal
                 file = soundfile.SoundFile(noting, "w", sample_rate, 1, encoding, format=container)
 
             def write(samples: Samples) -> None:
-                clipped = np.clip(samples, -1.0, 1.0)
                 with uninterrupted():
-                    for start in range(0, len(clipped), BLOCK):
-                        file.write(clipped[start : start + BLOCK])
+                    for start in range(0, len(samples), BLOCK):
+                        file.write(np.clip(samples[start : start + BLOCK], -1.0, 1.0))
                 noting.check()
 
             try:
@@ -285,6 +283,8 @@ def _checked_rate(rate: Any, name: str) -> int:
 
 
 def _require_finite(samples: Samples, name: str) -> None:
-    bad = np.flatnonzero(~np.isfinite(samples))
-    if len(bad):
-        raise InputError(f"{name}: sample {bad[0]} is {samples[bad[0]]}, one of {len(bad)} that are not finite numbers")
+    starts = range(0, len(samples), BLOCK)
+    counts = [len(block) - np.count_nonzero(np.isfinite(block)) for block in (samples[i : i + BLOCK] for i in starts)]
+    if any(counts):
+        bad = int(np.flatnonzero(~np.isfinite(samples))[0])
+        raise InputError(f"{name}: sample {bad} is {samples[bad]}, one of {sum(counts)} that are not finite numbers")

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from dia_fast.generation.outcome import Outcome, Segment, attempt_seed, finish_r
 from dia_fast.generation.prompts import Voice, longest_prompt
 from dia_fast.generation.sampling_params import SamplingParams
 from dia_fast.model.config import DiaConfig
-from dia_fast.text.segmentation import LEAST_SECONDS, SEGMENT_SECONDS, continued, join_segments, speakers, split_script
+from dia_fast.text.segmentation import LEAST_SECONDS, SEGMENT_SECONDS, JoinedSegments, continued, speakers, split_script
 from dia_fast.text.tokenizer import (
     ABSURD_BYTES,
     GOOD_SECONDS,
@@ -130,6 +131,8 @@ class Script:
         self.remarks = self._warnings()
         self._next = 0
         self._again: list[int] = []
+        self._joined: JoinedSegments | None = None
+        self._decoding: list[Future[None]] = []  # of the first segments, in their order
 
     @property
     def spoken(self) -> int:
@@ -188,10 +191,41 @@ class Script:
             segments.append(Segment(text, finish_reason(count, truncated), count, seeds))
         return Outcome(tuple(segments), tuple(self.remarks))
 
+    def decode(self, codec: "Codec") -> None:
+        """Hand the segments that are done to the codec's thread, in their order; waits for nothing."""
+        if self._joined is None:
+            self._joined = JoinedSegments(codec.sample_rate)
+        while len(self._decoding) < len(self.frames):
+            frames = self.frames[len(self._decoding)]
+            if frames is None:
+                return
+            self._decoding.append(codec.in_thread(self._add_sound, codec, self._joined, frames))
+
+    def _add_sound(self, codec: "Codec", joined: JoinedSegments, frames: Tensor) -> None:
+        if len(frames):
+            joined.add(codec.decode(frames).cpu().numpy())
+
+    @property
+    def decoded(self) -> bool:
+        """Nothing of it is left that `decode` has handed to the codec."""
+        return all(item.done() for item in self._decoding)
+
+    def wait_decoded(self) -> None:
+        """Wait until it is `decoded`."""
+        wait(self._decoding)
+
+    def drop_sound(self) -> None:
+        """Leave undone what `decode` has handed to the codec and is not under way."""
+        for item in self._decoding:
+            item.cancel()
+
     def sound(self, codec: "Codec") -> Samples:
         """The decoded segments, joined; no samples if the model said nothing."""
-        spoken = [frames for frames in self.frames if frames is not None and len(frames)]
-        return join_segments([codec.decode(frames).cpu().numpy() for frames in spoken], codec.sample_rate)
+        self.decode(codec)
+        for item in self._decoding:
+            item.result()
+        assert self._joined is not None
+        return self._joined.samples()
 
     def audio(self, codec: "Codec") -> Audio:
         """The sound, with its seed and outcome."""
@@ -273,7 +307,11 @@ class Script:
 
 
 def speak_all(
-    engine: Engine, scripts: Iterable[Script], at_once: int, stepped: Callable[[], None] | None = None
+    engine: Engine,
+    scripts: Iterable[Script],
+    at_once: int,
+    stepped: Callable[[], None] | None = None,
+    codec: "Codec | None" = None,
 ) -> Generator[Script, None, None]:
     """Speak scripts, and yield each when it is done or has failed, in that order.
 
@@ -282,6 +320,7 @@ def speak_all(
         at_once: Most requests in the engine.
         stepped: Called after each step. What goes wrong with one is in its `error`; an interruption is raised. The
             engine is left with none of these requests, whatever happens.
+        codec: Decodes segments in its thread while others are generated; a script is then done when its sound is.
     """
     source = iter(scripts)
     begun: list[Script] = []
@@ -296,7 +335,11 @@ def speak_all(
                 for landed in [item for item in in_flight if item[0].done]:
                     in_flight.remove(landed)
                     _land(*landed)
-            done = [script for script in begun if script.done]
+                    if codec is not None and landed[1].error is None:
+                        landed[1].decode(codec)
+            elif begun:
+                begun[0].wait_decoded()
+            done = [script for script in begun if script.error is not None or (script.done and script.decoded)]
             for script in done:
                 for handle, _, _ in [item for item in in_flight if item[1] is script]:
                     handle.cancel()
@@ -308,6 +351,8 @@ def speak_all(
     finally:
         for handle, _, _ in in_flight:
             handle.cancel()
+        for script in begun:
+            script.drop_sound()
 
 
 def _fill(
@@ -317,10 +362,13 @@ def _fill(
     begun: list[Script],
     in_flight: list[tuple[Handle, Script, int]],
 ) -> None:
-    """Submit what can start: first of the scripts that have begun, in their order, then of new ones."""
+    """Submit what can start: first of the scripts that have begun, in their order, then of new ones.
+
+    As many as may be generated may wait for the codec besides.
+    """
     for script in begun:
         _submit(engine, script, at_once, in_flight)
-    while len(in_flight) < at_once:
+    while len(in_flight) < at_once and len(begun) < 2 * at_once:
         new = next(source, None)
         if new is None:
             return
@@ -378,11 +426,12 @@ def make_scripts(
     return found
 
 
-def speak_scripts(engine: Engine, scripts: Sequence[Script], progress: Progress) -> None:
+def speak_scripts(engine: Engine, scripts: Sequence[Script], progress: Progress, codec: "Codec | None" = None) -> None:
     """Speak all scripts at once. Warns of what there is to remark.
 
     Args:
         progress: As in `Dia.generate`; a bar counts segments too. Raises what ended one of the scripts.
+        codec: As in `speak_all`.
     """
     which = [f"text {index}: " if len(scripts) > 1 else "" for index in range(len(scripts))]
     known = [warn_of(script, 0, text) for script, text in zip(scripts, which, strict=True)]
@@ -397,7 +446,7 @@ def speak_scripts(engine: Engine, scripts: Sequence[Script], progress: Progress)
             if report is not None and steps:
                 report(steps)
 
-        with closing(speak_all(engine, scripts, engine.state.sizes.batch, stepped)) as ended:
+        with closing(speak_all(engine, scripts, engine.state.sizes.batch, stepped, codec)) as ended:
             for script in ended:
                 if script.error is not None:
                     raise script.error

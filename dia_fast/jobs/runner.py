@@ -218,7 +218,8 @@ def speak_items(
         if stepped is not None:
             stepped(engine.stats.running)
 
-    for script in speak_all(engine, _scripts(dia, items, failed), engine.state.sizes.batch, after_step):
+    at_once = engine.state.sizes.batch
+    for script in speak_all(engine, _scripts(dia, items, failed), at_once, after_step, dia.codec):
         while failed:
             yield failed.pop(0)
         try:

@@ -8,7 +8,7 @@ written without spaces) between characters. Nothing is cut inside a tag or a sou
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,24 +122,55 @@ def sentence_ends(text: str) -> list[int]:
     return found + [match.end() for match in _WIDE_SENTENCE.finditer(text) if match.end() < len(text)]
 
 
-def join_segments(segments: Sequence[Samples], sample_rate: int, *, fade_seconds: float = FADE_SECONDS) -> Samples:
-    """The segments one after the other, float32 `[sum of n]`; a single segment stays as it is.
+class JoinedSegments:
+    """Segments one after the other, as they come, in memory that grows where it lies: each sample is held once.
 
-    Where two meet, the first fades out and the second in, each over `fade_seconds` (raised cosine, at most half of
-    the segment): the sound passes through zero without a click, and is nowhere louder than the segments.
+    Where two meet, the first fades out and the second in (raised cosine, at most half of the segment): the sound passes
+    through zero without a click, and is nowhere louder than the segments. A single segment stays as it is.
+
+    Args:
+        sample_rate: Of the segments.
+        fade_seconds: Of each fade.
     """
-    segments = [segment for segment in segments if len(segment)]
-    faded = []
-    for index, segment in enumerate(segments):
-        count = min(round(fade_seconds * sample_rate), len(segment) // 2)
-        ramp = fade_in(count)
-        out = np.array(segment, dtype=np.float32)
-        if index > 0:
-            out[:count] *= ramp
-        if index < len(segments) - 1:
-            out[len(out) - count :] *= ramp[::-1]
-        faded.append(out)
-    return np.concatenate(faded) if faded else np.zeros(0, np.float32)
+
+    def __init__(self, sample_rate: int, fade_seconds: float = FADE_SECONDS) -> None:
+        self._fade = round(fade_seconds * sample_rate)
+        self._samples: Samples = np.zeros(0, np.float32)
+        self._count = self._last = 0  # samples so far, and those of the last segment
+        self._grows = False  # the memory is ours: the first segment stays where it is until there is another one
+
+    def add(self, segment: Samples) -> None:
+        """Put a segment, float32 `[n]`, behind those before; one without samples changes nothing."""
+        first, end = self._count, self._count + len(segment)
+        if first == 0:
+            self._samples = segment
+        elif len(segment):
+            self._make_room(end)
+            self._samples[first:end] = segment
+            before, after = min(self._fade, self._last // 2), min(self._fade, len(segment) // 2)
+            self._samples[first - before : first] *= fade_in(before)[::-1]
+            self._samples[first : first + after] *= fade_in(after)
+        self._count, self._last = end, len(segment) or self._last
+
+    def _make_room(self, count: int) -> None:
+        if not self._grows:
+            self._samples, self._grows = np.array(self._samples[: self._count], dtype=np.float32), True
+        if count > len(self._samples):
+            self._samples.resize(max(count, len(self._samples) * 9 // 8), refcheck=False)
+
+    def samples(self) -> Samples:
+        """All of them, float32 `[sum of n]`; nothing can be added afterwards."""
+        if self._grows:
+            self._samples.resize(self._count, refcheck=False)
+        return self._samples
+
+
+def join_segments(segments: Iterable[Samples], sample_rate: int, *, fade_seconds: float = FADE_SECONDS) -> Samples:
+    """The segments one after the other, float32 `[sum of n]`, see `JoinedSegments`; a single one is itself returned."""
+    joined = JoinedSegments(sample_rate, fade_seconds)
+    for segment in segments:
+        joined.add(segment)
+    return joined.samples()
 
 
 @dataclass(frozen=True)

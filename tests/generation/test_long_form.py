@@ -1,7 +1,12 @@
 """Long scripts spoken: every segment in the right voice, with its own seed, and the same as if asked for by itself."""
 
 import math
+import subprocess
+import sys
+import threading
+import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +17,20 @@ import torch
 from torch import Tensor
 
 from dia_fast import Dia, InputError, TextWarning
+from dia_fast.audio.codec import random_codec
 from dia_fast.cli import main
 from dia_fast.engine import Engine, Generation
 from dia_fast.generation.long_form import Script, Voice, cut, segment_seed, speak_all
 from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.jobs import runner
+from dia_fast.jobs.items import Item
 from dia_fast.model.config import DiaConfig
 from dia_fast.text.segmentation import continued, join_segments, split_script
 from dia_fast.text.tokenizer import encode_text, spoken_seconds
+from tests.helpers.cheap_model import CheapModel
+from tests.helpers.codecs import SMALL
 from tests.helpers.front import TINY, make_brief_model, make_codec
+from tests.helpers.virtual_device import VirtualDevice
 
 LONG = (
     "[S1] Good evening, and welcome back. Tonight we talk about the sea, its tides, and what they carry. [S2] Thank "
@@ -263,6 +274,92 @@ def test_what_fails_ends_its_reading_alone(dia: Dia, silence: pytest.WarningsRec
     assert list(speak_all(dia.engine, [solo], 1)) == [solo]
     assert all(torch.equal(first, second) for first, second in zip(solo.frames, many[3].frames, strict=True))
     assert not list(speak_all(dia.engine, [], 3))
+
+
+@pytest.mark.parametrize("door", ["generate", "batch"])
+@pytest.mark.filterwarnings("ignore::dia_fast.text.tokenizer.TextWarning")
+def test_the_codec_decodes_while_others_are_generated(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each decode waits until a step has been made since it began, which nobody makes if it is waited for itself."""
+    model: Any = CheapModel(ends=False)
+    dia = Dia(model, random_codec(replace(SMALL, codebook_size=64)))
+    engine = dia._engine = Engine(model, max_batch=3, device=VirtualDevice(1e-3))
+    overlapped, threads = list[bool](), set[int]()
+
+    def decode(codes: Tensor) -> Tensor:
+        before, end = engine.steps, time.monotonic() + 2
+        threads.add(threading.get_ident())
+        while engine.steps == before and engine.stats.running and time.monotonic() < end:
+            time.sleep(1e-3)
+        overlapped.append(engine.steps > before)
+        return codes.sum(1).float()
+
+    monkeypatch.setattr(dia.codec, "decode", decode)
+    count, text, sounds = 7, "[S1] Yes.", dict[int, np.ndarray]()
+    if door == "generate":
+        prompts = [torch.zeros(70 + 10 * (index % 3), 3, dtype=torch.int64) for index in range(count)]
+        alone: list[dict[str, Any]] = [{"audio_prompt": prompt} for prompt in prompts]
+        audios = dia.generate([text] * count, seed=list(range(count)), audio_prompt=prompts)
+        sounds = {index: audio.samples for index, audio in enumerate(audios)}
+    else:
+        alone = [{"max_new_tokens": 20 + 10 * (index % 3)} for index in range(count)]
+        params = [dia.defaults.given(seed=index, **alone[index]) for index in range(count)]
+        items = [Item(0, str(seed), text, None, None, "", False, params[seed], "", {}, "") for seed in range(count)]
+        sounds = {int(spoken.id): spoken.samples for spoken in runner.speak_items(dia, items)}
+    assert len(overlapped) == count and sum(overlapped) >= 2
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    for seed in range(count):
+        [codes] = dia.generate_codes(text, seed=seed, **alone[seed])
+        assert len(codes) and np.array_equal(sounds[seed], codes.sum(1).float().numpy())
+
+
+def test_as_many_may_wait_for_the_codec_as_are_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands still; whoever speaks takes up a few more scripts, and then waits for it."""
+    model: Any = CheapModel(ends=False)
+    dia = Dia(model, random_codec(replace(SMALL, codebook_size=64)))
+    go, taken, real = threading.Event(), list[int](), dia.codec.decode
+    monkeypatch.setattr(dia.codec, "decode", lambda codes: (go.wait(20), real(codes))[1])
+
+    def source() -> Iterator[Script]:
+        for seed in range(20):
+            taken.append(seed)
+            yield Script(dia.config, ["[S1] Yes."], SamplingParams(seed=seed, max_new_tokens=9))
+
+    threading.Timer(0.5, go.set).start()
+    spoken = speak_all(dia.engine, source(), 2, codec=dia.codec)
+    first = next(spoken)
+    assert len(taken) == 4 and first.error is None
+    assert len(list(spoken)) == 19
+
+
+HOUR = """
+import sys, torch
+from bench.metrics import forget_peak, resident
+from dia_fast.audio.codec import CodecConfig, random_codec
+from dia_fast.generation.long_form import Script
+from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.model.config import DiaConfig
+segments = int(sys.argv[1])
+codec = random_codec(CodecConfig(encoder_hidden_size=4, downsampling_ratios=(2, 4), decoder_hidden_size=16))
+codec.decode = lambda frames: torch.full((len(frames) * 512,), 0.5)
+script = Script(DiaConfig(), ["[S1] Yes."] * segments, SamplingParams(seed=0))
+script.frames = [torch.zeros(775, 9, dtype=torch.int64)] * segments  # 9 s
+Script.outcome = None
+forget_peak()
+before = resident("VmRSS")
+audio = script.audio(codec)
+assert len(audio.samples) == segments * 775 * 512
+print((resident("VmHWM") - before) / audio.samples.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the largest size of a process is read as Linux tells it")
+@pytest.mark.parametrize("segments", [67, pytest.param(400, marks=pytest.mark.slow)])
+def test_a_long_script_holds_each_sample_once(segments: int) -> None:
+    """Ten minutes, and an hour. Memory grows by an eighth at a time, and a segment comes before it is joined."""
+    command = [sys.executable, "-c", HOUR, str(segments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= float(done.stdout) < 1.25
 
 
 def fail(index: int, spoken: Generation) -> None:

@@ -2,9 +2,11 @@
 
 import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from dia_fast.utils.cuda_graphs import CudaGraphs
 from dia_fast.utils.forks import OneProcess, renew_in_child
 from dia_fast.utils.values import tensor_of, whole_number
 from dia_kernels import reference
+
+_Result = TypeVar("_Result")
 
 _HELP = (
     "its weights may be damaged; get them again",
@@ -50,11 +54,13 @@ class Codec(OneProcess):
         self.device = device
         self.dtype = dtype
         self.stage: Stage | None = None
+        self._cuda: torch.cuda.Stream | None = None
         self._renew()
         renew_in_child(self)
 
     def _renew(self) -> None:
         self._making = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
 
     @property
     def sample_rate(self) -> int:
@@ -126,7 +132,7 @@ class Codec(OneProcess):
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes to sound.
 
-        A long sound is decoded in spans of 256 frames, which bounds the memory. With weights in float16 or bfloat16
+        A long sound is decoded in spans of 64 frames, which bounds the memory. With weights in float16 or bfloat16
         the convolutions alone compute in that dtype: activations, residual sums and what is kept stay in float32.
 
         Args:
@@ -172,6 +178,28 @@ class Codec(OneProcess):
             if self.stage is None:
                 self.stage = Stage(self, CudaGraphs() if self.device.type == "cuda" else None)
             return self.stage.open()
+
+    def in_thread(self, work: Callable[..., _Result], *inputs: Any) -> Future[_Result]:
+        """Have something done by a thread, and on a CUDA stream, that the codec keeps for whole sounds; one by one.
+
+        Args:
+            work: Called with the inputs.
+            *inputs: Whatever it takes.
+        """
+        with self._making:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, "dia-fast-decode")
+            return self._pool.submit(self._on_own_stream, work, *inputs)
+
+    def _on_own_stream(self, work: Callable[..., _Result], *inputs: Any) -> _Result:
+        if self.device.type != "cuda":
+            return work(*inputs)
+        with torch.cuda.device(self.device):
+            if self._cuda is None:
+                self._cuda = torch.cuda.Stream()
+                self._cuda.wait_stream(torch.cuda.default_stream())  # the weights may still be on their way
+            with torch.cuda.stream(self._cuda):
+                return work(*inputs)
 
     @isolated()
     @exact_convolutions()

@@ -26,7 +26,8 @@ from dia_fast.utils.forks import OneProcess, renew_in_child
 if TYPE_CHECKING:
     from dia_fast.audio.codec.codec import Codec
 
-SPAN = 256  # most frames of a piece, and of all pieces of a batch: this bounds the memory
+SPAN = 64  # most frames of a piece
+_BATCH = 256  # most frames of all pieces of a batch, unless there is one alone: both bound the memory
 _STREAMS = 32  # to begin with
 _GRAPHS = 16  # at most; other shapes run launch by launch
 
@@ -199,7 +200,7 @@ class Stage(OneProcess):
 
     def _most(self, size: int) -> int:
         """Streams in a batch. On a CPU each is decoded by itself: its bits do not depend on the others then."""
-        return max(1, SPAN // size) if self.shape.device.type != "cpu" or self.capture is not None else 1
+        return max(1, _BATCH // size) if self.shape.device.type != "cpu" or self.capture is not None else 1
 
     def _step(self, batch: list[_Job], size: int) -> None:
         """The next `size` frames of each job."""
