@@ -148,3 +148,16 @@ def test_progress_and_remarks(silent: Dia, capsys: pytest.CaptureFixture[str]) -
     assert "starting generation loop" in printed and "generate step 86:" in printed and "avg steps=" in printed
     with pytest.warns(TextWarning, match="segment 1 of"):
         silent.generate(LONG, 32, split="auto", voice=voice, seed=5)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_folder_brings_its_codec(local: bool) -> None:
+    """As the demo voice does, whose codec is no other's."""
+    folder, cpu = dia_fast.demo_voice(), torch.device("cpu")
+    if local:
+        dia = Dia.from_local(str(folder / "config.json"), str(folder / "model.safetensors"), device=cpu)
+    else:
+        dia = Dia.from_pretrained(str(folder), device=cpu)
+    own = load_codec(folder / "codec")
+    codes = torch.arange(4)[:, None].expand(4, own.num_codebooks)
+    assert torch.equal(dia._decode(codes), own.decode(codes))

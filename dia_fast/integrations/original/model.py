@@ -197,7 +197,7 @@ class Dia(OneProcess):
         config = DiaConfig.from_file(config_path)
         # By name: the classes for copies of the package have another order.
         made = cls(config, compute_dtype=compute_dtype, device=device, load_dac=load_dac, **more)
-        return made._load(open_checkpoint(checkpoint_path, config=config))
+        return made._load(open_checkpoint(checkpoint_path, config=config), checkpoint_path)
 
     @classmethod
     def from_pretrained(
@@ -213,16 +213,17 @@ class Dia(OneProcess):
         Raises CheckpointError (a RuntimeError).
         """
         checkpoint = open_checkpoint(model_name)
-        if more.get("dac_model") is None and more.get("dac_model_path") is None:
-            from dia_fast.audio.codec import codec_for
-
-            more["dac_model"] = codec_for(model_name)  # the folder's own, if it has one
         made = cls(checkpoint.config, compute_dtype=compute_dtype, device=device, load_dac=load_dac, **more)
-        return made._load(checkpoint)
+        return made._load(checkpoint, model_name)
 
     @isolated()
-    def _load(self, checkpoint: Checkpoint) -> "Dia":
+    def _load(self, checkpoint: Checkpoint, name: str) -> "Dia":
+        """Take the weights, and the codec that is named, else the one in their folder, else the official models'."""
+        from dia_fast.audio.codec import codec_for
+
         assert self._model is not None
+        if self._codec_name == CODEC:
+            self._codec_name = codec_for(name)
         self._model.load(checkpoint.load(self.compute_dtype, self.device)).pack(progress=True)
         if self.load_dac and self.dac_model is None:
             self._load_dac_model()
