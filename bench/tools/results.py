@@ -47,6 +47,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 VERSIONS = ("python", "dia-fast", "torch", "triton", "transformers", "cuda", "hip", "driver_version")
 
+VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "DIA_FAST_CPU_PRODUCT")
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add `--json` and `--csv`."""
@@ -114,6 +116,7 @@ class Results:
 def header(prog: str, arguments: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Return all of a file but its results: nothing in it names the host, its folders or its user."""
     facts = {name: value for name, value in collect(device).items() if value is not None}
+    facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
     commit = str(facts.pop("commit"))
     return {
         "schema": SCHEMA,

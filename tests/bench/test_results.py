@@ -36,7 +36,7 @@ from tests.helpers.front import TINY
 BENCH = Path(results.__file__).parents[1]
 # Modules of bench with a command line that measure nothing.
 TOOLS = {
-    "compare", "configs", "environment", "figures", "make_checkpoint", "metrics", "plots", "readme",
+    "compare", "published", "configs", "environment", "figures", "make_checkpoint", "metrics", "plots", "readme",
     "gpu",  # whose parts write theirs
     "sanitizer",  # which shows what another program says
 }  # fmt: skip
