@@ -246,7 +246,8 @@ class Tuner:
                 trial["seconds"] = taken = seconds(self.table((launch, use)))
             except Exception as error:
                 trial["failed"] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-                torch.cuda.synchronize()
+                if self.device.gpu:
+                    torch.cuda.synchronize()
                 continue
             if taken < best * (1 - self.options.margin):
                 best, found = taken, use

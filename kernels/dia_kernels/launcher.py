@@ -1,9 +1,11 @@
 """Launch and configure every kernel: the one place where tests, codegen report and traffic meter listen."""
 
+import difflib
 import errno
 import functools
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +32,13 @@ Table = dict[str, list[dict[str, Any]]]
 CONFIGS = Path(__file__).parent / "configs"
 # Compute capabilities that have a table; another one takes the next below it, one below them all the first.
 _CAPABILITIES = (80, 90, 100, 120)
+# Values that `where` may name: others fit no launch. The examples are offered for one that is misspelt.
+_NAMED = {"arch": re.compile(r"sm_\d{2,3}|gfx\d[0-9a-f]{2,4}|interpreter"), "dtype": re.compile(r"b?float16|float32")}
+_EXAMPLES = {
+    "arch": ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100",
+             "gfx1201", "interpreter"),
+    "dtype": ("bfloat16", "float16", "float32"),
+}  # fmt: skip
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
@@ -174,6 +183,10 @@ def read_table(path: str) -> Table:
                     f"{path}: {op}: {name} is {json.dumps(wanted)}; needs a value, a list of values or, for a size, "
                     '{"min": number, "max": number}'
                 )
+            for value in wanted if isinstance(wanted, list) else [wanted]:
+                if name in _NAMED and not _NAMED[name].fullmatch(value):
+                    near = difflib.get_close_matches(value, _EXAMPLES[name], 1, 0.0)[0]
+                    raise ValueError(f"{path}: {op}: {name} {value!r} is none that there is; did you mean {near!r}?")
     return table
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dia_kernels import get_ops, reference
+from dia_kernels import aot, get_ops, reference
 from dia_kernels import launcher as launch
 
 
@@ -119,6 +119,9 @@ def test_a_configuration_is_the_default_under_the_first_entry_that_fits(table: A
         ({"glu": [{"where": {"rows": {"most": 1}}, "use": {}}]}, "needs a value, a list"),
         ({"glu": [{"where": {"rows": [True]}, "use": {}}]}, "needs a value, a list"),
         ({"glu": [{"where": {"arch": {"min": 90}}, "use": {}}]}, "needs a value, a list"),
+        ({"glu": [{"where": {"arch": "sm90"}, "use": {}}]}, "arch 'sm90' is none that there is; did you mean 'sm_90'"),
+        ({"glu": [{"where": {"arch": ["sm_90", "gfx_942"]}, "use": {}}]}, "'gfx_942' .* did you mean 'gfx942'"),
+        ({"glu": [{"where": {"dtype": "bf16"}, "use": {}}]}, "dtype 'bf16' .* did you mean 'bfloat16'"),
         ({"glu": [{"where": {"row": 1}, "use": {}}]}, "'where' may name dtype, arch, rows, hidden, not row"),
     ],
 )
@@ -127,6 +130,11 @@ def test_mistakes_in_a_table_are_named(content: object, message: str, table: Any
     with pytest.raises(ValueError, match=message) as caught:
         configured()
     assert str(path) in str(caught.value)
+
+
+def test_architectures_that_no_table_ships_for_may_be_named(table: Any) -> None:
+    for arch in (*aot.TARGETS, "sm_75", "sm_103", "gfx90a", "gfx1250", "interpreter"):
+        launch.read_table(str(table({"glu": [{"where": {"arch": arch}, "use": {"num_warps": 2}}]})))
 
 
 SIZES = st.integers(1, 9)
