@@ -27,7 +27,7 @@ Speaks many scripts, several at a time, and writes one audio file for each and a
 INPUT is a JSON Lines file: one object a line, with
   text         the script, with speaker tags; the only field that must be there
   id           names the file (letters, digits, dots, dashes, underscores); default: the number of the line
-  prompt       a recording of the voice to speak in, relative to the folder of INPUT
+  prompt       a recording of the voice to speak in, relative to the folder of INPUT, or the name of a saved voice
   prompt_text  what is said in it, with speaker tags
   seed         default: made from --seed and the id, so that each item has its own and keeps it
   split        "auto" to cut a script that is too long for the model into segments, null not to; default: --split

@@ -7,11 +7,12 @@ import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from dia_fast.audio.audio import FORMATS
 from dia_fast.errors import InputError
 from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.generation.voices import find_voice
 from dia_fast.text.tokenizer import ABSURD_BYTES, checked_text
 from dia_fast.utils.files import LARGEST_SOUND, LARGEST_TEXT, open_regular, read_regular
 
@@ -20,6 +21,7 @@ FIELDS = ("id", "text", "prompt", "prompt_text", "seed", "split", *SAMPLING_FIEL
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OF_MODELS = (".json", ".safetensors", ".bin", ".pt", ".pth")
+_Prompt: TypeAlias = tuple[Path, str | None, str]  # a recording, what is said in it if that is known, its SHA-256
 _LONGEST_LINE = 16 * ABSURD_BYTES  # JSON may take six bytes for one, and there are two texts
 
 
@@ -88,8 +90,8 @@ def item_seed(seed: int, identity: str) -> int:
 def read_items(path: Path, defaults: Defaults) -> list[Item | Failed]:
     """The items of a JSON Lines file, and what is wrong with the lines that are none; blank lines are left out.
 
-    Paths of prompts are relative to the folder of the file. An item without an id is called by its line's number, as in
-    "00007".
+    Paths of prompts are relative to the folder of the file; where there is none, a saved voice is found by its name. An
+    item without an id is called by its line's number, as in "00007".
 
     Raises:
         InputError: For a file that cannot be read, or holds nothing.
@@ -102,7 +104,7 @@ def read_items(path: Path, defaults: Defaults) -> list[Item | Failed]:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     found: list[Item | Failed] = []
     names: dict[str, int] = {}
-    digests: dict[Path, str] = {}
+    prompts: dict[str, _Prompt] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -114,7 +116,7 @@ def read_items(path: Path, defaults: Defaults) -> list[Item | Failed]:
             if first != number:
                 identity, twice = None, identity
                 raise InputError(f"the id {twice!r} is that of line {first}: each item needs its own")
-            found.append(_item(number, identity, fields, defaults, path.parent, digests))
+            found.append(_item(number, identity, fields, defaults, path.parent, prompts))
         except InputError as error:
             found.append(Failed(number, identity, str(error)))
     if not found:
@@ -166,9 +168,13 @@ def _identity(fields: dict[str, Any], number: int) -> str:
 
 
 def _item(
-    number: int, identity: str, fields: dict[str, Any], defaults: Defaults, folder: Path, digests: dict[Path, str]
+    number: int, identity: str, fields: dict[str, Any], defaults: Defaults, folder: Path, prompts: dict[str, _Prompt]
 ) -> Item:
-    for name, kind in (("text", "a text"), ("prompt", "a path or null"), ("prompt_text", "a text or null")):
+    for name, kind in (
+        ("text", "a text"),
+        ("prompt", "a path, the name of a voice, or null"),
+        ("prompt_text", "a text or null"),
+    ):
         value = fields.get(name)
         if not isinstance(value, str) and (name == "text" or value is not None):
             raise InputError(f"{name} must be {kind}, not {_shown(value)}" if name in fields else "text is missing")
@@ -179,16 +185,18 @@ def _item(
     split = fields.get("split", "auto" if defaults.split else None)
     if split not in ("auto", None):
         raise InputError(f'split must be "auto" or null, not {_shown(split)}')
-    text, prompt_text, prompt = checked_text(fields["text"]), fields.get("prompt_text"), None
+    text, prompt_text = checked_text(fields["text"]), fields.get("prompt_text")
+    prompt, digest = None, ""
     if prompt_text is not None:
         checked_text(prompt_text)
         if fields.get("prompt") is None:
             raise InputError("prompt_text needs prompt: the recording in which it is said")
     if fields.get("prompt") is not None:
-        prompt = folder / fields["prompt"]
-        if prompt not in digests:
-            digests[prompt] = _digest(prompt)
-    digest = digests[prompt] if prompt is not None else ""
+        name = fields["prompt"]
+        if name not in prompts:
+            prompts[name] = _prompt(name, folder)
+        prompt, said, digest = prompts[name]
+        prompt_text = said if prompt_text is None else prompt_text
     described = {name: value for name, value in asdict(params).items() if name != "seed"}
     described |= {"split": split, **(defaults.made_with or {})}
     if prompt is not None:
@@ -211,6 +219,14 @@ def _item(
         described,
         fingerprint,
     )
+
+
+def _prompt(name: str, folder: Path) -> _Prompt:
+    """A recording by its path, or by the name of a saved voice, whose transcript is known, where there is no file."""
+    path, said = folder / name, None
+    if not os.path.lexists(path) and (voice := find_voice(name)) is not None:
+        path, said = voice.path, voice.text
+    return path, said, _digest(path)
 
 
 def _digest(path: Path) -> str:

@@ -19,6 +19,7 @@ from dia_fast.cli import main
 from dia_fast.cli.batch import EPILOG
 from dia_fast.engine import Engine
 from dia_fast.generation.sampling_params import SamplingParams
+from dia_fast.generation.voices import add_voice
 from dia_fast.jobs.items import FIELDS, Defaults, Failed, Item, item_seed, read_items
 from dia_fast.jobs.runner import Batch
 from tests.helpers.front import make_codec, make_model, tree
@@ -95,6 +96,28 @@ def test_each_item_sounds_as_it_does_alone(
         and entries[2]["sampling_params"]["prompt_text"] == "[S1] Mine."
     )
     assert set(tree(tmp_path / "out")) == {"manifest.jsonl", *(f"{name}.wav" for name in expected)}
+
+
+def test_a_voice_by_name_is_its_recording_and_its_transcript(
+    batch: Run, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of that name goes first; prompt_text in the place of the voice's own."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    add_voice("me", home / "voice.wav", "[S1] Hm.")
+    path, new = str(home / "voice.wav"), {"text": "[S2] Two.", "seed": 4, "split": None}
+    lines = [
+        {"id": "named", "prompt": "me", **new},
+        {"id": "told", "prompt": path, "prompt_text": "[S1] Hm.", **new},
+        {"id": "other", "prompt": "me", "prompt_text": "[S1] Oh.", **new},
+        {"id": "none", "prompt": "you", **new},
+    ]
+    assert batch(lines) == 1
+    sounds = {name: (tmp_path / "out" / f"{name}.wav").read_bytes() for name in ("named", "told", "other")}
+    assert sounds["named"] == sounds["told"] != sounds["other"]
+    assert "cannot read the prompt" in manifest(tmp_path)[3]["error"]
+    (tmp_path / "me").write_bytes((home / "voice.wav").read_bytes())
+    [item] = [item for item in read_items(tmp_path / "in.jsonl", DEFAULTS) if isinstance(item, Item)][:1]
+    assert (item.prompt, item.prompt_text) == (tmp_path / "me", None)
 
 
 BAD: list[tuple[Any, str]] = [
