@@ -1,4 +1,4 @@
-"""Trains the small codec of the demo voice: a DAC at 16 kHz, 9 codebooks of 512 codes, 31.25 frames a second.
+"""Trains the small codec of the demo voice: a DAC at 16 kHz, 9 codebooks of 256 codes, 50 frames a second.
 
     python -m examples.demo_voice.codec SPEECH CODEC --steps 4000 [--warm-start OTHER_CODEC] [--device cuda]
 
@@ -28,15 +28,15 @@ from examples.demo_voice.turns import RATE, load_turns, of_training, pcm
 
 CONFIG = CodecConfig(
     encoder_hidden_size=16,
-    downsampling_ratios=(2, 4, 8, 8),
+    downsampling_ratios=(2, 4, 4, 10),
     decoder_hidden_size=256,
     hidden_size=64,
     n_codebooks=9,
-    codebook_size=512,
+    codebook_size=256,
     codebook_dim=8,
     sampling_rate=RATE,
 )
-FRAMES = 20  # of a clip: 0.64 s
+FRAMES = 32  # of a clip: 0.64 s
 WINDOWS = {64: 8, 128: 16, 256: 32, 512: 64, 1024: 80, 2048: 80}  # of spectrograms: samples, and mel bins
 FALL = 0.3  # the share of the steps, at the end, in which the learning rate falls to nothing
 SAVE = 100  # steps between states that a stopped run goes on from
@@ -48,9 +48,9 @@ FLOOR = 3e-4  # 70 dB below full scale; what is softer is silence
 class Plan:
     """The plan of a codec's training.
 
-    begin: the step at which codes begin. rate: the learning rate at its peak. samples: weight of the L1 of samples.
-    fewer: share of the clips that do with fewer than all codebooks. shortest: of the windows of spectrograms, in
-    samples.
+    begin: the step at which codes begin, unless a codec that was taken over has them. rate: the learning rate at its
+    peak. samples: weight of the L1 of samples. fewer: share of the clips that do with fewer than all codebooks.
+    shortest: of the windows of spectrograms, in samples.
     """
 
     steps: int = 4000
@@ -149,6 +149,14 @@ class Codebooks:
         words = self.stages[0].codebook.weight
         self.counts = words.new_zeros(len(self.stages), words.shape[0])
         self.sums = words.new_zeros(len(self.stages), *words.shape)
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Go on from the codewords that are there, as if all had been used alike."""
+        share = self.frames / self.counts.shape[1]
+        self.counts.fill_(share)
+        for sums, stage in zip(self.sums, self.stages, strict=True):
+            sums.copy_(stage.codebook.weight * share)
 
     def __call__(self, z: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
         """`(what codes say of z, how far latents are from codewords)`. used: `[batch]`, codebooks of each clip."""
@@ -253,15 +261,18 @@ def stretched(kernel: Tensor, taps: int) -> Tensor:
 
 
 @torch.no_grad()
-def start_from(network: DacNetwork, other: Path) -> None:
-    """Take over the encoder and the decoder of a trained codec of the same widths; strides may differ."""
+def start_from(network: DacNetwork, other: Path) -> bool:
+    """Take over a trained codec of the same widths; strides may differ. Tell whether its codebooks fit as well."""
     theirs, mine = load_codec(other).network.state_dict(), network.state_dict()
+    words = "quantizer.quantizers.0.codebook.weight"
+    fits = mine[words].shape == theirs[words].shape
     for name, weight in mine.items():
-        if not name.startswith("quantizer."):
+        if fits or not name.startswith("quantizer."):
             found = theirs[name]
             # A transposed convolution adds up `taps / stride` values whatever the stride: nothing to divide there.
             scale = found.shape[-1] / weight.shape[-1] if ".conv_t1." in name and weight.ndim == 3 else 1.0
             weight.copy_(found if found.shape == weight.shape else stretched(found, weight.shape[-1]) / scale)
+    return fits
 
 
 class Run:
@@ -273,9 +284,11 @@ class Run:
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.codec = random_codec(config, plan.seed, plan.device)
         self.network = cast(DacNetwork, self.codec.network).requires_grad_(True).train()
-        if warm_start:
-            start_from(self.network, warm_start)
+        fits = warm_start is not None and start_from(self.network, warm_start)
+        self.begin = 0 if fits else plan.begin
         self.codebooks = Codebooks(self.network, plan.batch * FRAMES, self.generator)
+        if fits:
+            self.codebooks.adopt()
         self.learnt = [weight for name, weight in self.network.named_parameters() if "codebook" not in name]
         self.optimizer = torch.optim.AdamW(self.learnt, lr=plan.rate, betas=(0.8, 0.99), weight_decay=0.0)
         self.distance, self.recent = Distance(plan), deque[Tensor](maxlen=20)
@@ -296,11 +309,11 @@ class Run:
         wave = sound[(starts + torch.arange(length)).to(sound.device)].float() / 32768
         z, aside = encode(self.network, wave), wave.new_zeros(())
         self.recent.append(z.detach().transpose(1, 2).flatten(0, 1))
-        if self.done == plan.begin:
+        if self.done == self.begin:
             codebooks.begin(torch.cat(list(self.recent)))
-        elif self.done > plan.begin and self.done % 50 == 0 and self.done < 0.8 * plan.steps:
+        elif self.done > self.begin and self.done % 50 == 0 and self.done < 0.8 * plan.steps:
             codebooks.revive(self.recent[-1])
-        if self.done >= plan.begin:
+        if self.done >= self.begin:
             # Some clips do with fewer codebooks, so that the first ones say what matters most.
             most = round(len(codebooks.stages) / plan.fewer)
             used = torch.randint(1, most, (plan.batch,), generator=self.generator)

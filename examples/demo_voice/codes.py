@@ -20,7 +20,7 @@ from examples.demo_voice.stages import save
 from examples.demo_voice.turns import Turn, load_turns
 
 AROUND = 16  # frames of silence that a turn is coded amid
-KEPT = 2  # of these, on both sides, that belong to it
+KEPT = 3  # of these, on both sides, that belong to it
 SOFT = 0.01  # what is softer at its ends is no speech
 
 

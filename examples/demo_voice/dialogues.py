@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dia_fast.errors import InputError
 from examples.demo_voice.codes import KEPT, TurnCodes
 from examples.demo_voice.turns import DEFAULT_PAIR
 
-PAUSE = (2, 9)  # frames of silence between turns beside those that belong to them: 0.19 to 0.42 s between words
-END = (0, 6)  # after the last turn; as in a pause, or silence would tell the end
-GIVEN = 16  # frames of a voice's first words that tell who speaks
+PAUSE = (2, 14)  # frames of silence between turns beside those that belong to them: 0.16 to 0.40 s between words
+END = (0, 10)  # after the last turn; as in a pause, or silence would tell the end
+GIVEN = 25  # frames of a voice's first words that tell who speaks
 TURNS = (1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 6, 8)  # to draw from
 DEFAULT_SHARE = 0.5
 FIRST_SHARE = 0.85  # of dialogues that [S1] begins
@@ -41,13 +42,16 @@ class Dialogues:
     """Draws dialogues from turns; the same ones for the same seed."""
 
     def __init__(self, turns: Sequence[TurnCodes], silence: Tensor, longest: int) -> None:
-        """longest: frames of a dialogue. Turns that are longer are left out."""
+        """longest: frames of a dialogue; turns that are longer are left out. Raise InputError if one voice is left."""
         self.silence, self.longest = silence, longest
         self.of: dict[str, list[TurnCodes]] = {}
         for turn in turns:
             if len(turn.codes) + END[1] <= longest:
                 self.of.setdefault(turn.voice, []).append(turn)
         self.voices = sorted(self.of)
+        if len(self.voices) < 2:
+            left = f"turns of at most {longest - END[1]} frames are of {len(self.voices)} voices"
+            raise InputError(f"a dialogue needs two voices, and {left}: make more speech")
 
     def draw(self, seed: int, count: int, turns: Sequence[int] = TURNS) -> list[Dialogue]:
         """So many dialogues. turns: numbers of turns to draw from."""

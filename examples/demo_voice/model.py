@@ -13,7 +13,7 @@ from dia_fast.checkpoint.saving import save_pretrained
 from dia_fast.model.config import DecoderConfig, DiaConfig, EncoderConfig
 from dia_fast.model.fused_weights import fused_shapes
 
-CODES = 512  # per codebook; end of speech, padding and begin of speech come after them
+CODES = 256  # per codebook; end of speech, padding and begin of speech come after them
 CONFIG = DiaConfig(
     EncoderConfig(
         hidden_size=192,
@@ -36,7 +36,7 @@ CONFIG = DiaConfig(
         cross_head_dim=64,
         cross_hidden_size=192,
         vocab_size=CODES + 4,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         eos_token_id=CODES,
         pad_token_id=CODES + 1,
         bos_token_id=CODES + 2,

@@ -35,8 +35,8 @@ from examples.demo_voice.dialogues import TURNS, Dialogue, Dialogues
 from examples.demo_voice.stages import save
 from examples.demo_voice.turns import HELD_OUT_VOICES, text_is_held_out
 
-HEIGHTS = (128, 192, 288, 416, 576, 768)  # rows of the grid, of which each batch takes the smallest that holds it
-LETTERS = 0.75  # bytes of a transcript that are prepared for each row
+HEIGHTS = (192, 288, 448, 640, 896, 1184)  # rows of the grid, of which each batch takes the smallest that holds it
+LETTERS = 0.5  # bytes of a transcript that are prepared for each row
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dia_fast.audio.codec import Codec, CodecConfig, load_codec, random_codec
+from dia_fast.errors import InputError
 from examples.demo_voice import build, codec, codes, speech, texts, turns
 from examples.demo_voice.dialogues import END, GIVEN, PAUSE, Dialogue, Dialogues, joined
 from examples.demo_voice.kokoro import RATE as SPOKEN_RATE
@@ -40,10 +41,10 @@ def tone(text: str, voice: str, speed: float) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * (100 + len(voice) * 20) * times)).astype(np.float32)
 
 
-def some_turns(count: int, voices: tuple[str, ...], longest: int = 30) -> list[codes.TurnCodes]:
+def some_turns(count: int, voices: tuple[str, ...], longest: int = 44) -> list[codes.TurnCodes]:
     draw = random.Random(5)
     return [
-        codes.TurnCodes(voice, f"Turn {number}.", torch.full((draw.randint(22, longest), 9), number, dtype=torch.int16))
+        codes.TurnCodes(voice, f"Turn {number}.", torch.full((draw.randint(32, longest), 9), number, dtype=torch.int16))
         for number, voice in zip(range(1, count + 1), itertools.cycle(voices), strict=False)
     ]
 
@@ -227,6 +228,14 @@ def test_the_default_pair_speaks_half_of_the_dialogues_and_up_to_eight_turns() -
     assert {len(one.voices) for one in made} == {1, 2, 3, 4, 5, 6, 8}
     endings = {int(one.codes[-1 - END[1] :, 0].eq(0).sum()) for one in made}
     assert endings == set(range(END[0], END[1] + 1))
+
+
+def test_turns_of_one_voice_are_no_dialogue() -> None:
+    turns = some_turns(4, ("af_heart",)) + [
+        replace(turn, codes=turn.codes.repeat(9, 1)) for turn in some_turns(2, ("b",))
+    ]
+    with pytest.raises(InputError, match="turns of at most 90 frames are of 1 voices"):
+        Dialogues(turns, SILENCE, 90 + END[1])
 
 
 def counting(result: Path, source: Path, calls: list[str], stop: bool = False) -> Stage:
