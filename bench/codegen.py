@@ -26,6 +26,7 @@ from bench.tools.results import Results, add_options
 from dia_fast.diagnostics import launches
 from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
+from dia_fast.model.quantization import FLOAT, INT8, WEIGHTS
 from dia_kernels import aot as ahead
 
 ROWS = (1, 2, 8, 32, 64)
@@ -36,6 +37,14 @@ FIRST_KERNELS = ("_cross_attention", "_sample")  # those that its rules change
 STREAMS = {"sm_80", "sm_89", "sm_90", "gfx942"}  # where the figures of the streaming goal are asked for
 # float32 has no matrix instructions on NVIDIA: 4 multiply-adds per row and load are too many for more rows.
 STREAM_ROWS = {"bfloat16": 32, "float16": 32, "float32": 8}
+# Weights in 8 bits bring twice the products for a load, and its widening: their figures are asked for up to 8 rows, on
+# GPUs that widen two at a time. In fp16, where the norm takes a second pass, a B200 has too few slots for its memory.
+INT8_STREAMS = {
+    "bfloat16": {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120"},
+    "float16": {"sm_80", "sm_89", "sm_90", "sm_120"},
+    "float32": set(),
+}
+INT8_STREAM_ROWS = 8
 MAX_ISSUE = 0.6
 MIN_IN_FLIGHT = {"sm_90": 40 << 10}
 
@@ -48,7 +57,8 @@ class Line:
     weight_bits: width of the narrowest load of weights; matrix: matrix instructions by mnemonic; instructions: size of
     the code; in_flight: most bytes of weights on their way per SM or CU; issue: share of the unit's issue slots needed
     to keep up with full bandwidth. weight_bits is 0 for kernels that stream no weights, the last
-    two also where weights cannot be told from activations (gfx1100).
+    two also where weights cannot be told from activations (gfx1100). weights: of `quantization.WEIGHTS`.
+    all_in_flight: a program requests all of its weights before it needs the first.
     """
 
     target: str
@@ -66,6 +76,8 @@ class Line:
     instructions: int
     in_flight: float
     issue: float
+    weights: str = FLOAT
+    all_in_flight: bool = False
 
 
 def read(compiled: ahead.Compiled, target: str) -> Code:
@@ -106,12 +118,16 @@ def line(compiled: ahead.Compiled, target: str, dtype: str, rows: int) -> Line:
         instructions=len(code.instructions),
         in_flight=machine_code.bytes_in_flight(code, machine, warps, programs)[0] if streams else 0.0,
         issue=machine_code.issue_share(code, machine) if streams else 0.0,
+        weights=INT8 if compiled.kernel in PROJECTIONS and compiled.arguments["scale_ptr"] is not None else FLOAT,
+        all_in_flight=streams and machine_code.outstanding_loads(code)[0] == len(loads),
     )
 
 
 def is_streaming(item: Line) -> bool:
-    """Return True if these rows in this dtype are few enough for a kernel to keep up with the memory."""
-    return 0 < item.rows <= STREAM_ROWS[item.dtype]
+    """Return True if a kernel must keep up with the memory, for so few rows, in this dtype, on this GPU."""
+    if item.weights != FLOAT:
+        return 0 < item.rows <= INT8_STREAM_ROWS and item.target in INT8_STREAMS[item.dtype]
+    return 0 < item.rows <= STREAM_ROWS[item.dtype] and item.target in STREAMS
 
 
 def violations(item: Line) -> list[str]:
@@ -128,13 +144,13 @@ def violations(item: Line) -> list[str]:
         found.append(f"{where}: a load of weights is {item.weight_bits} bits wide, not 128")
     if not item.matrix and item.dtype != "float32":
         found.append(f"{where}: no matrix instruction")
-    if item.target in STREAMS and is_streaming(item):
+    if is_streaming(item):
         if item.issue >= MAX_ISSUE:
             found.append(
                 f"{where}: needs {item.issue:.0%} of the issue slots at full bandwidth, {MAX_ISSUE:.0%} are allowed"
             )
         goal = MIN_IN_FLIGHT.get(item.target, 0)
-        if item.in_flight < goal:
+        if item.in_flight < goal and not (item.weights != FLOAT and item.all_in_flight):
             found.append(
                 f"{where}: {item.in_flight / 1024:.1f} KB of weights in flight per SM, {goal / 1024:.1f} needed"
             )
@@ -160,20 +176,23 @@ def report(
     dtypes: Sequence[str],
     progress: bool = False,
     steps: list[occupancy.Neighbours] | None = None,
+    weights: str = FLOAT,
 ) -> Iterator[Line]:
     """Compile and read every kernel of the chosen combinations; kernels outside the step once per dtype.
 
-    steps: gets the pairs of launches of every step.
+    steps: gets the pairs of launches of every step. weights: of the projections; kernels that are the same whatever
+    they are, those of prefill and of the first generation, are left out where they are in 8 bits.
     """
-    jobs = [(target, dtype, count) for target in targets for dtype in dtypes for count in (*rows, 0)]
+    counts = (*rows, 0) if weights == FLOAT else rows
+    jobs = [(target, dtype, count) for target in targets for dtype in dtypes for count in counts]
     for target, dtype, count in tqdm(jobs, desc="compiling", unit="set", disable=not progress):
         with ahead.compiling(target) as compiled:
             if count:
-                launches.decode(count, DTYPES[dtype])
+                launches.decode(count, DTYPES[dtype], model=launches.one_layer(DTYPES[dtype], weights=weights))
             else:
                 launches.prefill(DTYPES[dtype])
         with ahead.compiling(target) as first:
-            if count:
+            if count and weights == FLOAT:
                 launches.decode(count, DTYPES[dtype], model=launches.one_layer(DTYPES[dtype], config=FIRST_GENERATION))
         if count and steps is not None:
             codes = [read(item, target) for item in compiled]
@@ -207,7 +226,8 @@ def markdown(lines: Iterable[Line]) -> str:
             f"{item.weight_bits} bit" if item.weight_bits else "-", matrix, item.instructions,
             f"{item.in_flight / 1024:.0f}" if item.in_flight else "-", f"{item.issue:.0%}" if item.issue else "-",
         )  # fmt: skip
-        groups.setdefault((item.target, item.dtype), {}).setdefault(cells, []).append(item.rows)
+        kind = item.dtype if item.weights == FLOAT else f"{item.dtype}, weights in 8 bits"
+        groups.setdefault((item.target, kind), {}).setdefault(cells, []).append(item.rows)
     head = (
         "rows", "kernel", "programs", "warps", "registers", "spills", "shared B", "occupancy", "weight load",
         "matrix instructions", "instructions", "KB in flight per SM", "issue slots",
@@ -276,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rows", nargs="+", type=int, default=ROWS, metavar="N", help="rows of a step, 1 to 64 (default: %(default)s)"
     )
+    parser.add_argument("--weights", choices=WEIGHTS, default=FLOAT, help="of the projections (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here instead of printing them")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the worst of each kernel and target here")
     add_options(parser)
@@ -286,7 +307,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"codegen: {error}", file=sys.stderr)
         return 2
     steps: list[occupancy.Neighbours] = []
-    lines = list(report(arguments.targets, arguments.rows, arguments.dtypes, sys.stderr.isatty(), steps))
+    weights: str = arguments.weights
+    # Room for the next launch is recorded for weights of 16 bits.
+    judged = steps if weights == FLOAT else None
+    lines = list(report(arguments.targets, arguments.rows, arguments.dtypes, sys.stderr.isatty(), judged, weights))
     tables = markdown(lines) + "\n" + occupancy.markdown(steps)
     results.extend(_results(lines, steps))
     if arguments.markdown:

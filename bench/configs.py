@@ -30,7 +30,8 @@ counts. Constants that the hardware dictates are in `gemv.lanes`. `gemv_layout.p
 
 | column | meaning |
 |---|---|
-| op, dtype, shape, rows | The launch. Features by hidden size, for an entry that was chosen for one shape; rows of x |
+| op, dtype | The launch; `x int8`: by weights in 8 bits |
+| shape, rows | Features by hidden size, for an entry that was chosen for one shape; rows of x |
 | `BLOCK_R`, `BLOCK_N` | Rows and output features of a program. More rows than `BLOCK_R` go to further programs |
 | `SPLIT_K` | Warps, which share the reduction axis |
 | `CHUNKS` | 128-bit loads of a lane in a step, for each group of rows |
@@ -61,7 +62,8 @@ def _lines(arch: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[tuple[st
         loads = use["SPLIT_K"] * use["CHUNKS"] * gemv.lanes(torch.bfloat16, arch)["K_LANES"]
         in_flight = use["BLOCK_N"] * use["DEPTH"] * loads * 16 // 1024
         values = (use[name] for name in ("BLOCK_R", "BLOCK_N", "SPLIT_K", "CHUNKS", "DEPTH", "X_AHEAD"))
-        yield _fact(where["dtype"]), shape or "any", f"{first} - {last}", *map(str, values), str(in_flight)
+        kind = _fact(where["dtype"]) + (" x int8" if where.get("weight_bits") == 8 else "")
+        yield kind, shape or "any", f"{first} - {last}", *map(str, values), str(in_flight)
 
 
 def page() -> str:

@@ -177,6 +177,8 @@ class Program:
             "min": lambda: np.minimum(a, b), "max": lambda: np.maximum(a, b),
             "bfe": lambda: _field(self.get(operands[1], bits), int(operands[2]), int(operands[3]), signed),
         }  # fmt: skip
+        if name == "prmt":
+            return _permuted(a, b, int(operands[3], 0))
         if name not in functions:
             raise NotImplementedError(".".join(parts))
         with np.errstate(over="ignore"):
@@ -306,6 +308,15 @@ def _float_comparison(relation: str, a: Bits, b: Bits) -> Bits:
     ordered = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
                "ge": np.greater_equal}[relation[:2]](a, b)  # fmt: skip
     return ordered | nan if relation.endswith("u") else ordered & ~nan
+
+
+def _permuted(a: Bits, b: Bits, selector: int) -> Bits:
+    """Four bytes of the eight in a and b, each chosen by four bits of the selector; none repeats its sign."""
+    if selector & 0x8888:
+        raise NotImplementedError(f"prmt with selector {selector:#x}")
+    choices = np.stack([a, b], 1).astype(np.uint32).view(np.uint8).reshape(len(a), 8)
+    chosen = choices[:, [selector >> 4 * n & 7 for n in range(4)]]
+    return np.ascontiguousarray(chosen).view(np.uint32)[:, 0]
 
 
 def _field(value: Bits, first: int, length: int, signed: bool) -> Bits:

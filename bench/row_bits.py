@@ -2,8 +2,9 @@
 
     python -m bench.row_bits --targets sm_90 --dtypes float32        # all row counts; no GPU is needed
 
-`bench.ptx` runs the first and the last program of each projection of a step on made-up numbers, twice. Ordinary ones
-show that the code is right: no further from the exact result than twice the error of plain torch in the same dtype plus
+`bench.ptx` runs the programs of the first and the last features of each projection of a step on made-up numbers, twice.
+Ordinary ones show that the code is right: no further from the exact result than twice the error of plain torch in the
+same dtype plus
 one rounding. Then every product has an opposite one in a far column, so that nothing but the sum's roundings remains:
 any other order of additions shows, however coarse the output's dtype. In both runs, what several row counts have in
 common, a feature of a row, must be equal to the bit. The exit code is 1 if it is not.
@@ -25,6 +26,7 @@ from bench.codegen import DTYPES, PROJECTIONS, ROWS
 from bench.tools.results import Results, add_options
 from dia_fast.diagnostics import launches
 from dia_fast.errors import DiaFastError
+from dia_fast.model.quantization import FLOAT, WEIGHTS
 from dia_kernels import aot as ahead
 from dia_kernels import launcher as launch
 
@@ -48,7 +50,13 @@ def made_up(name: str, index: Tensor, tensor: Tensor, cancelling: bool = False) 
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     uniform = torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1)  # [-1, 1)
-    if name == "norm_ptr":
+    if tensor.dtype == torch.int8:
+        uniform = torch.round(uniform * 127) * sign.sign()
+    elif name == "scale_ptr":
+        uniform = torch.exp2(torch.round(3 * uniform)) / 127
+        if not cancelling:
+            uniform *= (3 / 2048) ** 0.5
+    elif name == "norm_ptr":
         uniform = 1 + uniform / 2
     elif name == "weight_ptr":
         uniform *= sign if cancelling else (3 / tensor.shape[1]) ** 0.5
@@ -63,7 +71,10 @@ def _reader(name: str, tensor: Tensor, cancelling: bool) -> ptx.Read:
     def read(offsets: ptx.Bits) -> ptx.Bits:
         if offsets.min() < 0 or offsets.max() >= tensor.numel() * size:
             raise IndexError(f"{name}: bytes {offsets.min()} to {offsets.max()} of {tensor.numel() * size} were read")
-        index = torch.from_numpy(offsets[:, :: size // 2] // size)
+        if size == 1:  # two elements in a word
+            index = torch.from_numpy(offsets[:, :, None] + np.arange(2))
+        else:
+            index = torch.from_numpy(offsets[:, :: size // 2] // size)
         values = made_up(name, index, tensor, cancelling)
         return values.view(torch.int16).numpy().view(np.uint16).reshape(offsets.shape)
 
@@ -93,13 +104,14 @@ def _output(compiled: ahead.Compiled) -> str:
 
 
 def _written(compiled: ahead.Compiled, cancelling: bool) -> dict[tuple[int, int], int]:
-    """Return the output of the first and the last program: bits by (row, feature)."""
+    """Return the output for the first and the last features: bits by (row, feature)."""
     given = [(name, value) for name, value in compiled.arguments.items() if value is not None]
     parameters = {name: (n + 1) * ptx.BUFFER if isinstance(v, Tensor) else v for n, (name, v) in enumerate(given)}
     readers = {n + 1: _reader(name, v, cancelling) for n, (name, v) in enumerate(given) if isinstance(v, Tensor)}
     words: dict[int, int] = {}
     threads = 32 * compiled.result.metadata.num_warps
-    for program in {0, compiled.grid[0] - 1}:
+    programs, shared = range(compiled.grid[0]), compiled.meta["T"].ROW_BLOCKS  # rows of the same features
+    for program in {*programs[:shared], *programs[-shared:]}:
         words |= ptx.Program(program, threads, list(parameters.values()), readers).run(compiled.asm["ptx"]).written
     name = _output(compiled)
     tensor: Tensor = compiled.arguments[name]
@@ -126,14 +138,20 @@ def _error(compiled: ahead.Compiled, bits: dict[tuple[int, int], int]) -> float:
 
     every = range(x.shape[1])
 
+    def weights(which: Sequence[int], dtype: torch.dtype) -> Tensor:
+        values = part("weight_ptr", which, every)
+        if values.dtype == torch.int8:
+            return (values.double() * part("scale_ptr", which, [0]).double()).to(dtype)
+        return values.to(dtype)
+
     def compute(dtype: torch.dtype) -> Tensor:
-        a, w = part("x_ptr", rows, every).to(dtype), part("weight_ptr", columns, every).to(dtype)
+        a, w = part("x_ptr", rows, every).to(dtype), weights(columns, dtype)
         if "norm_ptr" in arguments:
             wide = a if dtype == torch.float64 else a.float()
             norm = part("norm_ptr", every, [0])[:, 0].to(wide.dtype)
             a = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * norm).to(dtype)
         if compiled.kernel == "_rms_norm_glu":
-            up = part("weight_ptr", [column + len(weight) // 2 for column in columns], every).to(dtype)
+            up = weights([column + len(weight) // 2 for column in columns], dtype)
             return F.silu(a @ w.T) * (a @ up.T)
         if compiled.kernel == "_linear_residual":
             return part("residual_ptr", rows, columns).to(dtype) + a @ w.T
@@ -164,7 +182,9 @@ def compare(results: Iterable[tuple[str, Result]]) -> list[str]:
     return found
 
 
-def step(target: str, dtype: torch.dtype, rows: int) -> dict[tuple[str, int, int], ahead.Compiled]:
+def step(
+    target: str, dtype: torch.dtype, rows: int, weights: str = FLOAT
+) -> dict[tuple[str, int, int], ahead.Compiled]:
     """Compile the projections of a step, by kernel, features and width; of several alike the one with most rows."""
     found: dict[tuple[str, int, int], ahead.Compiled] = {}
 
@@ -175,7 +195,7 @@ def step(target: str, dtype: torch.dtype, rows: int) -> dict[tuple[str, int, int
             launcher(kernel, grid, *args, **meta)
 
     with ahead.compiling(target) as compiled, launch.listening(projections_only):
-        launches.decode(rows, dtype)
+        launches.decode(rows, dtype, model=launches.one_layer(dtype, weights=weights))
     for item in compiled:
         key = (item.kernel, *item.arguments["weight_ptr"].shape)
         if key not in found or len(found[key].arguments["x_ptr"]) < len(item.arguments["x_ptr"]):
@@ -183,11 +203,11 @@ def step(target: str, dtype: torch.dtype, rows: int) -> dict[tuple[str, int, int
     return found
 
 
-def examine(target: str, dtype: str, rows: Sequence[int], found_out: Results) -> list[str]:
+def examine(target: str, dtype: str, rows: Sequence[int], found_out: Results, weights: str = FLOAT) -> list[str]:
     """Run all projections of steps of these row counts; print and note what agrees, return what is wrong."""
     results: dict[tuple[str, int, int], list[tuple[str, Result]]] = {}
     for count in rows:
-        for key, compiled in step(target, DTYPES[dtype], count).items():
+        for key, compiled in step(target, DTYPES[dtype], count, weights).items():
             label = f"{key[0][1:]} [{key[1]}, {key[2]}] on {target}, {dtype}, {len(compiled.arguments['x_ptr'])} rows"
             results.setdefault(key, []).append((label, run(compiled)))
     wrong = []
@@ -214,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, values in (("--targets", TARGETS), ("--dtypes", tuple(DTYPES))):
         parser.add_argument(flag, nargs="+", default=values, choices=values, help="default: all of %(choices)s")
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--weights", choices=WEIGHTS, default=FLOAT, help="of the projections (%(default)s)")
     add_options(parser)
     arguments = parser.parse_args(argv)
     try:
@@ -224,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = []
     for target in arguments.targets:
         for dtype in arguments.dtypes:
-            wrong += examine(target, dtype, arguments.rows, results)
+            wrong += examine(target, dtype, arguments.rows, results, arguments.weights)
     print(*wrong, f"{len(wrong)} violations", sep="\n", file=sys.stderr)
     return results.end(1 if wrong else 0)
 

@@ -9,22 +9,32 @@ from typing import Any
 import torch
 
 from dia_fast.model.config import DiaConfig
+from dia_fast.model.cpu_weights import set_matrix
 from dia_fast.model.decode_state import DecodeState, Sizes
 from dia_fast.model.model import DiaModel
+from dia_fast.model.quantization import FLOAT, quantized_names
 from dia_kernels import triton as kernels
+from dia_kernels.reference.quantized import Int8Weight
 
 META = torch.device("meta")
 TEXT, FRAMES = 512, 860  # bytes of text; ten seconds of prompt
 CONTEXT = 3073
 
 
-def one_layer(dtype: torch.dtype, ops: Any = kernels, config: DiaConfig | None = None) -> DiaModel:
-    """Dia-1.6B, or a model of another config, with a single decoder layer: the others launch the same."""
+def one_layer(
+    dtype: torch.dtype, ops: Any = kernels, config: DiaConfig | None = None, weights: str = FLOAT
+) -> DiaModel:
+    """Dia-1.6B, or a model of another config, with a single decoder layer: the others launch the same.
+
+    weights: of `quantization.WEIGHTS`, those of the decoder.
+    """
     config = config or DiaConfig()
-    return all_layers(dtype, ops, replace(config, decoder=replace(config.decoder, num_hidden_layers=1)))
+    return all_layers(dtype, ops, replace(config, decoder=replace(config.decoder, num_hidden_layers=1)), weights)
 
 
-def all_layers(dtype: torch.dtype, ops: Any = kernels, config: DiaConfig | None = None) -> DiaModel:
+def all_layers(
+    dtype: torch.dtype, ops: Any = kernels, config: DiaConfig | None = None, weights: str = FLOAT
+) -> DiaModel:
     """Dia-1.6B, or a model of another config, with everything that a decode step reads."""
     model = DiaModel(config or DiaConfig(), ops).to(dtype)
     decoder = model.config.decoder
@@ -42,6 +52,12 @@ def all_layers(dtype: torch.dtype, ops: Any = kernels, config: DiaConfig | None 
     for layer in model.decoder.layers:
         constant = torch.empty(decoder.hidden_size, dtype=dtype, device=META)
         layer.register_buffer("uncond_cross", constant, persistent=False)
+    for path in quantized_names(model.config, weights):
+        module, _, name = path.rpartition(".")
+        if module.startswith("decoder"):
+            values = torch.empty(model.get_parameter(path).shape, dtype=torch.int8, device=META)
+            scales = torch.empty(values.shape[0], dtype=torch.float32, device=META)
+            set_matrix(model.get_submodule(module), name, Int8Weight(values, scales))
     return model
 
 

@@ -64,6 +64,19 @@ def test_one_request_in_bf16(target: str, tmp_path: Path) -> None:
         assert needed["cross_attention"] == 16 * splits, "programs beyond the text end at once"
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_request_by_weights_in_8_bits(target: str, tmp_path: Path) -> None:
+    run, lines = compile_for(target, tmp_path, "--rows", "2", "--dtypes", "bfloat16", "--weights", "int8")
+    assert run.returncode == 0, run.stderr
+    projections = [line for line in lines if line["weights"] == "int8"]
+    assert {line["kernel"] for line in projections} == {
+        "rms_norm_linear", "linear_residual", "rms_norm_glu", "codebook_logits",
+    }  # fmt: skip
+    assert all(line["weight_bits"] == 128 and line["matrix"] for line in projections)
+    if target in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"):
+        assert all(0 < line["issue"] < 0.6 for line in projections)
+
+
 def planned_with(report: Path, target: str) -> list[str]:
     """Kernels that are larger than the figures of `dia-fast plan` say, which are those of the worst row count."""
     from dia_fast.diagnostics.roofline import figures, work
@@ -103,12 +116,15 @@ def test_sample_does_not_spill_with_many_requests(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
+@pytest.mark.parametrize("weights", ["float", "int8"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_row_count_and_dtype(target: str, tmp_path: Path) -> None:
-    run, lines = compile_for(target, tmp_path)
+def test_every_row_count_and_dtype(target: str, weights: str, tmp_path: Path) -> None:
+    run, lines = compile_for(target, tmp_path, "--weights", weights)
     assert run.returncode == 0, run.stderr
     assert {(line["rows"], line["dtype"]) for line in lines} == {
-        (rows, dtype) for rows in (0, 1, 2, 8, 32, 64) for dtype in ("bfloat16", "float16", "float32")
+        (rows, dtype)
+        for rows in (0, 1, 2, 8, 32, 64)[weights == "int8" :]
+        for dtype in ("bfloat16", "float16", "float32")
     }
 
 

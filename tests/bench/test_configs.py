@@ -1,5 +1,6 @@
 """The default configs in `dia_kernels/configs/*.json`: complete, no dead entries, and as the documentation says."""
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ CONSTANTS = {"SPLIT_K", "CHUNKS", "BLOCK_R", "BLOCK_N", "DEPTH", "X_AHEAD"}
 
 
 def shapes(entries: list[dict[str, Any]]) -> set[tuple[int, int]]:
-    named = {(entry["where"].get("features", 0), entry["where"].get("hidden", 0)) for entry in entries}
+    wanted = [(entry["where"].get("features", 0), entry["where"].get("hidden", 0)) for entry in entries]
+    named = {(features, hidden["min"] if isinstance(hidden, dict) else hidden) for features, hidden in wanted}
     return named | {(48, 64)}
 
 
@@ -30,10 +32,11 @@ def test_every_launch_has_an_entry_and_every_entry_a_launch(path: Path) -> None:
     assert set(table) == set(gemv.OPS)
     for op, entries in table.items():
         used = set()
-        for dtype in DTYPES:
+        for dtype, bits in itertools.product(DTYPES, (8, 16)):
             for features, hidden in shapes(entries):
                 for rows in range(1, gemv.MAX_ROWS + 1):
                     facts = {"dtype": dtype, "arch": path.stem, "rows": rows, "features": features, "hidden": hidden}
+                    facts["weight_bits"] = bits if bits == 8 or dtype != "float32" else 32
                     found = launcher.find_entry(path, op, facts)
                     assert found is not None, facts
                     used.add(next(i for i, entry in enumerate(entries) if entry["use"] is found))
@@ -90,7 +93,7 @@ def test_candidates_change_something_and_keep_a_row_s_bits_whatever_the_rows(pat
             shape = {"features": where.get("features", 2048), "hidden": where.get("hidden", 2048)}
             default, arch, dtype = gemv._DEFAULTS[op], where["arch"], getattr(torch, where["dtype"])
             found = [
-                launcher._configuration(op, default, dtype, arch, str(path), rows=rows, **shape)
+                launcher._configuration(op, default, dtype, arch, str(path), rows=rows, weight_bits=16, **shape)
                 for rows in range(1, 65)
             ]
             assert found[0] != default(dtype, arch, rows=1, **shape)

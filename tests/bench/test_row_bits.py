@@ -201,6 +201,28 @@ def test_rows_agree_and_are_right(tmp_path: Path) -> None:
     assert "rms_norm_glu [16384, 2048]: 32 values in common" in found.stdout
 
 
+def test_rows_agree_and_are_right_by_weights_in_8_bits(tmp_path: Path) -> None:
+    found = check(tmp_path, *FEW, "--weights", "int8")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count(" values in common, 0 wrong") == 6
+
+
+def test_bytes_are_permuted() -> None:
+    body = """
+    mul.wide.u32 %rd9, %r1, 4;
+    add.s64 %rd4, %rd1, %rd9;
+    ld.global.b32 %r2, [%rd4];
+    prmt.b32 %r3, %r2, 0x64656667, 0x4170;
+    add.s64 %rd6, %rd2, %rd9;
+    st.global.b32 [ %rd6 + 0 ], { %r3 };
+    """
+    x = numbers(32).numpy().view(np.uint32)
+    expected = 0x67 << 24 | (x >> 8 & 255) << 16 | 0x64 << 8 | (x & 255)
+    np.testing.assert_array_equal(words(run(body, x), np.uint32), expected)
+    with pytest.raises(NotImplementedError, match="prmt with selector"):
+        run("prmt.b32 %r2, %r1, 0, 0x9140;")
+
+
 def test_another_order_of_a_sum_is_found(tmp_path: Path) -> None:
     table = {"linear_residual": [{"where": {"rows": 16, "hidden": 2048}, "use": {"CHUNKS": 1}}]}
     found = check(tmp_path, *FEW, table=table)
@@ -212,9 +234,10 @@ def test_another_order_of_a_sum_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
+@pytest.mark.parametrize("weights", ["float", "int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_every_row_count(dtype: str, tmp_path: Path) -> None:
-    found = check(tmp_path, "--dtypes", dtype)
+def test_every_row_count(dtype: str, weights: str, tmp_path: Path) -> None:
+    found = check(tmp_path, "--dtypes", dtype, "--weights", weights)
     assert found.returncode == 0, found.stderr
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from dia_kernels import launcher as launch
+from dia_kernels.reference.linear import Weight
 from dia_kernels.triton import gemv
 from dia_kernels.triton import gemv_layout as layout
 
@@ -18,6 +19,7 @@ def _codebook_logits(
     x_ptr,  # [rows, K]
     norm_ptr,  # [K]
     weight_ptr,  # [N, K]
+    scale_ptr,  # [N] float32 for weights in 8 bits, else None
     out_ptr,  # [rows, N] float32
     rows,
     EPS: tl.constexpr,
@@ -31,13 +33,14 @@ def _codebook_logits(
     first = tile * T.BLOCK_N
     weight_rows = tl.minimum(first + layout.tile_rows(T.BLOCK_N, T), N - 1)
     w_tiles = gemv.prefetch(weight_ptr, weight_rows, K, T)
-    total = gemv.project(w_tiles, x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, T)
+    features = tl.minimum(first + tl.arange(0, T.BLOCK_N), N - 1)
+    total = gemv.project(w_tiles, x_ptr, norm_ptr, weight_ptr, weight_rows, scale_ptr, features, rows, EPS, K, True, T)
     r, n = tl.arange(0, T.BLOCK_R)[:, None], first + tl.arange(0, T.BLOCK_N)[None, :]
     rounded = total.to(x_ptr.dtype.element_ty).to(tl.float32)
     tl.store(out_ptr + r * N + n, rounded, mask=(r < rows) & (n < N))
 
 
-def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float, out: Tensor) -> Tensor:
     """As `dia_kernels.reference.codebook_logits`. What the arguments must be: `gemv.check`; out is float32."""
     (rows, hidden), features = x.shape, weight.shape[0]
     channels = out.shape[1]
@@ -53,9 +56,22 @@ def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, 
         },
         out_dtype=float32,
     )
-    tile, options = gemv.configuration("codebook_logits", x, features)
+    values, scales = gemv.parts(weight)
+    tile, options = gemv.configuration("codebook_logits", x, values)
     grid = (triton.cdiv(features, tile.BLOCK_N) * tile.ROW_BLOCKS,)
     launch.run(
-        _codebook_logits, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features, K=hidden, T=tile, **options
+        _codebook_logits,
+        grid,
+        x,
+        norm_weight,
+        values,
+        scales,
+        out,
+        rows,
+        EPS=eps,
+        N=features,
+        K=hidden,
+        T=tile,
+        **options,
     )
     return out

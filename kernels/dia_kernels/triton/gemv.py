@@ -21,6 +21,11 @@ from one row on.
 rounding is as large, relative to the operand, as that of the reference. Not so in fp16, where `x * norm` may overflow
 or lose bits below 2^-14: there the operand is `x / rms(x) * norm`, as in the reference, for a second pass over x. So it
 is on AMD, too, whose compiler otherwise holds all of x in registers, and spills at 64 rows.
+
+*Weights in 8 bits* (`scale_ptr`). A load is 16 of them: on NVIDIA the columns that meet in an instruction are those
+of four neighbouring bytes of each lane, so that they are widened where they lie. Widening is exact, and costs an
+instruction a weight; the scale of a channel multiplies its sum, in float32. The weights are the first operand of the
+instruction there: it takes 16 features at a time, and 8 rows, without copies of them.
 """
 
 import functools
@@ -32,6 +37,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dia_kernels import launcher as launch
+from dia_kernels.reference.linear import Weight
+from dia_kernels.reference.quantized import Int8Weight
 from dia_kernels.triton import gemv_layout as layout
 from dia_kernels.triton.gemv_layout import Tile
 
@@ -50,6 +57,59 @@ def _round(value, DTYPE: tl.constexpr, AMD: tl.constexpr):
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(DTYPE)
+
+
+@triton.jit
+def _widen(w, DTYPE: tl.constexpr, T: tl.constexpr):
+    """Weights as the matrix instruction takes them: int8 becomes `DTYPE`, exactly; on NVIDIA bf16 is `1 / 64` of it.
+
+    There a byte holds the value + 128 (the sign flipped), and is the low half of a 16-bit number. As bf16 that is
+    subnormal, or the first normal numbers, which follow on in equal steps: byte * 2^-133. One multiply-add makes it
+    byte * 2^-6 - 2, since 2^133 is beyond bf16. In fp16 a 0x64 above the byte makes 1024 + byte.
+    """
+    if w.dtype != tl.int8:
+        return w
+    elif T.PTX and tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 u, f, o;
+            xor.b32 u, $2, 0x80808080;
+            mov.b32 f, 0x7F007F00;
+            mov.b32 o, 0xC000C000;
+            prmt.b32 $0, u, 0, 0x4140;
+            prmt.b32 $1, u, 0, 0x4342;
+            fma.rn.bf16x2 $0, $0, f, o;
+            fma.rn.bf16x2 $1, $1, f, o;
+            }""",
+            "=r,=r,r",
+            [w],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    elif T.PTX and tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 u, o;
+            xor.b32 u, $2, 0x80808080;
+            mov.b32 o, 0x64806480;
+            prmt.b32 $0, u, 0x64646464, 0x4140;
+            prmt.b32 $1, u, 0x64646464, 0x4342;
+            sub.f16x2 $0, $0, o;
+            sub.f16x2 $1, $1, o;
+            }""",
+            "=r,=r,r",
+            [w],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    elif T.AMD and tl.bfloat16 == DTYPE:
+        # Bytes of 128 more than the value: one instruction makes a float32 of such a byte, wherever it lies in a word.
+        wide = (w.to(tl.uint8, bitcast=True) ^ 128).to(tl.float32) - 128.0
+        return (wide.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return w.to(DTYPE)
 
 
 @triton.jit
@@ -88,7 +148,7 @@ def prefetch(
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     EVEN_K: tl.constexpr = K % STEP == 0
     STREAM: tl.constexpr = ".cg" if T.AMD else ""
-    columns = layout.tile_columns(T)
+    columns = layout.tile_columns(T.VECTOR, T)
     weights = weight_ptr + (weight_rows.to(tl.int64) * K + columns)
     w_tiles = (_load(weights, columns, K, EVEN_K, "evict_first", STREAM),)
     for step in tl.static_range(1, DEPTH):
@@ -111,6 +171,8 @@ def project(
     norm_ptr,  # [K], unless not HAS_NORM
     weight_ptr,  # [features, K]
     weight_rows,  # as for `prefetch`
+    scale_ptr,  # [features] float32, for weights in 8 bits; else None
+    features,  # [BLOCK_N], as weight_rows: whose scales
     rows,
     EPS: tl.constexpr,
     K: tl.constexpr,
@@ -125,10 +187,14 @@ def project(
     SCALE_FIRST: tl.constexpr = T.AMD or x_ptr.dtype.element_ty == tl.float16
     # AMD's compiler drops eviction policies; there, this modifier is what marks a load as streaming.
     STREAM: tl.constexpr = ".cg" if T.AMD else ""
-    columns = layout.tile_columns(T)
-    weights = weight_ptr + (weight_rows.to(tl.int64) * K + columns)
+    w_columns = layout.tile_columns(T.VECTOR, T)
+    weights = weight_ptr + (weight_rows.to(tl.int64) * K + w_columns)
+    columns = layout.tile_columns(T.X_VECTOR, T)
     x_rows = tl.minimum(layout.tile_rows(T.BLOCK_R, T), rows - 1)
     inputs = x_ptr + (x_rows * K + columns)
+
+    if scale_ptr is not None and not T.AMD:
+        scales = tl.load(scale_ptr + features)
 
     if HAS_NORM:
         # Every row lane reads the weights of the norm: the same lanes as x, so that nothing has to move.
@@ -156,7 +222,10 @@ def project(
     zero = 0.0
     if X_AHEAD > 1:
         zero = _zero_behind_loads(x_ptr, T.USE_PDL)
-    acc = tl.full((T.SPLIT_K, T.BLOCK_R, T.BLOCK_N), zero, tl.float32)
+    if T.W_FIRST:
+        acc = tl.full((T.SPLIT_K, T.BLOCK_N, T.BLOCK_R), zero, tl.float32)
+    else:
+        acc = tl.full((T.SPLIT_K, T.BLOCK_R, T.BLOCK_N), zero, tl.float32)
     for step in tl.static_range(STEPS):
         x = x_tiles[0]
         x_tiles = x_tiles[1:]  # type: ignore[assignment]
@@ -175,9 +244,12 @@ def project(
             else:
                 squares += tl.sum(wide * wide, 5, keep_dims=True)
                 x = _round(wide * norm, x.dtype, T.AMD)
-        x = layout.operand(x, T.BLOCK_R, T)
-        w = layout.operand(w_tiles[0], T.BLOCK_N, T)
-        acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
+        x = layout.operand(x, T.BLOCK_R, T.X_VECTOR, T)
+        w = layout.operand(_widen(w_tiles[0], x.dtype, T), T.BLOCK_N, T.VECTOR, T)
+        if T.W_FIRST:
+            acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
         w_tiles = w_tiles[1:]
         if X_AHEAD > 1 and step + X_AHEAD < STEPS:
             ahead = (step + X_AHEAD) * STEP
@@ -186,24 +258,34 @@ def project(
                 norm_tiles = norm_tiles + (_load(norms + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)  # type: ignore
         if step + T.DEPTH < STEPS:
             ahead = (step + T.DEPTH) * STEP
-            w_tiles = w_tiles + (_load(weights + ahead, columns + ahead, K, EVEN_K, "evict_first", STREAM),)
+            w_tiles = w_tiles + (_load(weights + ahead, w_columns + ahead, K, EVEN_K, "evict_first", STREAM),)
         if T.FENCE and (step + T.DEPTH < STEPS or (X_AHEAD > 1 and step + X_AHEAD < STEPS)):
             tl.debug_barrier()
         if X_AHEAD == 0 and step + 1 < STEPS:
             ahead = (step + 1) * STEP
             x_tiles = (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)
     total = tl.sum(acc, 0)
+    if T.W_FIRST:
+        total = tl.trans(total)
     if HAS_NORM and not SCALE_FIRST:
         scale = tl.rsqrt(layout.sum_columns(squares, T) / K + EPS)
         total *= layout.row_vector(scale, T.BLOCK_R)[:, None]
+    if scale_ptr is not None:
+        if T.AMD:
+            scales = tl.load(scale_ptr + features)
+        UNIT: tl.constexpr = 64.0 if T.PTX and x_ptr.dtype.element_ty == tl.bfloat16 else 1.0
+        total *= (scales * UNIT)[None, :]
     return total
 
 
-def lanes(dtype: torch.dtype, arch: str) -> dict[str, int]:
+def lanes(dtype: torch.dtype, arch: str, weight_bits: int | None = None) -> dict[str, int]:
     """Return the constants that the hardware dictates: where its matrix instruction wants an operand, and options."""
+    int8 = weight_bits == 8
     if not arch.startswith("gfx"):
         pdl = int(arch.startswith("sm_") and int(arch[3:]) >= 90)
-        nvidia = {"ROW_LANES": 8, "K_LANES": 4, "INSTR_VECTOR": 2, "K_INNER": 1, "FENCE": 1, "AMD": 0, "USE_PDL": pdl}
+        nvidia = {"ROW_LANES": 8, "K_LANES": 4, "K_INNER": 1, "FENCE": 1, "AMD": 0, "USE_PDL": pdl}
+        # Four int8 are a register, and the compiler pairs registers, not columns, with the instruction's operand.
+        nvidia |= {"INSTR_VECTOR": 4 if int8 else 2, "W_FIRST": int(int8), "PTX": int(arch.startswith("sm_"))}
         return nvidia | ({"launch_pdl": 1} if pdl else {})
     wave = 64 if arch.startswith("gfx9") else 32
     instr_vector = 1
@@ -211,23 +293,38 @@ def lanes(dtype: torch.dtype, arch: str) -> dict[str, int]:
         instr_vector = 4 if arch in ("gfx908", "gfx90a", "gfx942") else 8
     # The fence of RDNA's compiler waits for the loads themselves, which is the opposite of what it is for.
     amd = {"FENCE": int(wave == 64), "AMD": 1, "USE_PDL": 0, "matrix_instr_nonkdim": 16}
-    return {"ROW_LANES": 16, "K_LANES": wave // 16, "INSTR_VECTOR": instr_vector, "K_INNER": 0} | amd
+    return {
+        "ROW_LANES": 16,
+        "K_LANES": wave // 16,
+        "INSTR_VECTOR": instr_vector,
+        "K_INNER": 0,
+        "PTX": 0,
+        "W_FIRST": 0,
+    } | amd
 
 
-def default_config(op: str, dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int) -> dict[str, int]:
+def default_config(
+    op: str, dtype: torch.dtype, arch: str, *, rows: int, features: int, hidden: int, weight_bits: int | None = None
+) -> dict[str, int]:
     """Return the default config of a projection: `lanes`, and the entry of `configs/*.json` that fits.
+
+    weight_bits: 8 for weights in 8 bits; by default those of the dtype.
 
     Entries were chosen from the machine code: no spills, and two programs an SM up to 16 rows, so that the next
     launch's weights are on their way while this one ends. Those that name a shape were measured on an H200, for one
     guided request; o and cross_o took what was measured for cross_q. `BLOCK_R`, `BLOCK_N`, `DEPTH` and `X_AHEAD` alone
     may follow the rows: the rest fixes a row's bits.
     """
+    weight_bits = weight_bits or 8 * dtype.itemsize
     path = launch.default_table(arch)
-    use = launch.find_entry(path, op, launch.facts(dtype, arch, rows=rows, features=features, hidden=hidden))
+    use = launch.find_entry(
+        path, op, launch.facts(dtype, arch, rows=rows, features=features, hidden=hidden, weight_bits=weight_bits)
+    )
     if use is None:
         raise ValueError(f"{path}: {op}: no entry for {rows} rows of {dtype}, {features} features, hidden {hidden}")
-    common = {"VECTOR": 16 // dtype.itemsize, "num_warps": use["SPLIT_K"], "num_stages": 1}
-    return {**use, **common, **lanes(dtype, arch)}
+    vectors = {"VECTOR": 128 // weight_bits, "X_VECTOR": 16 // dtype.itemsize}
+    common = {**vectors, "num_warps": use["SPLIT_K"], "num_stages": 1}
+    return {**use, **common, **lanes(dtype, arch, weight_bits)}
 
 
 OPS = ("rms_norm_linear", "linear_residual", "rms_norm_glu", "codebook_logits")
@@ -235,32 +332,52 @@ OPS = ("rms_norm_linear", "linear_residual", "rms_norm_glu", "codebook_logits")
 _DEFAULTS = {op: functools.partial(default_config, op) for op in OPS}
 
 
-def configuration(op: str, x: Tensor, features: int) -> tuple[Tile, dict[str, int]]:
+def configuration(op: str, x: Tensor, values: Tensor) -> tuple[Tile, dict[str, int]]:
     """Return the tile of one launch of `op`, and its compile options: see `launcher.configuration`."""
     rows, hidden = x.shape
-    options = launch.configuration(op, _DEFAULTS[op], x.dtype, x.device, rows=rows, features=features, hidden=hidden)
+    shape = {"rows": rows, "features": values.shape[0], "hidden": hidden, "weight_bits": 8 * values.itemsize}
+    options = launch.configuration(op, _DEFAULTS[op], x.dtype, x.device, **shape)
     options["ROW_BLOCKS"] = triton.cdiv(rows, options["BLOCK_R"])
     return Tile(*(options.pop(name) for name in Tile._fields)), options
 
 
-def check(rows: int, named: Mapping[str, tuple[Tensor, tuple[int, ...]]], out_dtype: torch.dtype | None = None) -> None:
+def parts(weight: Weight, name: str = "weight") -> tuple[Tensor, Tensor | None]:
+    """Return the tensors that a kernel reads of a weight: `[features, hidden]`, and the scales of one in 8 bits.
+
+    Raises TypeError, naming the argument, for one that is laid out for a CPU.
+    """
+    if isinstance(weight, Int8Weight):
+        return weight.values, weight.scales
+    if isinstance(weight, Tensor):
+        return weight, None
+    raise TypeError(f"{name}: {weight} is laid out for a CPU; use a tensor or an Int8Weight")
+
+
+def check(rows: int, named: Mapping[str, tuple[Weight, tuple[int, ...]]], out_dtype: torch.dtype | None = None) -> None:
     """Raise ValueError or TypeError naming the argument that the kernels cannot take.
 
     named: each tensor with the shape it must have, x first. Rows 1 to 64, hidden size (the last axis of x) a multiple
     of 16, everything contiguous, 16-byte aligned, on one device and of one dtype (float32, float16 or bfloat16), but
-    for `out` if it must be of out_dtype.
+    for `out` if it must be of out_dtype, and for an `Int8Weight`, which holds int8 and float32.
     """
-    x = next(iter(named.values()))[0]
+    tensors: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype | None]] = {}
+    for name, (weight, shape) in named.items():
+        values, scales = parts(weight, name)
+        tensors[name] = (values, shape, out_dtype if name == "out" else None)
+        if scales is not None:
+            tensors[name] = (values, shape, torch.int8)
+            tensors[f"scales of {name}"] = (scales, shape[:1], torch.float32)
+    x = next(iter(tensors.values()))[0]
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"x: dtype {x.dtype} is not supported, use float32, float16 or bfloat16")
     if not 1 <= rows <= MAX_ROWS:
         raise ValueError(f"x: {rows} rows, one launch takes 1 to {MAX_ROWS}")
     if x.shape[-1] % 16:
         raise ValueError(f"x: width {x.shape[-1]} is not a multiple of 16")
-    for name, (tensor, shape) in named.items():
+    for name, (tensor, shape, dtype) in tensors.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
-        expected = out_dtype if name == "out" and out_dtype else x.dtype
+        expected = dtype or x.dtype
         if tensor.dtype != expected:
             raise TypeError(f"{name}: dtype {tensor.dtype}, needs {expected} beside x of {x.dtype}")
         if not tensor.is_contiguous():

@@ -31,6 +31,13 @@ instead of moving them: pieces of two, of all four lanes, are neighbours in the 
                  L0   L1   L2     L3    | L0   L1     L2     L3    | ..
 
 Nothing moves between lanes or through shared memory, and each load is as wide as a load can be.
+
+Weights in 8 bits come 16 at a time (`VECTOR`), activations in 16 bits 8 at a time (`X_VECTOR`): a tile of x has twice
+the chunks, of which two follow one another where one of the weights lies:
+
+    weights      L0: 0 .. 15                L1: 16 .. 31               L2: 32 ..         one chunk
+    x            L0: 0 .. 7                 L1: 16 .. 23               L2: 32 ..         its first half
+                 L0: 8 .. 15                L1: 24 .. 31               L2: 40 ..         its second half
 """
 
 from typing import NamedTuple
@@ -54,13 +61,16 @@ class Tile(NamedTuple):
     DEPTH: int  # steps of weights in flight
     ROW_LANES: int  # lanes along the rows
     K_LANES: int  # lanes along the columns
-    VECTOR: int  # elements of a 128-bit load
+    VECTOR: int  # weights of a 128-bit load
+    X_VECTOR: int  # activations of a 128-bit load; VECTOR, or a part of it where weights are narrower
     INSTR_VECTOR: int  # neighbouring columns that the matrix instruction takes from a lane
     K_INNER: int  # 1: neighbouring lanes hold neighbouring columns; 0: neighbouring rows
     FENCE: int  # 1: a barrier behind each group of loads keeps the compiler from moving them down
     X_AHEAD: int  # steps of x in flight; 0: one, requested behind the product
     AMD: int  # 1: an AMD GPU
     USE_PDL: int  # 1: programmatic dependent launch
+    W_FIRST: int  # 1: the weights are the first operand of the matrix instruction, x is the second
+    PTX: int  # 1: weights in 8 bits are widened by NVIDIA's own instructions
 
 
 # Triton gives lanes, then warps, then registers to the axes of a tile: from the last one, up to 3.6 from the first.
@@ -88,10 +98,12 @@ def _axis(SIZE: tl.constexpr, RANK: tl.constexpr):
 
 
 @triton.jit
-def tile_columns(T: tl.constexpr):
-    """Column of every element of a tile within its step."""
-    lane = (_axis(T.SPLIT_K, 2) * T.CHUNKS + _axis(T.CHUNKS, 4)) * T.K_LANES + _axis(T.K_LANES, 0 if T.K_INNER else 1)
-    return lane * T.VECTOR + tl.arange(0, T.VECTOR)[None, None, None, None, None, :]
+def tile_columns(VECTOR: tl.constexpr, T: tl.constexpr):
+    """Column within its step of every element of a tile that is loaded `VECTOR` elements at a time."""
+    PARTS: tl.constexpr = T.VECTOR // VECTOR
+    chunk = _axis(T.CHUNKS * PARTS, 4)
+    lane = (_axis(T.SPLIT_K, 2) * T.CHUNKS + chunk // PARTS) * T.K_LANES + _axis(T.K_LANES, 0 if T.K_INNER else 1)
+    return lane * T.VECTOR + chunk % PARTS * VECTOR + tl.arange(0, VECTOR)[None, None, None, None, None, :]
 
 
 @triton.jit
@@ -101,17 +113,18 @@ def tile_rows(ROWS: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def operand(tile, ROWS: tl.constexpr, T: tl.constexpr):
+def operand(tile, ROWS: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):
     """`[SPLIT_K, ROWS, columns]` of a loaded tile, the columns in the order in which the lanes feed the instruction."""
     groups: tl.constexpr = ROWS // T.ROW_LANES
     inner: tl.constexpr = T.K_LANES if T.K_INNER else T.ROW_LANES
     outer: tl.constexpr = T.ROW_LANES if T.K_INNER else T.K_LANES
-    pieces: tl.constexpr = T.VECTOR // T.INSTR_VECTOR
+    pieces: tl.constexpr = VECTOR // T.INSTR_VECTOR
+    chunks: tl.constexpr = T.CHUNKS * (T.VECTOR // VECTOR)
     if _FROM_FIRST:
-        tile = tl.reshape(tile, (inner, outer, T.SPLIT_K, groups, T.CHUNKS, pieces, T.INSTR_VECTOR))
+        tile = tl.reshape(tile, (inner, outer, T.SPLIT_K, groups, chunks, pieces, T.INSTR_VECTOR))
         tile = tl.permute(tile, (2, 3, 1, 4, 5, 0, 6) if T.K_INNER else (2, 3, 0, 4, 5, 1, 6))
     else:
-        tile = tl.reshape(tile, (T.CHUNKS, groups, T.SPLIT_K, outer, inner, pieces, T.INSTR_VECTOR))
+        tile = tl.reshape(tile, (chunks, groups, T.SPLIT_K, outer, inner, pieces, T.INSTR_VECTOR))
         tile = tl.permute(tile, (2, 1, 3, 0, 5, 4, 6) if T.K_INNER else (2, 1, 4, 0, 5, 3, 6))
     return tl.reshape(tile, (T.SPLIT_K, ROWS, T.CHUNKS * T.K_LANES * T.VECTOR))
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dia_kernels import launcher as launch
+from dia_kernels.reference.linear import Weight
 from dia_kernels.triton import gemv
 from dia_kernels.triton import gemv_layout as layout
 
@@ -32,6 +33,7 @@ def _add_constant(
 def _linear_residual(
     x_ptr,  # [rows, K]
     weight_ptr,  # [N, K]
+    scale_ptr,  # [N] float32 for weights in 8 bits, else None
     residual_ptr,  # [all_rows, N], in place
     constant_ptr,  # [N], unless BLOCK_C is 0
     rows,
@@ -55,7 +57,8 @@ def _linear_residual(
         old = tl.load(residual_ptr + r * N + n, mask=inside, other=0.0)
     if BLOCK_C > 0 and not T.AMD:
         _add_constant(residual_ptr, constant_ptr, n, rows, all_rows, N, BLOCK_C, T.ROW_BLOCKS, T.BLOCK_R)
-    total = gemv.project(w_tiles, x_ptr, x_ptr, weight_ptr, weight_rows, rows, 0.0, K, False, T)
+    features = tl.minimum(first + tl.arange(0, T.BLOCK_N), N - 1)
+    total = gemv.project(w_tiles, x_ptr, x_ptr, weight_ptr, weight_rows, scale_ptr, features, rows, 0.0, K, False, T)
     if not EARLY:
         old = tl.load(residual_ptr + r * N + n, mask=inside, other=0.0)
     tl.store(residual_ptr + r * N + n, (old.to(tl.float32) + total).to(old.dtype), mask=inside)
@@ -63,10 +66,10 @@ def _linear_residual(
         _add_constant(residual_ptr, constant_ptr, n, rows, all_rows, N, BLOCK_C, T.ROW_BLOCKS, T.BLOCK_R)
 
 
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> Tensor:
+def linear_residual(x: Tensor, weight: Weight, residual: Tensor, constant: Tensor | None = None) -> Tensor:
     """As `dia_kernels.reference.linear_residual`. What the arguments must be: `gemv.check`."""
     (rows, width), features, all_rows = x.shape, weight.shape[0], residual.shape[0]
-    named: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+    named: dict[str, tuple[Weight, tuple[int, ...]]] = {
         "x": (x, (rows, width)),
         "weight": (weight, (features, width)),
         "residual": (residual, (all_rows, features)),
@@ -78,7 +81,8 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tenso
     if constant is not None and all_rows > rows:
         named["constant"] = (constant, (features,))
     gemv.check(rows, named)
-    tile, options = gemv.configuration("linear_residual", x, features)
+    values, scales = gemv.parts(weight)
+    tile, options = gemv.configuration("linear_residual", x, values)
     block_c = triton.next_power_of_2(all_rows - rows) if all_rows > rows else 0
     grid = (triton.cdiv(features, tile.BLOCK_N) * tile.ROW_BLOCKS,)
     vector = constant if all_rows > rows else None
@@ -86,7 +90,8 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tenso
         _linear_residual,
         grid,
         x,
-        weight,
+        values,
+        scales,
         residual,
         vector,
         rows,

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dia_kernels import launcher as launch
+from dia_kernels.reference.linear import Weight
 from dia_kernels.triton import gemv
 from dia_kernels.triton import gemv_layout as layout
 
@@ -18,6 +19,7 @@ def _rms_norm_linear(
     x_ptr,  # [rows, K]
     norm_ptr,  # [K]
     weight_ptr,  # [N, K]
+    scale_ptr,  # [N] float32 for weights in 8 bits, else None
     out_ptr,  # [rows, N]
     rows,
     EPS: tl.constexpr,
@@ -31,12 +33,13 @@ def _rms_norm_linear(
     first = tile * T.BLOCK_N
     weight_rows = tl.minimum(first + layout.tile_rows(T.BLOCK_N, T), N - 1)
     w_tiles = gemv.prefetch(weight_ptr, weight_rows, K, T)
-    total = gemv.project(w_tiles, x_ptr, norm_ptr, weight_ptr, weight_rows, rows, EPS, K, True, T)
+    features = tl.minimum(first + tl.arange(0, T.BLOCK_N), N - 1)
+    total = gemv.project(w_tiles, x_ptr, norm_ptr, weight_ptr, weight_rows, scale_ptr, features, rows, EPS, K, True, T)
     r, n = tl.arange(0, T.BLOCK_R)[:, None], first + tl.arange(0, T.BLOCK_N)[None, :]
     tl.store(out_ptr + r * N + n, total.to(out_ptr.dtype.element_ty), mask=(r < rows) & (n < N))
 
 
-def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Weight, eps: float, out: Tensor) -> Tensor:
     """As `dia_kernels.reference.rms_norm_linear`. What the arguments must be: `gemv.check`."""
     (rows, hidden), features = x.shape, weight.shape[0]
     gemv.check(
@@ -48,9 +51,22 @@ def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, 
             "out": (out, (rows, features)),
         },
     )
-    tile, options = gemv.configuration("rms_norm_linear", x, features)
+    values, scales = gemv.parts(weight)
+    tile, options = gemv.configuration("rms_norm_linear", x, values)
     grid = (triton.cdiv(features, tile.BLOCK_N) * tile.ROW_BLOCKS,)
     launch.run(
-        _rms_norm_linear, grid, x, norm_weight, weight, out, rows, EPS=eps, N=features, K=hidden, T=tile, **options
+        _rms_norm_linear,
+        grid,
+        x,
+        norm_weight,
+        values,
+        scales,
+        out,
+        rows,
+        EPS=eps,
+        N=features,
+        K=hidden,
+        T=tile,
+        **options,
     )
     return out
