@@ -222,7 +222,14 @@ def examine(target: str, dtype: str, rows: Sequence[int], found_out: Results, we
             flush=True,
         )
         found_out.add(
-            {"target": target, "dtype": dtype, "kernel": kernel[1:], "features": features, "hidden": width},
+            {
+                "target": target,
+                "dtype": dtype,
+                "weights": weights,
+                "kernel": kernel[1:],
+                "features": features,
+                "hidden": width,
+            },
             {"values_in_common": shared, "wrong": len(found), "error_of_allowed": error},
         )
     return wrong
