@@ -113,6 +113,22 @@ def _widen(w, DTYPE: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def _scales(scale_ptr, features, x_ptr, T: tl.constexpr):
+    """Scales of channels for products by what `_widen` returns."""
+    UNIT: tl.constexpr = 64.0 if T.PTX and x_ptr.dtype.element_ty == tl.bfloat16 else 1.0
+    return tl.load(scale_ptr + features) * UNIT
+
+
+@triton.jit
+def _multiply(x, w, acc, T: tl.constexpr):
+    """Add the products of all warps: `[SPLIT_K, BLOCK_R, BLOCK_N]`, the last two swapped where `W_FIRST`."""
+    if T.W_FIRST:
+        return tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+    else:
+        return tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
+
+
+@triton.jit
 def _load(pointers, columns, K: tl.constexpr, EVEN_K: tl.constexpr, POLICY: tl.constexpr, CACHE: tl.constexpr):
     if EVEN_K:
         return tl.load(pointers, eviction_policy=POLICY, cache_modifier=CACHE)
@@ -165,6 +181,20 @@ def prefetch(
 
 
 @triton.jit
+def _norm_scale(squares, inputs, columns, EPS: tl.constexpr, K: tl.constexpr, T: tl.constexpr):
+    """1 / rms of each row, from a pass over x of its own; squares: 0, a column of each vector."""
+    STEP: tl.constexpr = T.SPLIT_K * T.CHUNKS * T.K_LANES * T.VECTOR
+    for step in tl.static_range((K + STEP - 1) // STEP):
+        first = step * STEP
+        x = _load(inputs + first, columns + first, K, K % STEP == 0, "evict_last", "").to(tl.float32)
+        squares += tl.sum(x * x, 5, keep_dims=True)
+    scale = tl.rsqrt(layout.sum_columns(squares, T) / K + EPS)
+    # x is read again afterwards rather than kept: it is in the nearest cache, and registers are what limits DEPTH.
+    tl.debug_barrier()
+    return scale
+
+
+@triton.jit
 def project(
     w_tiles,  # of `prefetch`
     x_ptr,  # [rows, K]
@@ -194,21 +224,13 @@ def project(
     inputs = x_ptr + (x_rows * K + columns)
 
     if scale_ptr is not None and not T.AMD:
-        scales = tl.load(scale_ptr + features)
-
+        scales = _scales(scale_ptr, features, x_ptr, T)
     if HAS_NORM:
         # Every row lane reads the weights of the norm: the same lanes as x, so that nothing has to move.
         norms = norm_ptr + (layout.tile_rows(T.ROW_LANES, T) * 0 + columns)
-        squares = tl.zeros(inputs.shape, tl.float32)
-        squares = tl.sum(squares, 5, keep_dims=True)
+        squares = tl.sum(tl.zeros(inputs.shape, tl.float32), 5, keep_dims=True)
         if SCALE_FIRST:
-            for step in tl.static_range(STEPS):
-                first = step * STEP
-                x = _load(inputs + first, columns + first, K, EVEN_K, "evict_last", "").to(tl.float32)
-                squares += tl.sum(x * x, 5, keep_dims=True)
-            scale = tl.rsqrt(layout.sum_columns(squares, T) / K + EPS)
-            # x is read again below rather than kept: it is in the nearest cache, and registers are what limits DEPTH.
-            tl.debug_barrier()
+            scale = _norm_scale(squares, inputs, columns, EPS, K, T)
 
     x_tiles = (_load(inputs, columns, K, EVEN_K, "evict_last", ""),)
     if HAS_NORM and X_AHEAD > 1:
@@ -222,10 +244,8 @@ def project(
     zero = 0.0
     if X_AHEAD > 1:
         zero = _zero_behind_loads(x_ptr, T.USE_PDL)
-    if T.W_FIRST:
-        acc = tl.full((T.SPLIT_K, T.BLOCK_N, T.BLOCK_R), zero, tl.float32)
-    else:
-        acc = tl.full((T.SPLIT_K, T.BLOCK_R, T.BLOCK_N), zero, tl.float32)
+    ROWS: tl.constexpr = T.BLOCK_N if T.W_FIRST else T.BLOCK_R
+    acc = tl.full((T.SPLIT_K, ROWS, T.BLOCK_N + T.BLOCK_R - ROWS), zero, tl.float32)
     for step in tl.static_range(STEPS):
         x = x_tiles[0]
         x_tiles = x_tiles[1:]  # type: ignore[assignment]
@@ -246,10 +266,7 @@ def project(
                 x = _round(wide * norm, x.dtype, T.AMD)
         x = layout.operand(x, T.BLOCK_R, T.X_VECTOR, T)
         w = layout.operand(_widen(w_tiles[0], x.dtype, T), T.BLOCK_N, T.VECTOR, T)
-        if T.W_FIRST:
-            acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(x, tl.permute(w, (0, 2, 1)), acc, input_precision="ieee")
+        acc = _multiply(x, w, acc, T)
         w_tiles = w_tiles[1:]
         if X_AHEAD > 1 and step + X_AHEAD < STEPS:
             ahead = (step + X_AHEAD) * STEP
@@ -264,17 +281,14 @@ def project(
         if X_AHEAD == 0 and step + 1 < STEPS:
             ahead = (step + 1) * STEP
             x_tiles = (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)
-    total = tl.sum(acc, 0)
-    if T.W_FIRST:
-        total = tl.trans(total)
+    total = tl.trans(tl.sum(acc, 0)) if T.W_FIRST else tl.sum(acc, 0)
     if HAS_NORM and not SCALE_FIRST:
         scale = tl.rsqrt(layout.sum_columns(squares, T) / K + EPS)
         total *= layout.row_vector(scale, T.BLOCK_R)[:, None]
     if scale_ptr is not None:
         if T.AMD:
-            scales = tl.load(scale_ptr + features)
-        UNIT: tl.constexpr = 64.0 if T.PTX and x_ptr.dtype.element_ty == tl.bfloat16 else 1.0
-        total *= (scales * UNIT)[None, :]
+            scales = _scales(scale_ptr, features, x_ptr, T)
+        total *= scales[None, :]
     return total
 
 
