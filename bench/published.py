@@ -133,6 +133,12 @@ TABLES: dict[str, Lines | Across] = {
             ("process grew by, MB", "{grown_bytes:mega}"),
         ]
     ),
+    f"{AVX512}/fleet.json": Lines(
+        [
+            ("listeners", "{listeners:,}"), ("requests", "{requests}"), ("GPUs", "{replicas:,.0f}"),
+            ("batch in use", "{fill:.0%}"), ("first byte p50", "{first_p50:.3f} s"), ("p99", "{first_p99:.3f} s"),
+        ]
+    ),
     f"{AVX512}/cpu_products.json": Across(
         "rows",
         "{rows}",
