@@ -30,6 +30,7 @@ from bench.tools.tiny_models import make_transformers_checkpoint, tiny_config
 from dia_fast.audio.codec import CodecConfig
 from dia_fast.diagnostics.doctor import random_model
 from dia_fast.errors import InputError
+from dia_fast.jobs.runner import speak_items
 from dia_kernels import reference
 from tests.helpers.front import TINY
 
@@ -163,6 +164,16 @@ def of_serving_http(place: Place) -> list[str]:
     return ["--streams", "1", "--", "--threads", "1"]
 
 
+def of_ray_cost(place: Place) -> list[str]:
+    def speak_on_ray(items: Any, load: Any, options: Any, begun: Callable[[], None]) -> Iterator[Any]:
+        begun()
+        with load() as dia:
+            yield from speak_items(dia, items)
+
+    place.put("ray_cost", speak_on_ray=speak_on_ray)
+    return ["--device", "cpu", "--items", "2", "--rounds", "1", "--least", "0.1"]
+
+
 def of_check(place: Place) -> list[str]:
     group = Group({"moved": Kind("bytes", "lower", 0.1, 1.0, "made up")}, {"first": {"moved": 100.0}})
     baseline = place.folder / "baseline.json"
@@ -225,6 +236,7 @@ RUNS: dict[str, Callable[[Place], Sequence[str]]] = {
     "pages": of_pages,
     "parity": of_parity,
     "ragged": lambda place: [*place.model, "--requests", "2", "--steps", "17", "20", "--gap", "0"],
+    "ray_cost": of_ray_cost,
     "residency": of_residency,
     "row_bits": of_row_bits,
     "serving": lambda place: ["--device", "cpu", "--streams", "1", "--steps", "30"],
