@@ -232,6 +232,7 @@ RUNS: dict[str, Callable[[Place], Sequence[str]]] = {
     "latency": lambda place: ["--device", "cpu", "--rounds", "1", "--steps", "24", "--chunks", "0.1"],
     "ordering": of_ordering,
     "original": of_original,
+    "host_time": lambda place: ["--requests", "2", "--steps", "4", "--rounds", "2"],
     "long_sound": lambda place: ["--width", "32", "--frames", "70", "--device", "cpu"],
     "pages": of_pages,
     "parity": of_parity,
