@@ -236,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return report(options, Results(parser, options, arguments))
     except DiaFastError as error:
         print(f"first_generation: {error}", file=sys.stderr)

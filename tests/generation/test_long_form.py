@@ -387,7 +387,8 @@ def test_speak_splits_a_file(home: Path, tmp_path: Path, capfd: pytest.CaptureFi
     assert main([*command, str(tmp_path / "whole.wav"), "--split", "none"]) == 0
     assert "split it" in capfd.readouterr().err
     split, whole = (tmp_path / name for name in ("split.wav", "whole.wav"))
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         assert split.read_bytes() == dia.generate(LONG, split="auto", seed=5, **SHORT).to_bytes()
         assert whole.read_bytes() == dia.generate(LONG, seed=5, **SHORT).to_bytes()
 

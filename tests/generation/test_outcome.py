@@ -197,7 +197,8 @@ def test_counts_and_arrays_as_numpy_gives_them(dia: Dia, home: Path) -> None:
     assert torch.equal(expected, loaded.generate_codes(TEXT, seed=5, **SHORT)[0])
     codes, sound = np.ones((20, 9), np.int64), np.sin(np.arange(9_000, dtype=np.float32) / 20)
     for array, prompt in ((codes, codes), (sound, (sound, 44_100.0))):
-        with warnings.catch_warnings(action="error", category=UserWarning):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
             warnings.simplefilter("ignore", TextWarning)
             writable = dia.generate_codes(TEXT, audio_prompt=prompt, seed=5, **SHORT)[0]
             array.flags.writeable = False

@@ -115,7 +115,8 @@ def test_quirks_free_the_last_code_of_the_longest_prompt(cache: Path, monkeypatc
 
     seen: list[Request] = []
     monkeypatch.setattr(model, "generate", lambda _, requests, **__: seen.extend(requests) or generate(_, requests))
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         dia = Dia.from_pretrained(str(cache / "model"), device=CPU, load_dac=False, quirks=True)
     long, short = prompt_codes(9), prompt_codes(4)
     dia.generate([TEXT, TEXT, TEXT], 60, temperature=0.0, audio_prompt=[short, long, None])
@@ -161,7 +162,8 @@ def test_codes_as_an_array(silent: Dia, monkeypatch: pytest.MonkeyPatch, quirks:
 
 
 def test_verbose_prints_the_lines_of_the_original(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         endless = Dia.from_pretrained(str(hub.make_model(tmp_path, eos_gain=0.0)), device=CPU, load_dac=False)
     capsys.readouterr()
     endless.generate([TEXT, TEXT], 190, verbose=True, audio_prompt=[prompt_codes(4), prompt_codes(9)], seed=1)
@@ -249,7 +251,8 @@ def test_codecs_of_others(dia: Dia, kind: str, cache: Path, tmp_path: Path, requ
 def test_loading(tmp_path: Path, cache: Path) -> None:
     config = tiny_config()
     folder = make_original_checkpoint(tmp_path / "old", config, file="dia-v0_1.pth")
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         local = Dia.from_local(str(folder / "config.json"), str(folder / "dia-v0_1.pth"), "bfloat16", CPU, False)
         whole = Dia.from_pretrained(str(folder), ComputeDtype.BFLOAT16, CPU, False)
     assert local.compute_dtype is torch.bfloat16

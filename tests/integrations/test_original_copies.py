@@ -174,7 +174,8 @@ def test_a_copy_takes_arguments_in_its_own_order_with_its_own_defaults(
     with pytest.warns(UserWarning, match="mood of a fork"):
         dia.generate("a", 60, 1.0, 1.0, 0.9, False, audio_prompt_path="b.wav", mood="glad")
     assert heard["cfg_filter_top_k"] is None and heard["audio_prompt"] == "b.wav" and "mood" not in heard
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         dia.generate("a", mood="glad")  # once is enough
     for wrong in ({"args": ("a",) * 11}, {"args": ("a",), "text": "b"}):
         with pytest.raises(TypeError):

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::dia_fast.text.tokenizer.TextWar
 
 
 def loaded(kind: type[Dia] = Dia, **options: Any) -> Dia:
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         dia = kind(CONFIG, device=torch.device("cpu"), **options)
     dia.model.load_state_dict(original_state(CONFIG, STATE))
     return dia

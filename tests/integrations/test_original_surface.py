@@ -41,7 +41,8 @@ WEIGHTS = original_state(CONFIG, STATE)
 
 
 def silent(configuration: DiaConfig = CONFIG, **options: Any) -> Dia:
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return Dia(configuration, device=CPU, load_dac=False, **options)
 
 
@@ -201,7 +202,8 @@ def test_texts_without_words(loaded: Dia, text: str) -> None:
     with pytest.warns(TextWarning, match="no words"):
         codes = loaded.generate(text, 60, temperature=0.0)
     assert codes.shape[1] == 9
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         both = loaded.generate([text, TEXT], 60, temperature=0.0)
     assert np.array_equal(both[0], codes) and np.array_equal(both[1], loaded.generate(TEXT, 60, temperature=0.0))
 
@@ -235,7 +237,8 @@ def test_arguments_of_forks(loaded: Dia) -> None:
     with pytest.warns(UserWarning, match="text_to_generate_size of a fork"):
         loaded.generate(TEXT, 60, pbar=bar, text_to_generate_size=12, temperature=0.0)
     assert 20 < bar.steps <= 61
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         loaded.generate(TEXT, 60, text_to_generate_size=12)
 
 

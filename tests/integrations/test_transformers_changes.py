@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DiaForConditionalGeneration
+from transformers.models.dia import modeling_dia
 
 from dia_fast.integrations.transformers import FallbackWarning, accelerate, unaccelerate
 from tests.integrations.models import CONFIG, greedy, inputs, make_model, same_as_own
@@ -108,6 +109,25 @@ def test_a_call_that_looks_inside_does_not_end_acceleration(
     assert not [item for item in recwarn if issubclass(item.category, FallbackWarning)]
     model.model.decoder.norm.register_forward_hook(lambda *_: None)
     with pytest.warns(FallbackWarning, match="hooks"):
+        model.generate(**given, **SHORT)
+
+
+def test_a_rotation_that_is_a_module(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    """As transformers 5.0 has it beside the package kernels; one of the user's own is another matter."""
+    rotate = modeling_dia.apply_rotary_pos_emb
+
+    class Rotation(torch.nn.Module):
+        def forward(self, *args: Any, **settings: Any) -> Any:
+            return rotate(*args, **settings)
+
+    model, given = make_model(), inputs()
+    expected = model.generate(**given, **SHORT)
+    monkeypatch.setattr(modeling_dia, "apply_rotary_pos_emb", Rotation())
+    model.model.decoder.layers[0].self_attention.rotary_fn = modeling_dia.apply_rotary_pos_emb
+    assert torch.equal(accelerate(model).generate(**given, **SHORT), expected)
+    assert not [item for item in recwarn if issubclass(item.category, FallbackWarning)]
+    model.model.decoder.layers[0].self_attention.rotary_fn = torch.nn.Identity()
+    with pytest.warns(FallbackWarning, match="rotary_fn is a"):
         model.generate(**given, **SHORT)
 
 

@@ -246,10 +246,11 @@ def _identities(model: nn.Module) -> list[int]:
 
 def foreign_module(model: DiaForConditionalGeneration) -> str | None:
     """The first module whose arithmetic the engine does not know, in words, or None."""
-    activation = {nn.SiLU, type(ACT2FN["silu"])}
+    # Where the package kernels is installed, transformers 5.0 makes the rotation a module, which every attention holds.
+    functions = {nn.SiLU, type(ACT2FN["silu"]), type(modeling_dia.apply_rotary_pos_emb)}
     parameters: list[nn.Parameter] = []
     for name, module in computing(model):
-        if module is not model and type(module) not in _KNOWN | activation:
+        if module is not model and type(module) not in _KNOWN | functions:
             kind = f"{type(module).__module__}.{type(module).__qualname__}"
             return f"{name} is a {kind}, which the engine does not compute (merge adapters, leave weights unquantised)"
         others = [key for key, value in module._parameters.items() if key != "weight" and value is not None]
