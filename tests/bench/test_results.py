@@ -99,7 +99,7 @@ def of_original(place: Place) -> list[str]:
 
 
 def of_row_bits(place: Place) -> list[str]:
-    def step(target: str, dtype: torch.dtype, rows: int) -> dict[Any, Any]:
+    def step(target: str, dtype: torch.dtype, rows: int, *more: Any) -> dict[Any, Any]:
         return {("_glu", 8, 4): SimpleNamespace(arguments={"x_ptr": [0] * rows})}
 
     place.put("row_bits", step=step, run=lambda compiled: row_bits.Result({(0, 0): (1, 1)}, 0.5))
@@ -112,7 +112,7 @@ def of_ordering(place: Place) -> list[str]:
 
 
 def of_codegen(place: Place) -> list[str]:
-    def report(targets: Any, rows: Any, dtypes: Any, progress: bool, steps: list[Any]) -> Iterator[codegen.Line]:
+    def report(targets: Any, rows: Any, dtypes: Any, progress: bool, steps: list[Any], *more: Any) -> Iterator[Any]:
         steps.append(occupancy.Neighbours("sm_90", "bfloat16", 2, (occupancy.Pair("a", "b", 3, 2, 9.0),)))
         yield codegen.Line("sm_90", "bfloat16", 2, "sample", 9, 4, 99, 0, 0, 0.5, 0, {"HMMA": 3}, 700, 0.0, 0.0)
 
