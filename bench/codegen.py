@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from tqdm import tqdm
 
 from bench import machine_code, occupancy
 from bench.machine_code import MACHINES, Code
+from bench.tools.own_ops import add_ops_option, chosen_ops
 from bench.tools.results import Results, add_options
 from dia_fast.diagnostics import launches
 from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.quantization import FLOAT, INT8, WEIGHTS
 from dia_kernels import aot as ahead
+from dia_kernels import triton as kernels
 
 ROWS = (1, 2, 8, 32, 64)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -177,23 +180,24 @@ def report(
     progress: bool = False,
     steps: list[occupancy.Neighbours] | None = None,
     weights: str = FLOAT,
+    ops: ModuleType = kernels,
 ) -> Iterator[Line]:
     """Compile and read every kernel of the chosen combinations; kernels outside the step once per dtype.
 
     steps: gets the pairs of launches of every step. weights: of the projections; kernels that are the same whatever
-    they are, those of prefill and of the first generation, are left out where they are in 8 bits.
+    they are, those of prefill and of the first generation, are left out where they are in 8 bits. ops: the op set.
     """
     counts = (*rows, 0) if weights == FLOAT else rows
     jobs = [(target, dtype, count) for target in targets for dtype in dtypes for count in counts]
     for target, dtype, count in tqdm(jobs, desc="compiling", unit="set", disable=not progress):
         with ahead.compiling(target) as compiled:
             if count:
-                launches.decode(count, DTYPES[dtype], model=launches.one_layer(DTYPES[dtype], weights=weights))
+                launches.decode(count, DTYPES[dtype], model=launches.one_layer(DTYPES[dtype], ops, weights=weights))
             else:
-                launches.prefill(DTYPES[dtype])
+                launches.prefill(DTYPES[dtype], ops)
         with ahead.compiling(target) as first:
             if count and weights == FLOAT:
-                launches.decode(count, DTYPES[dtype], model=launches.one_layer(DTYPES[dtype], config=FIRST_GENERATION))
+                launches.decode(count, DTYPES[dtype], model=launches.one_layer(DTYPES[dtype], ops, FIRST_GENERATION))
         if count and steps is not None:
             codes = [read(item, target) for item in compiled]
             steps.append(occupancy.neighbours(compiled, codes, target, dtype, count))
@@ -299,9 +303,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=WEIGHTS, default=FLOAT, help="of the projections (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here instead of printing them")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the worst of each kernel and target here")
+    add_ops_option(parser)
     add_options(parser)
     arguments = parser.parse_args(argv)
     try:
+        ops = chosen_ops(arguments.ops)
         results = Results(parser, arguments, argv)
     except DiaFastError as error:
         print(f"codegen: {error}", file=sys.stderr)
@@ -310,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     weights: str = arguments.weights
     # Room for the next launch is recorded for weights of 16 bits.
     judged = steps if weights == FLOAT else None
-    lines = list(report(arguments.targets, arguments.rows, arguments.dtypes, sys.stderr.isatty(), judged, weights))
+    lines = list(report(arguments.targets, arguments.rows, arguments.dtypes, sys.stderr.isatty(), judged, weights, ops))
     tables = markdown(lines) + "\n" + occupancy.markdown(steps)
     results.extend(_results(lines, steps))
     if arguments.markdown:

@@ -22,6 +22,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from bench.make_checkpoint import DTYPES
 from bench.tools.interpreter import Access, install, listening
+from bench.tools.own_ops import add_ops_option, chosen_ops
 from bench.tools.results import Results, add_options
 from dia_fast.diagnostics.launches import one_layer
 from dia_fast.errors import DiaFastError
@@ -152,9 +154,11 @@ class Meter:
 Counts = dict[str, Counter]
 
 
-def measure(config: DiaConfig, rows: int, contexts: Sequence[int], dtype: torch.dtype) -> list[Traffic]:
+def measure(
+    config: DiaConfig, rows: int, contexts: Sequence[int], dtype: torch.dtype, ops: ModuleType = kernels
+) -> list[Traffic]:
     """Every launch of a decode step of one layer at the first context, and self-attention at the others."""
-    model, state = _ready(config, rows, max(contexts), dtype)
+    model, state = _ready(config, rows, max(contexts), dtype, ops)
     decoder, layer = config.decoder, model.decoder.layers[0]
     token = 2 * decoder.num_key_value_heads * decoder.head_dim * dtype.itemsize
     text = 2 * decoder.cross_num_key_value_heads * decoder.cross_head_dim * dtype.itemsize * TEXT * state.batch
@@ -185,16 +189,18 @@ def measure(config: DiaConfig, rows: int, contexts: Sequence[int], dtype: torch.
     return found
 
 
-def _ready(config: DiaConfig, rows: int, context: int, dtype: torch.dtype) -> tuple[DiaModel, DecodeState]:
+def _ready(
+    config: DiaConfig, rows: int, context: int, dtype: torch.dtype, ops: ModuleType
+) -> tuple[DiaModel, DecodeState]:
     """One layer with random weights, and slots that are `context` rows long."""
-    model = one_layer(dtype, kernels, config).to_empty(device="cpu")
+    model = one_layer(dtype, ops, config).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for tensor in [*model.decoder.parameters(), *model.decoder.buffers()]:
         tensor.copy_(torch.randn(tensor.shape, generator=generator).mul_(tensor.shape[-1] ** -0.5))
     batch = max(rows // 2, 1)
     grid, text = self_pages(model.config), cross_pages(model.config)
     sizes = Sizes(batch, rows > 1, context + 1, TEXT, rows * grid.pages(context + 1), batch * text.pages(TEXT))
-    state = DecodeState(model.config, kernels, sizes, dtype, torch.device("cpu"))
+    state = DecodeState(model.config, ops, sizes, dtype, torch.device("cpu"))
     for batch_idx in range(batch):
         state.grow(batch_idx, context + 1)
         state.cross_blocks.grow(batch_idx, TEXT)
@@ -270,10 +276,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 1024, 3072])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--markdown", type=Path)
+    add_ops_option(parser)
     add_options(parser)
     options = parser.parse_args(arguments)
     install()
     try:
+        ops = chosen_ops(options.ops)
         results = Results(parser, options, arguments)
     except DiaFastError as error:
         print(f"traffic: {error}", file=sys.stderr)
@@ -282,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: list[Traffic] = []
     with torch.inference_mode():
         for rows in options.rows:
-            found += measure(config, rows, options.contexts, DTYPES[options.dtype])
+            found += measure(config, rows, options.contexts, DTYPES[options.dtype], ops)
             print(f"counted {rows} rows", file=sys.stderr, flush=True)
     layers = config.decoder.num_hidden_layers
     table = markdown(found, layers)

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from dia_fast.audio.codec import Codec
+    from dia_kernels.ops import OwnOps
 
 
 class Dia(OneProcess):
@@ -123,6 +124,7 @@ class Dia(OneProcess):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | str | None = None,
         backend: str = "auto",
+        ops: "OwnOps | None" = None,
         codec: AnyCodec = "auto",
         max_batch: int = MAX_BATCH,
         memory: Memory = None,
@@ -141,6 +143,8 @@ class Dia(OneProcess):
             device: By default the GPU if torch sees one, else the CPU.
             dtype: By default bfloat16 on a GPU (float16 where it lacks that), float32 on a CPU.
             backend: The ops, `"torch"`, `"triton"` or `"auto"` (triton on a GPU).
+            ops: Ops of your own in the place of the backend's: by name, a module that defines them, or
+                `"module:name"` (see `dia_kernels.with_ops`).
             codec: Hub repository, folder or file of a DAC, loaded when first used; `"auto"` is the folder `codec` in
                 the model's folder if there is one, else `descript/dac_44khz`; `"descript"` the dac package's own; a
                 loaded codec; None for none, which leaves `generate_codes`.
@@ -170,14 +174,14 @@ class Dia(OneProcess):
         kind = choose_dtype(dtype, place)
         check_weights(weights)
         check_product(pack, kind, place)
-        ops = choose_ops(backend, place)
+        op_set = choose_ops(backend, place, ops)
         checkpoint = open_checkpoint(os.fspath(name_or_path), revision=revision, local_files_only=local_files_only)
         weights = weights or checkpoint.weights
-        if weights != FLOAT and ops.name == "triton":
+        if weights != FLOAT and op_set.name == "triton":
             raise InputError(f"weights in 8 bits ({weights}) have no Triton kernels yet; use weights='float'")
         if weights != "int8":
             try_product(fused_shapes(checkpoint.config).values(), pack, kind, place)
-        model = DiaModel(checkpoint.config, ops).load(checkpoint.load_as(weights, kind, place))
+        model = DiaModel(checkpoint.config, op_set).load(checkpoint.load_as(weights, kind, place))
         model.pack(pack, progress=True)
         if isinstance(codec, str | os.PathLike):
             from dia_fast.audio.codec import codec_for

@@ -33,6 +33,7 @@ FORBIDDEN = {
     "bench": ("tests",),
     "examples": ("dia_kernels", "bench", "tests"),
     "examples.single_kernels": ("bench", "tests"),
+    "examples.own_glu": ("bench", "tests"),
 }
 # The torch references run where Triton cannot be installed.
 FORBIDDEN["dia_kernels.reference"] = (*FORBIDDEN["dia_kernels"], "triton")

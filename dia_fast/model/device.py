@@ -5,7 +5,8 @@ from types import ModuleType
 import torch
 
 from dia_fast.errors import InputError, shown
-from dia_kernels import get_ops
+from dia_kernels import get_ops, with_ops
+from dia_kernels.ops import OwnOps
 
 DTYPES = {
     "float32": torch.float32,
@@ -64,13 +65,15 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     return chosen
 
 
-def choose_ops(backend: str, device: torch.device) -> ModuleType:
-    """The op set of a backend, see `dia_kernels.get_ops`.
+def choose_ops(backend: str, device: torch.device, own: OwnOps | None = None) -> ModuleType:
+    """The op set of a backend, see `dia_kernels.get_ops`, with some ops replaced, see `dia_kernels.with_ops`.
 
     Raises:
-        InputError: For a backend that is unknown or cannot run there, or a `DIA_KERNELS_TABLE` that cannot be read.
+        InputError: For a backend that is unknown or cannot run there, a `DIA_KERNELS_TABLE` that cannot be read, or ops
+            that cannot be.
     """
     try:
-        return get_ops(backend, device)
+        ops = get_ops(backend, device)
+        return ops if own is None else with_ops(ops, own)
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error

@@ -22,6 +22,8 @@ OPS = frozenset(
     }
 )  # fmt: skip
 
+_registered: set[str] = set()
+
 LARGEST_TABLE = 1 << 24  # characters
 
 Launcher = Callable[..., Any]
@@ -148,6 +150,13 @@ def _fits(value: Any, wanted: Any) -> bool:
     return value in wanted if isinstance(wanted, list) else value == wanted
 
 
+def register(op: str) -> None:
+    """Let a table set the config of a kernel of your own, which takes it from `configuration` under this name."""
+    if not op.isidentifier():
+        raise ValueError(f"op: must be a name such as 'my_glu', not {op!r}")
+    _registered.add(op)
+
+
 @functools.lru_cache(maxsize=16)
 def read_table(path: str) -> Table:
     """Read a table of configs: `{op: [{"where": {"arch": "sm_90", "rows": {"max": 8}}, "use": {"BLOCK_N": 8}}]}`.
@@ -173,9 +182,10 @@ def read_table(path: str) -> Table:
     groups = list(table.values()) if isinstance(table, dict) else [None]
     if not all(isinstance(group, list) and all(map(_is_entry, group)) for group in groups):
         raise ValueError(f'{path}: expected {{op: [{{"where": {{...}}, "use": {{...}}}}, ...]}}')
-    unknown = sorted(set(table) - OPS)
+    unknown = sorted(set(table) - OPS - _registered)
     if unknown:
-        raise ValueError(f"{path}: knows no op {', '.join(unknown)}; there are {', '.join(sorted(OPS))}")
+        names = ", ".join(sorted(OPS | _registered))
+        raise ValueError(f"{path}: knows no op {', '.join(unknown)}; there are {names}")
     for op, entries in table.items():
         for name, wanted in (item for entry in entries for item in entry.get("where", {}).items()):
             if not _is_wanted(name, wanted):

@@ -1,15 +1,21 @@
 """The choice between the two op sets, made once per model."""
 
+import difflib
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any, TypeAlias
 
 import torch
 
 from dia_kernels import launcher
 
+OwnOps: TypeAlias = Mapping[str, Callable[..., Any]] | ModuleType | str
+
 BACKENDS = ("auto", "torch", "triton")
+_BESIDE = {"attention_workspace", "snake_residual"}  # ops without a config of their own
 _TRITON_GPUS = ("cuda", "xpu")  # torch device types that Triton has drivers for; ROCm calls itself cuda
 
 
@@ -36,6 +42,48 @@ def get_ops(backend: str = "auto", device: torch.device | str = "cpu") -> Module
     if table := os.environ.get("DIA_KERNELS_TABLE"):
         launcher.read_table(table)
     return importlib.import_module("dia_kernels.triton")
+
+
+def with_ops(base: ModuleType, own: OwnOps) -> ModuleType:
+    """Return an op set in which some ops are another's.
+
+    Args:
+        base: The op set that all others are taken from.
+        own: Ops by name; a module, whose functions of these names are taken; or `"module"` or `"module:name"`, to be
+            imported, for either of the two.
+
+    Raises:
+        ValueError: A name is that of no op, something is no function, or nothing can be imported by the name.
+    """
+    found = _imported(own) if isinstance(own, str) else own
+    known = [name for name in base.__all__ if name in launcher.OPS | _BESIDE]
+    if isinstance(found, ModuleType):
+        given = {name: vars(found)[name] for name in known if name in vars(found)}
+        if not given:
+            raise ValueError(f"ops: {found.__name__} defines none of {', '.join(known)}")
+    elif isinstance(found, Mapping):
+        given = dict(found)
+    else:
+        raise ValueError(f"ops: must be a mapping of names to functions, a module or 'module:name', not {found!r}")
+    for name, op in given.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1, 0.0)[0]
+            raise ValueError(f"ops: {name!r} is no op of {base.__name__}; did you mean {near!r}?")
+        if not callable(op):
+            raise ValueError(f"ops: {name} must be a function, not {op!r}")
+    made = ModuleType(f"{base.__name__} with {', '.join(given)} replaced")
+    vars(made).update({name: getattr(base, name) for name in base.__all__} | given)
+    vars(made).update(name=base.name, __all__=list(base.__all__))
+    return made
+
+
+def _imported(place: str) -> Any:
+    name, _, attribute = place.partition(":")
+    try:
+        module = importlib.import_module(name)
+        return getattr(module, attribute) if attribute else module
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"ops: cannot import {place!r}: {error}") from error
 
 
 def triton_obstacle(device: torch.device | str) -> str | None:
