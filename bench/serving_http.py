@@ -309,7 +309,10 @@ async def fuzz(server: Server, seconds: float, record: Record) -> None:
         # It calls every 5xx a fault; 503 and 504 are answers of a server that is full.
         if found := re.search(r"\[(5\d\d)\]", line):
             record.status(int(found[1]), f"schemathesis: {line.strip()[:100]}")
-    record.kinds["schemathesis"] += 1
+    made = re.search(r"(\d+) generated", told)
+    record.kinds["schemathesis"] += int(made[1]) if made else 0
+    if not record.kinds["schemathesis"] and seconds >= 60:  # it takes seconds to begin
+        record.faults.append(f"schemathesis made no request: {told.strip()[-300:]}")
 
 
 async def load(server: Server, options: argparse.Namespace) -> tuple[list[Job], Record, dict[str, Any]]:
