@@ -55,7 +55,7 @@ from dia_fast.model.cpu_weights import check_product, try_product
 from dia_fast.model.device import choose_device, choose_dtype, choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
-from dia_fast.model.quantization import FLOAT, check_weights
+from dia_fast.model.quantization import check_weights
 from dia_fast.text.tokenizer import checked_text, with_tag
 from dia_fast.utils.files import checked_path
 from dia_fast.utils.forks import OneProcess, check_device, renew_in_child
@@ -177,8 +177,6 @@ class Dia(OneProcess):
         op_set = choose_ops(backend, place, ops)
         checkpoint = open_checkpoint(os.fspath(name_or_path), revision=revision, local_files_only=local_files_only)
         weights = weights or checkpoint.weights
-        if weights != FLOAT and op_set.name == "triton":
-            raise InputError(f"weights in 8 bits ({weights}) have no Triton kernels yet; use weights='float'")
         if weights != "int8":
             try_product(fused_shapes(checkpoint.config).values(), pack, kind, place)
         model = DiaModel(checkpoint.config, op_set).load(checkpoint.load_as(weights, kind, place))

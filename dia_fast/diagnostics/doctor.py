@@ -25,6 +25,7 @@ from dia_fast.model.config import DiaConfig
 from dia_fast.model.device import choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
+from dia_fast.model.quantization import INT8
 from dia_kernels import reference
 from dia_kernels.ops import triton_obstacle
 from dia_kernels.reference import packed
@@ -232,6 +233,7 @@ def check_compiling(targets: Sequence[str], dtype: torch.dtype) -> list[Verdict]
             try:
                 with ahead.compiling(target):
                     launches.decode(2, dtype, ops)
+                    launches.decode(2, dtype, ops, launches.one_layer(dtype, ops, weights=INT8))
                     first_generation = DiaConfig(first_generation=True)
                     launches.decode(2, dtype, ops, launches.one_layer(dtype, ops, first_generation))
                     launches.prefill(dtype, ops)

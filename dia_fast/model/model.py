@@ -113,8 +113,6 @@ class DiaModel(OneProcess, nn.Module):
         Matrices in 8 bits (`Int8Weight`) are for inference alone: afterwards the model is as a packed one, see `pack`.
         """
         matrices = {name: weight for name, weight in weights.items() if isinstance(weight, PackedWeight)}
-        if matrices and self.ops.name == "triton":
-            raise InputError("weights in 8 bits have no Triton kernels yet: use backend='torch', or weights='float'")
         for path, weight in matrices.items():
             module, _, name = path.rpartition(".")
             expected = self.get_parameter(path).shape

@@ -3,7 +3,8 @@
 `import dia_kernels.torch_library` registers them as `torch.ops.dia_kernels.*`; the functions here are the same
 operators. They allocate what they return; the decode engine does not use them, since its buffers exist before the step.
 Where Triton can run on the tensors' device the kernels run, elsewhere the torch reference: `implementation(device)`
-tells which. Shapes and formulas are those of `dia_kernels.reference`.
+tells which. Shapes and formulas are those of `dia_kernels.reference`. Projections take a weight in 8 bits as int8
+values and their float32 `scales`, one for each output feature.
 """
 
 from types import ModuleType
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from dia_kernels.ops import get_ops, triton_obstacle
+from dia_kernels.reference.linear import Weight
+from dia_kernels.reference.quantized import Int8Weight
 from dia_kernels.reference.sampling import NOT_FINITE
 
 
@@ -23,6 +26,10 @@ def implementation(device: torch.device | str) -> str:
 
 def _ops(x: Tensor) -> ModuleType:
     return get_ops(implementation(x.device), x.device)
+
+
+def _weight(values: Tensor, scales: Tensor | None) -> Weight:
+    return values if scales is None else Int8Weight(values, scales)
 
 
 @custom_op("dia_kernels::rms_norm", mutates_args=())
@@ -48,47 +55,59 @@ def _(x: Tensor) -> Tensor:
 
 
 @custom_op("dia_kernels::rms_norm_linear", mutates_args=())
-def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, scales: Tensor | None = None) -> Tensor:
     """Return `rms_norm(x) @ weight.T`, for 1 to 64 rows."""
-    return _ops(x).rms_norm_linear(x, norm_weight, weight, eps, x.new_empty(x.shape[0], weight.shape[0]))
+    return _ops(x).rms_norm_linear(
+        x, norm_weight, _weight(weight, scales), eps, x.new_empty(x.shape[0], weight.shape[0])
+    )
 
 
 @rms_norm_linear.register_fake
-def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, scales: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @custom_op("dia_kernels::rms_norm_glu", mutates_args=())
-def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_glu(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, scales: Tensor | None = None) -> Tensor:
     """Return `silu(gate) * up` of `rms_norm(x) @ weight.T`, for 1 to 64 rows."""
-    return _ops(x).rms_norm_glu(x, norm_weight, weight, eps, x.new_empty(x.shape[0], weight.shape[0] // 2))
+    return _ops(x).rms_norm_glu(
+        x, norm_weight, _weight(weight, scales), eps, x.new_empty(x.shape[0], weight.shape[0] // 2)
+    )
 
 
 @rms_norm_glu.register_fake
-def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, scales: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 
 @custom_op("dia_kernels::linear_residual", mutates_args=("residual",))
-def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> None:
+def linear_residual(
+    x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None, scales: Tensor | None = None
+) -> None:
     """Add in place: `residual[:m] += x @ weight.T` in place, `residual[m:] += constant`, for 1 to 64 rows."""
-    _ops(x).linear_residual(x, weight, residual, constant)
+    _ops(x).linear_residual(x, _weight(weight, scales), residual, constant)
 
 
 @linear_residual.register_fake
-def _(x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None) -> None:
+def _(
+    x: Tensor, weight: Tensor, residual: Tensor, constant: Tensor | None = None, scales: Tensor | None = None
+) -> None:
     return None
 
 
 @custom_op("dia_kernels::codebook_logits", mutates_args=())
-def codebook_logits(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, channels: int) -> Tensor:
+def codebook_logits(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, channels: int, scales: Tensor | None = None
+) -> Tensor:
     """Apply the final norm and the heads of all channels: float32 `[rows, channels, vocab]`."""
     out = x.new_empty(x.shape[0], channels, weight.shape[0] // channels, dtype=torch.float32)
-    return _ops(x).codebook_logits(x, norm_weight, weight, eps, out)
+    return _ops(x).codebook_logits(x, norm_weight, _weight(weight, scales), eps, out)
 
 
 @codebook_logits.register_fake
-def _(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, channels: int) -> Tensor:
+def _(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float, channels: int, scales: Tensor | None = None
+) -> Tensor:
     return x.new_empty(x.shape[0], channels, weight.shape[0] // channels, dtype=torch.float32)
 
 

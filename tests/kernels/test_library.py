@@ -24,6 +24,12 @@ def cases(device: torch.device) -> dict[str, tuple]:
     def r(*shape: int, seed: int = 0) -> Tensor:
         return random(shape, torch.float32, device, seed)
 
+    def bytes_(*shape: int) -> Tensor:
+        return (r(*shape, seed=2) * 40).clamp(-127, 127).to(torch.int8)
+
+    def scales(features: int) -> Tensor:
+        return r(features, seed=5).abs() / 100 + 0.01
+
     heads, kv_heads, dim = 2, 1, 16
     cos, sin = r(20, dim // 2, seed=1).cos(), r(20, dim // 2, seed=1).sin()
     pages = r(3, kv_heads, 16, dim, seed=2), r(3, kv_heads, 16, dim, seed=3)
@@ -36,6 +42,10 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "rms_norm_glu": (r(2, 32), r(32, seed=1), r(32, 32, seed=2), EPS),
         "linear_residual": (r(1, 32), r(16, 32, seed=2), r(2, 16, seed=3), r(16, seed=4)),
         "codebook_logits": (r(2, 32), r(32, seed=1), r(24, 32, seed=2), EPS, 3),
+        "rms_norm_linear by int8": (r(2, 32), r(32, seed=1), bytes_(16, 32), EPS, scales(16)),
+        "rms_norm_glu by int8": (r(2, 32), r(32, seed=1), bytes_(32, 32), EPS, scales(32)),
+        "linear_residual by int8": (r(1, 32), bytes_(16, 32), r(2, 16, seed=3), r(16, seed=4), scales(16)),
+        "codebook_logits by int8": (r(2, 32), r(32, seed=1), bytes_(24, 32), EPS, 3, scales(24)),
         "rope_attention": (r(2, (heads + 2 * kv_heads) * dim), cos, sin, *pages, table, _integers([3, -1], device)),
         "cross_attention": (r(2, heads * dim), *pages, table, _integers([5, 16], device)),
         "rope": (r(4, (heads + 2 * kv_heads) * dim), cos, sin, _integers([0, 1, 2, 0], device), kv_heads),
@@ -60,10 +70,15 @@ def cases(device: torch.device) -> dict[str, tuple]:
 NAMES = tuple(cases(torch.device("cpu")))
 
 
+def operator(name: str) -> str:
+    """Of a case, which may say what its weights are."""
+    return name.partition(" ")[0]
+
+
 def test_every_op_of_the_op_set_is_an_operator() -> None:
     tools = {"philox", "sample_weights", "attention_workspace", "pack", "PackedWeight"}
-    assert set(NAMES) == set(reference.__all__) - tools
-    assert all(hasattr(torch.ops.dia_kernels, name) for name in NAMES)
+    assert set(map(operator, NAMES)) == set(reference.__all__) - tools
+    assert all(hasattr(torch.ops.dia_kernels, operator(name)) for name in NAMES)
 
 
 def test_a_table_may_name_every_op_that_asks_for_a_config(
@@ -77,13 +92,13 @@ def test_a_table_may_name_every_op_that_asks_for_a_config(
 
     monkeypatch.setattr(launcher, "configuration", noted)
     for name, arguments in cases(device).items():
-        getattr(library, name)(*arguments)
+        getattr(library, operator(name))(*arguments)
     assert asked == launcher.OPS
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name: str, device: torch.device) -> None:
-    torch.library.opcheck(getattr(torch.ops.dia_kernels, name).default, cases(device)[name])
+    torch.library.opcheck(getattr(torch.ops.dia_kernels, operator(name)).default, cases(device)[name])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,10 +110,10 @@ def test_the_kernels_agree_with_the_reference(name: str, device: torch.device, m
     """
     assert library.implementation(device) == "triton"
     mine = cases(device)[name]
-    results = getattr(library, name)(*mine)
+    results = getattr(library, operator(name))(*mine)
     monkeypatch.setattr(library, "implementation", lambda device: "torch")
     theirs = cases(device)[name]
-    expected = getattr(library, name)(*theirs)
+    expected = getattr(library, operator(name))(*theirs)
     for got, want in zip(_tensors((results, *mine)), _tensors((expected, *theirs)), strict=True):
         size = want.abs().max().item() if want.is_floating_point() and want.numel() else 0.0
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * size)

@@ -36,6 +36,23 @@ def test_every_weight_is_read_exactly_once(found: list[traffic.Traffic]) -> None
     assert glu.weights == 2 * 2 * 256 * 128
 
 
+@pytest.mark.parametrize("weights", ["int8", "int8-mlp"])
+def test_weights_in_8_bits_and_their_scales_are_read_once(weights: str, found: list[traffic.Traffic]) -> None:
+    with torch.inference_mode():
+        narrow = traffic.measure(wide(), 2, [5], torch.bfloat16, weights)
+    assert all(item.weights_once for item in narrow)
+    glu, qkv = next(item for item in narrow if "glu" in item.kernel), next(item for item in narrow if item.weights)
+    assert glu.weights == 2 * 256 * (128 + 4)
+    before = {item.kernel: item for item in found}
+    assert glu.weights + glu.saved == before["rms_norm_glu"].weights
+    assert (qkv.saved > 0) == (weights == "int8")
+    share = traffic.share_of_float(narrow, 2, 5, 1)
+    assert 0.5 < share < 1
+    wasteful = [traffic.replace(item, weights=item.weights + item.saved) for item in narrow]
+    wasteful[0] = traffic.replace(wasteful[0], saved=0)
+    assert any("without weights in 8 bits; 0." in told for told in traffic.violations(wasteful, 1, weights))
+
+
 def test_attention_moves_the_keys_and_values_of_its_tokens(found: list[traffic.Traffic]) -> None:
     decoder = wide().decoder
     token = 2 * 2 * decoder.num_key_value_heads * decoder.head_dim

@@ -12,8 +12,10 @@ from dia_fast.engine import Request, generate
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes
 from dia_fast.model.model import DiaModel
+from dia_fast.model.quantization import FLOAT, INT8, INT8_MLP, quantized_names
 from dia_kernels import get_ops
 from dia_kernels import launcher as launch
+from dia_kernels.reference.quantized import quantize
 from tests.kernels.support import random
 
 TEXTS = ([1, 72, 105, 46], [2, 72, 101, 108, 108, 111])
@@ -27,15 +29,19 @@ def config() -> DiaConfig:
 
 
 def model(
-    ops: ModuleType, device: torch.device, dtype: torch.dtype = torch.float32, first_generation: bool = False
+    ops: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    first_generation: bool = False,
+    weights: str = FLOAT,
 ) -> DiaModel:
     """Random weights, large enough that tokens vary; EOS a little likelier than the rest, so that some requests end."""
     made = DiaModel(replace(config(), first_generation=first_generation), ops)
-    weights = {
+    tensors = {
         name: random(p.shape, dtype, device, seed, 0.6 if p.ndim == 2 else 1.0)
         for seed, (name, p) in enumerate(made.state_dict().items())
     }
-    return made.load(weights)
+    return made.load(tensors | {name: quantize(tensors[name]) for name in quantized_names(made.config, weights)})
 
 
 def requests(greedy: bool, rows: int) -> list[Request]:
@@ -61,6 +67,15 @@ def test_tokens_equal_those_of_torch(first_generation: bool, greedy: bool, rows:
     assert any(len(generation.delayed_codes[6:].unique()) > 3 for generation in got), (
         "the tokens hardly vary: this shows little"
     )
+
+
+@pytest.mark.parametrize("weights", [INT8, INT8_MLP])
+def test_tokens_equal_those_of_torch_by_weights_in_8_bits(weights: str, device: torch.device) -> None:
+    asked = requests(True, 6)
+    expected = generate(model(get_ops("torch"), device, weights=weights), asked)
+    got = generate(model(get_ops("triton", device), device, weights=weights), asked)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert torch.equal(mine.delayed_codes, theirs.delayed_codes)
 
 
 def ready_state(made: DiaModel, guided: bool) -> DecodeState:
