@@ -64,16 +64,26 @@ def of_ray(after: float) -> list[psutil.Process]:
     return found
 
 
+def title(process: psutil.Process) -> str:
+    """Command line of one of `of_ray`, as it was then: the process may have ended."""
+    return " ".join(process.info["cmdline"] or [])
+
+
+def speaking(after: float) -> list[psutil.Process]:
+    """Actors that have items in hand."""
+    return [process for process in of_ray(after) if "_Speaker.speak" in title(process)]
+
+
 def left(after: float, but: tuple[str, ...] = (), seconds: float = 30) -> list[str]:
     """Processes of Ray that are still there after so long, without those of the titles `but`."""
 
     def found() -> list[psutil.Process]:
-        return [process for process in of_ray(after) if not " ".join(process.cmdline()).startswith(but or "\0")]
+        return [process for process in of_ray(after) if not title(process).startswith(but or "\0")]
 
     end = time.monotonic() + seconds
     while (there := found()) and time.monotonic() < end:
         time.sleep(0.2)
-    return [f"{process.status()} {' '.join(process.cmdline())[:200]}" for process in there]
+    return [f"{process.info['status']} {title(process)[:200]}" for process in there]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +109,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_actor_and_then_the_driver_are_killed(home: Path, begun: float) -> None:
     first = started(home, "out", "--ray", "local", "--actors", "2")
     wait_for(home / "out", 5, first)
-    actors = [process for process in of_ray(begun) if "_Speaker" in " ".join(process.cmdline())]
+    while len(actors := speaking(begun)) < 2:  # the other one may still be loading
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.1)
     assert len(actors) == 2
     actors[0].send_signal(signal.SIGKILL)
     wait_for(home / "out", done(home / "out") + 10, first)
