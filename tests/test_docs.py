@@ -287,11 +287,14 @@ def test_the_quickstart_names_every_extra_of_users() -> None:
 
 def test_the_table_of_memory_is_what_info_computes() -> None:
     text = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) \| ([\d.]+) GB \| ([\d.]+) GB \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+)" + r" \| ([\d.]+) GB" * 4 + r" \|$", text, re.MULTILINE)
     assert len(rows) >= 4
-    for count, short, long in rows:
-        for shown, steps, size in ((short, 860, 200), (long, 3072, 1024)):
-            needed = info.memory_needed(DiaConfig(), 2, batch=int(count), length=steps, text_length=size)
+    for count, *cells in rows:
+        sizes = [(steps, size, weights) for weights in ("float", "int8") for steps, size in ((860, 200), (3072, 1024))]
+        for shown, (steps, size, weights) in zip(cells, sizes, strict=True):
+            needed = info.memory_needed(
+                DiaConfig(), 2, batch=int(count), length=steps, text_length=size, weights=weights
+            )
             assert f"{needed['total'] / 1e9:.1f}" == shown, (count, steps)
 
 

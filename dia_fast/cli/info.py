@@ -10,7 +10,8 @@ from dia_fast.checkpoint.demo import located
 from dia_fast.cli.paths import path
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.model.config import DiaConfig
-from dia_fast.model.fused_weights import parameter_count
+from dia_fast.model.fused_weights import fused_shapes, parameter_count
+from dia_fast.model.quantization import FLOAT, INT8, INT8_MLP, quantized_names
 from dia_fast.utils.files import checked_path
 
 DESCRIPTION = """\
@@ -51,18 +52,28 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def memory_needed(
-    config: DiaConfig, element: int, *, batch: int = 1, length: int, text_length: int, guided: bool = True
+    config: DiaConfig,
+    element: int,
+    *,
+    batch: int = 1,
+    length: int,
+    text_length: int,
+    guided: bool = True,
+    weights: str = FLOAT,
 ) -> dict[str, int]:
     """Bytes that stay allocated during a run: `weights`, `self_kv`, `cross_kv` and their `total`; the rest is small.
 
-    element: bytes per number. length: rows of the decoder per dialogue. Cross keys and values exist for the
+    element: bytes per number. weights: of `quantization.WEIGHTS`: a matrix in 8 bits is a byte per number, and four for
+    each output channel. length: rows of the decoder per dialogue. Cross keys and values exist for the
     conditional row only.
     """
     decoder = config.decoder
     self_token = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
     cross_token = 2 * decoder.num_hidden_layers * decoder.cross_num_key_value_heads * decoder.cross_head_dim
+    shapes = [fused_shapes(config)[name] for name in quantized_names(config, weights)]
+    spared = sum(features * (hidden * (element - 1) - 4) for features, hidden in shapes)
     parts = {
-        "weights": parameter_count(config) * element,
+        "weights": parameter_count(config) * element - spared,
         "self_kv": batch * (2 if guided else 1) * length * self_token * element,
         "cross_kv": batch * text_length * cross_token * element,
     }
@@ -100,6 +111,14 @@ def run(args: argparse.Namespace) -> int:
         )
         for dtype in ([args.dtype] if args.dtype else BYTES)
     }
+    if not args.dtype:  # the same in fp16
+        needs |= {
+            weights: memory_needed(
+                config, BYTES["bf16"], batch=args.batch, length=length, text_length=text_length, guided=guided,
+                weights=weights,
+            )
+            for weights in (INT8, INT8_MLP)
+        }  # fmt: skip
     run_of = {"batch": args.batch, "length": length, "text_length": text_length, "guidance": guided}
     if args.json:
         facts = {"model": args.model, "config": asdict(config), "parameters": parameter_count(config)}
@@ -108,9 +127,10 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(_lines(args.model, config, found)))
     rows = f"{args.batch} {'dialogue' if args.batch == 1 else 'dialogues'}, {'2 rows' if guided else '1 row'} each"
     print(f"\nmemory of a run ({rows}, {length} steps, {text_length} bytes of text)")
-    print(f"  {'':<6}{'weights':>10}{'self KV':>10}{'cross KV':>10}{'total':>10}")
+    print(f"  {'':<9}{'weights':>9}{'self KV':>10}{'cross KV':>10}{'total':>10}")
     for dtype, need in needs.items():
-        print(f"  {dtype:<6}" + "".join(f"{readable(size):>10}" for size in need.values()))
+        cells = [readable(size) for size in need.values()]
+        print(f"  {dtype:<9}{cells[0]:>9}" + "".join(f"{cell:>10}" for cell in cells[1:]))
     return 0
 
 

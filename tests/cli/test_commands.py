@@ -161,6 +161,10 @@ def test_memory_of_the_real_model() -> None:
         "cross_kv": 147_456,
         "total": 2 * 1_611_160_576 + 2 * 36_864 + 147_456,
     }
+    narrow = memory_needed(DiaConfig(), 2, length=1, text_length=1, weights="int8")
+    mixed = memory_needed(DiaConfig(), 2, length=1, text_length=1, weights="int8-mlp")
+    assert 0.5 < narrow["weights"] / need["weights"] < 0.52 < mixed["weights"] / need["weights"] < 0.7
+    assert narrow["total"] - need["total"] == narrow["weights"] - need["weights"]
     long = memory_needed(DiaConfig(), 4, batch=3, length=100, text_length=10, guided=False)
     assert (long["self_kv"], long["cross_kv"]) == (3 * 100 * 73_728, 3 * 10 * 294_912)
 
