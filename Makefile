@@ -1,5 +1,5 @@
 # Every target sets up its own virtual environment in .venv; `make help` lists them.
-# Needed on the machine: Python >= 3.10 with pip, and make.
+# Needed on the machine: Python >= 3.10 with pip, and make; npm for demo-voice and eval-voice.
 
 PYTHON ?= python3
 VENV := .venv
@@ -162,7 +162,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(PY) -m mypy
 
 clean: ## remove the virtual environments and everything generated, but what took long: see clean-results
-	rm -rf $(VENV) $(LATEST) $(CLIENTS) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) $(OLDEST) $(CLIENTS) build dist demo-output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-results: ## remove what benchmarks and the demo voice left: results, plots, random weights, trained weights

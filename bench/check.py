@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None, measure: Measure = metrics.in_a
     add_options(parser)
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE", help="default: bench/baseline.json")
     options = parser.parse_args(arguments)
+    if options.update and (options.json or options.csv):
+        parser.error("--update writes the baseline; --json and --csv are for a comparison")
     try:
         with tempfile.TemporaryDirectory(prefix="bench-check-") as folder:
             if options.update:

@@ -121,7 +121,7 @@ def line(compiled: ahead.Compiled, target: str, dtype: str, rows: int) -> Line:
         instructions=len(code.instructions),
         in_flight=machine_code.bytes_in_flight(code, machine, warps, programs)[0] if streams else 0.0,
         issue=machine_code.issue_share(code, machine) if streams else 0.0,
-        weights=INT8 if compiled.kernel in PROJECTIONS and compiled.arguments["scale_ptr"] is not None else FLOAT,
+        weights=INT8 if compiled.kernel in PROJECTIONS and compiled.arguments.get("scale_ptr") is not None else FLOAT,
         all_in_flight=streams and machine_code.outstanding_loads(code)[0] == len(loads),
     )
 

@@ -61,8 +61,8 @@ def table(a: Mapping[str, Any], b: Mapping[str, Any], changed: float) -> Iterato
     yield "| case | figure | A | B | B / A |"
     yield "|---|---|---:|---:|---:|"
     for key, values in new.items():
-        for name, value in values.items() if key in old else ():
-            before = old[key].get(name)
+        for name in old[key] | values if key in old else ():
+            before, value = old[key].get(name), values.get(name)
             ratio = _ratio(before, value)
             if changed and (before == value if ratio is None else abs(ratio - 1) * 100 < changed):
                 continue

@@ -24,6 +24,7 @@ from dia_fast.diagnostics.roofline import figures, work
 from dia_fast.diagnostics.roofline.predict import SIZES
 from dia_fast.errors import InputError
 from dia_fast.model.config import DiaConfig
+from dia_fast.model.quantization import FLOAT
 from dia_fast.utils.files import replacing
 from dia_kernels.triton import gemv
 
@@ -41,7 +42,7 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Line]]:
         if report["bench"] != "codegen":
             raise InputError(f"{path} is no report of bench.codegen, but of {report['bench']}")
         versions.setdefault(report["versions"]["triton"], path)
-        steps |= _by_step(line for line in results.flat(report) if "kernel" in line)
+        steps |= _by_step(line for line in results.flat(report) if "kernel" in line and line["weights"] == FLOAT)
     if len(versions) != 1:
         raise ValueError(
             "reports of different versions of Triton: " + ", ".join(f"{k} ({v})" for k, v in versions.items())

@@ -180,7 +180,9 @@ def probabilities(theirs: Any, count: int) -> float:
     made, _ = pair(theirs, 0.0)
     generator = np.random.default_rng(1)
     eos, largest, one = CONFIG.decoder.eos_token_id, 0.0, torch.ones(1)
-    for seed in range(count):
+    seed = compared = 0
+    while compared < count:
+        seed += 1
         scale, temperature, top_p = (
             float(generator.choice(values)) for values in ((0.0, 1.5, 3.0, -2.0), (0.5, 1.0, 2.0), (0.3, 0.95, 1.0))
         )
@@ -190,6 +192,7 @@ def probabilities(theirs: Any, count: int) -> float:
         best = (logits[0] + scale * (logits[0] - logits[1])).topk(64).values
         if bool((best[:, 1:] == best[:, :-1]).any()):
             continue
+        compared += 1
         logits[:, 0, eos] += float(generator.choice((-30.0, 0.0, 12.0, 60.0)))
         # Unconditional logits first, as in its batches.
         made.model.decoder.decode_step = functools.partial(lambda found, *_: found.clone(), logits.flip(0)[:, None])

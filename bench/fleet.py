@@ -74,6 +74,8 @@ class Times:
             raise InputError(
                 "times: steps must be pairs of rising numbers of sequences, batch at least 1, rate above 0"
             )
+        if self.batch != int(self.batch) or counts[-1] < self.batch:
+            raise InputError(f"times: batch must be a whole number, and steps must reach it, not {self.batch:g}")
         values = [value for _, value in self.steps] + [self.prefill, self.codec, self.first_steps, self.extra_steps]
         if not all(0 <= value < math.inf for value in values) or any(value == 0 for _, value in self.steps):
             raise InputError("times: every time must be a positive number of seconds")
@@ -89,7 +91,8 @@ class Times:
         return requests * (steps * self.table()[self.batch] / self.batch + self.prefill)
 
 
-# Steps: an H200, bf16, rows under guidance, docs/benchmarks.md. Prefill and codec: assumed.
+# Steps: an H200, bf16, under guidance, docs/benchmarks.md: the first is estimated, the others are of an earlier table
+# of configs. Prefill and codec: assumed.
 H200 = Times(((1, 1.00e-3), (8, 1.82e-3), (32, 5.07e-3)), 0.01, 0.01, 32, 9 + 14 + 15, 86.13, 15)
 
 
@@ -134,7 +137,7 @@ class Replica:
         self._step, self._window = times.table(), window
         self._made, self._now, self._ready = 0.0, 0.0, 0.0  # steps so far; until when; when the prefill has ended
         self._ends: list[tuple[float, int]] = []
-        self._firsts: deque[tuple[float, int]] = deque()
+        self._firsts: list[tuple[float, int]] = []
         self.waiting: deque[int] = deque()
         self.version = 0
         self.row_seconds = self.busy_seconds = 0.0
@@ -154,7 +157,7 @@ class Replica:
             step = self._step[running]
             made = self._made + (now - start) / step
             while self._firsts and self._firsts[0][0] <= made + 1e-6:
-                at, index = self._firsts.popleft()
+                at, index = heappop(self._firsts)
                 heard(index, start + max(at - self._made, 0.0) * step)
             self._made = made
         self._now = now
@@ -172,7 +175,7 @@ class Replica:
             index = self.waiting.popleft()
             self._ready = max(self._ready, self._now) + self.times.prefill
             heappush(self._ends, (self._made + self.steps[index], index))
-            self._firsts.append((self._made + min(self.times.first_steps, self.steps[index]), index))
+            heappush(self._firsts, (self._made + min(self.times.first_steps, self.steps[index]), index))
 
     def next_end(self) -> float:
         """Return the moment at which the next request ends if no other one begins."""
@@ -190,6 +193,8 @@ def simulate(times: Times, replicas: int, arrivals: Floats, seconds: Floats, see
         seconds: How long the sound of each is.
         seed: Of the draw of replicas.
     """
+    if not len(arrivals):
+        raise InputError("no request comes within the simulated time: make it longer")
     steps = times.rate * seconds + times.extra_steps
     horizon = float(arrivals[-1])
     window = (WARM * horizon, horizon)

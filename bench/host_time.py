@@ -19,6 +19,7 @@ import torch
 from bench.measure import describe_machine
 from bench.tools.results import Results, add_options
 from dia_fast.engine import Engine, Request
+from dia_fast.errors import DiaFastError
 from dia_fast.model.config import DiaConfig
 from dia_kernels import get_ops
 
@@ -72,7 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not 0 < options.steps * options.rounds < 3000:
         parser.error("--steps times --rounds must be from 1 to 2999: the requests have 3072 positions")
-    results = Results(parser, options, arguments)
+    try:
+        results = Results(parser, options, arguments)
+    except DiaFastError as error:
+        print(f"host_time: {error}", file=sys.stderr)
+        return 2
     print(f"{describe_machine(torch.device('cpu'))}; torch {torch.__version__}\n")
     print("| requests | guided | not guided |\n|---:|---:|---:|", flush=True)
     for count in options.requests:

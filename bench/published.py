@@ -3,7 +3,8 @@
     python -m bench.published [--check]
 
 A page says where a table comes from by a line in front of it, `<!-- figures: FOLDER/FILE.json -->`; `TABLES` says how
-it is written. A folder is named by the day and the card or processor, and holds what benchmarks wrote with `--json`.
+it is written. A folder is named by the day and the card or processor, and holds what benchmarks wrote with
+`--json`; files without a commit were typed in from older pages, whose runs left none.
 """
 
 import argparse

@@ -78,14 +78,16 @@ def launches(rows: int, dtype: str, only: Sequence[str] | None) -> list[Launch]:
     attention = ("rope_attention", "cross_attention")
     found = [Launch(op, op, (("dtype", dtype),)) for op in (*attention, "embed_codes")]
     found.append(Launch("sample", "sample", ()))
-    projections = []
+    projections, bits = [], 8 * DTYPES[dtype].itemsize
     for name in ("gate_up", "down", "qkv", "o", "cross_q", "heads"):
         op, shape = PROJECTIONS[name]
         # The cross projections see conditional rows only.
         seen = [rows] if name not in ("cross_q", "o") else sorted({rows, max(rows // 2, 1)}, reverse=True)
         for count in seen if name != "cross_q" else [max(rows // 2, 1)]:
             label = name if count == rows or name == "cross_q" else f"cross_{name}"
-            projections.append(Launch(label, op, tuple({"rows": count, "dtype": dtype, **shape}.items())))
+            projections.append(
+                Launch(label, op, tuple({"rows": count, "dtype": dtype, "weight_bits": bits, **shape}.items()))
+            )
     found += projections + [Launch(f"{launch.name} ahead", launch.op, launch.where) for launch in projections]
     return [launch for launch in found if not only or launch.name in only]
 

@@ -121,7 +121,7 @@ def header(prog: str, arguments: Sequence[str], device: torch.device) -> dict[st
     return {
         "schema": SCHEMA,
         "bench": prog.rpartition(" ")[2].removeprefix("bench."),
-        "argv": [scrub(str(item)) for item in arguments],
+        "argv": [Path(item).name if Path(item).is_absolute() else scrub(item) for item in map(str, arguments)],
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit.removesuffix("+"),
         "dirty": commit.endswith("+"),

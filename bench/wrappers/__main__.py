@@ -72,7 +72,10 @@ def compare(
         environment = environment | {"PYTHONPATH": os.pathsep.join(paths)}
     sides = {"own": place}
     if mend := PROGRAMS[name].mend:
-        sides["mended"] = mended(place, folder / f"{name}-mended", mend)
+        try:
+            sides["mended"] = mended(place, folder / f"{name}-mended", mend)
+        except ValueError as missing:
+            print(f"{name:<18} is not mended, since it is of another commit: {missing}")
     ours = sounds(folder, name, "ours")
     found: dict[str, dict[str, str]] = {}
     for side, at in sides.items():

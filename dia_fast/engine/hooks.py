@@ -151,13 +151,18 @@ def checked_extras(hooks: Hooks | None, request: Request) -> dict[str, Tensor]:
         if name not in known:
             raise InputError(f"extras: the hooks of this engine have no {shown(name)}; they have {list(known)}")
         wanted = known[name]
-        given = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        try:
+            given = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"extras: {name} must be {wanted.dtype}, not {shown(value)} ({error})") from None
         if given.shape != wanted.shape or not torch.can_cast(given.dtype, wanted.dtype):
             raise InputError(
                 f"extras: {name} must be {wanted.dtype} of shape {list(wanted.shape)}, not {given.dtype} of shape "
                 f"{list(given.shape)}"
             )
         found[name] = given.detach().to("cpu", wanted.dtype, copy=True)
+        if not wanted.dtype.is_floating_point and not torch.equal(found[name].to(given.dtype), given.detach().cpu()):
+            raise InputError(f"extras: {name} has values that {wanted.dtype} cannot hold: {shown(value)}")
     return found
 
 

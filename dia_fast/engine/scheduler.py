@@ -20,7 +20,7 @@ from dia_fast.engine.metrics import EngineEvent, Listener, Stats
 from dia_fast.engine.polling import Polling, Report
 from dia_fast.engine.request import Request, plan
 from dia_fast.engine.sequence import Sequence, State
-from dia_fast.errors import DiaFastError, InputError, OutOfPages
+from dia_fast.errors import DiaFastError, InputError, OutOfPages, shown
 from dia_fast.model.decode_state import DecodeState, Sizes
 from dia_fast.model.model import DiaModel
 from dia_fast.utils.ambient import isolated
@@ -96,6 +96,8 @@ class Engine(OneProcess):
             raise InputError(f"prefill_tokens must be at least 1, not {prefill_tokens}")
         if max_waiting is not None and whole_number("max_waiting", max_waiting, 0) < 0:
             raise InputError(f"max_waiting must be 0 or more, or None, not {max_waiting}")
+        if hooks is not None and not isinstance(hooks, Hooks):
+            raise InputError(f"hooks must be a dia_fast.engine.Hooks or None, not {shown(hooks)}")
         self.model, self.prefill_tokens, self.max_waiting = model, prefill_tokens, max_waiting
         self.device = device or device_for(model.device)
         if sizes is None:
@@ -634,6 +636,7 @@ class Engine(OneProcess):
             self.state.reset_scratch()
             self._polling.forget()
             self._launched.clear()
+            self._unreported = 0
             broken = out_of_memory(error) or StepFailed(f"a decode step failed: {type(error).__name__}: {error}")
             broken.__cause__ = error
             for sequence in list(self._running):

@@ -336,7 +336,10 @@ def speak_all(
                     in_flight.remove(landed)
                     _land(*landed)
                     if codec is not None and landed[1].error is None:
-                        landed[1].decode(codec)
+                        try:
+                            landed[1].decode(codec)
+                        except Exception as error:
+                            landed[1].error = error
             elif begun:
                 begun[0].wait_decoded()
             done = [script for script in begun if script.error is not None or (script.done and script.decoded)]
@@ -344,6 +347,8 @@ def speak_all(
                 for handle, _, _ in [item for item in in_flight if item[1] is script]:
                     handle.cancel()
                 in_flight = [item for item in in_flight if item[1] is not script]
+                if script.error is not None:
+                    script.drop_sound()
                 begun.remove(script)
                 yield script
             if not (begun or done):

@@ -32,12 +32,16 @@ def voices_folder() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "share") / "dia-fast" / "voices"
 
 
-def saved_voices(folder: Path | None = None) -> list[SavedVoice]:
-    """List the voices of a folder by name. Raises InputError for a transcript that cannot be read."""
+def saved_voices(folder: Path | None = None, name: str | None = None) -> list[SavedVoice]:
+    """List the voices of a folder by name, or that of one name. Raises InputError for an unreadable transcript."""
     folder = voices_folder() if folder is None else folder
     if not folder.is_dir():
         return []
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS and NAME.match(path.stem))
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in FORMATS and NAME.match(path.stem) and name in (None, path.stem)
+    )
     return [SavedVoice(path.stem, path, _transcript(path)) for path in paths if path.is_file()]
 
 
@@ -45,7 +49,7 @@ def find_voice(name: str, folder: Path | None = None) -> SavedVoice | None:
     """Find the voice of a name; None if there is none."""
     if not NAME.match(name):
         return None
-    return next((voice for voice in saved_voices(folder) if voice.name == name), None)
+    return next(iter(saved_voices(folder, name)), None)
 
 
 def recording_of(source: str | os.PathLike[str], text: str | None) -> tuple[Path, str]:

@@ -110,7 +110,7 @@ class DecodeState:
         )
         self.top_p = torch.ones(batch, device=device, dtype=torch.float32)
         self.top_k = integers(batch)
-        self.first_extras = {name: value.detach().to(device) for name, value in (extras or {}).items()}
+        self.first_extras = {name: value.detach().to(device, copy=True) for name, value in (extras or {}).items()}
         self.extras = {
             name: value.expand(batch, *value.shape).contiguous().clone() for name, value in self.first_extras.items()
         }

@@ -95,7 +95,9 @@ def main() -> None:
     parser.add_argument("--until", help="the last stage that is run")
     given = parser.parse_args()
     work = given.folder.resolve()
-    all_stages = stages(work, (given.output or work / "voice").resolve(), given.speech, given.turns)
+    all_stages = stages(
+        work, (given.output or work / "voice").resolve(), given.speech and given.speech.resolve(), given.turns
+    )
     names = [stage.name for stage in all_stages]
     if given.until is not None and given.until not in names:
         sys.exit(f"--until {given.until}: the stages are {', '.join(names)}")

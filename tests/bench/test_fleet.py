@@ -14,7 +14,7 @@ from bench import fleet
 from bench.fleet import H200, Bursts, Demand, InputError, Times, enough, poisson, read_times, simulate, size, texts
 
 # A step of 1 s, sequences that do not slow each other down, and a first byte that comes when a sequence begins.
-PLAIN = Times(((1, 1.0),), prefill=0, codec=0, batch=1, first_steps=0, rate=1, extra_steps=0)
+PLAIN = Times(((1, 1.0), (64, 1.0)), prefill=0, codec=0, batch=1, first_steps=0, rate=1, extra_steps=0)
 
 
 def waits(times: Times, load: float, exponential: bool, seeds: int = 12) -> tuple[float, float]:
@@ -62,7 +62,7 @@ def test_requests_by_hand() -> None:
 def test_every_request_ends_and_all_steps_are_made(
     replicas: int, batch: int, seed: int, prefill: float, load: float
 ) -> None:
-    times = Times(((1, 0.01), (4, 0.02)), prefill, 0.01, batch, 30, 80.0, 15)
+    times = Times(((1, 0.01), (5, 0.02)), prefill, 0.01, batch, 30, 80.0, 15)
     dice = np.random.default_rng(seed)
     arrivals = np.cumsum(dice.exponential(1 / (load * replicas / times.load(1.0, 2.0)), 200))
     seconds = texts(200, 2.0, 0.5, dice)
@@ -72,7 +72,7 @@ def test_every_request_ends_and_all_steps_are_made(
     steps = 80.0 * seconds[counted] + 15
     assert (found.first >= np.minimum(steps, 30) * 0.01 + prefill + 0.01 - 1e-9).all()
     assert (found.end >= steps * 0.01 + prefill + 0.01 - 1e-6).all() and (found.end >= found.first - 1e-6).all()
-    assert 0 < found.fill <= found.busy <= 1 + 1e-9
+    assert 0 < found.fill <= found.busy + 1e-9 <= 1 + 2e-9
 
 
 def test_all_at_once_share_a_batch() -> None:
@@ -129,9 +129,19 @@ def test_bursts_have_the_mean_rate_and_more_spread() -> None:
 
 def test_what_no_number_serves_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slow = tmp_path / "slow.json"
-    slow.write_text(json.dumps(asdict(replace(H200, steps=((1, 0.02),)))))
+    slow.write_text(json.dumps(asdict(replace(H200, steps=((1, 0.02), (32, 0.02))))))
     assert fleet.main(["--times", str(slow), "--listeners", "5"]) == 2
     assert "no number of replicas is enough" in capsys.readouterr().err
+
+
+def test_a_demand_without_a_request_is_told() -> None:
+    with pytest.raises(InputError, match="no request comes"):
+        simulate(PLAIN, 1, np.zeros(0), np.zeros(0))
+
+
+def test_steps_reach_the_batch() -> None:
+    with pytest.raises(InputError, match="steps must reach it, not 64"):
+        replace(H200, batch=64)
 
 
 def test_times_are_read_and_checked(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ def test_what_orders_a_sum_is_decided_once_for_all_numbers_of_rows(tuner: tune.T
             (config["SPLIT_K"], config["CHUNKS"], config["num_warps"])
             for rows in range(1, 65)
             for config in [
-                launch._configuration(op, gemv._DEFAULTS[op], torch.bfloat16, "sm_90", table, rows=rows, **shape)
+                launch._configuration(
+                    op, gemv._DEFAULTS[op], torch.bfloat16, "sm_90", table, rows=rows, weight_bits=16, **shape
+                )
             ]
         }
         assert len(found) == 1, name
@@ -129,7 +131,8 @@ def test_the_fastest_is_kept_for_each_launch_and_what_fails_is_noted(tuner: tune
     failed = [trial for trial in tuner.trials if "failed" in trial]
     assert failed and all(t["use"]["BLOCK_N"] == 32 and "more about" not in t["failed"] for t in failed)
     table = launch.read_table(str(tune.write_table(tmp_path / "table.json", tuner.chosen)))
-    assert table["rms_norm_glu"][0]["where"] == {"rows": 2, "dtype": "bfloat16", "features": 16384, "hidden": 2048}
+    where = {"rows": 2, "dtype": "bfloat16", "weight_bits": 16, "features": 16384, "hidden": 2048}
+    assert table["rms_norm_glu"][0]["where"] == where, "weights in 8 bits keep their own configs"
 
 
 def test_a_gain_below_the_margin_is_noise(tuner: tune.Tuner) -> None:

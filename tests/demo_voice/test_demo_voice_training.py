@@ -152,6 +152,21 @@ def test_it_learns_the_same_for_the_same_seed() -> None:
     assert losses[0] == losses[1]
 
 
+def test_a_state_is_taken_into_the_tensors_that_are_there(tmp_path: Path) -> None:
+    """A captured graph has their addresses."""
+    saved, other = begin(some_dialogues(6)), begin(some_dialogues(6))
+    for run, count in ((saved, 3), (other, 1)):
+        for number, (height, items) in enumerate((run.data.batches(96, 1) * 3)[:count], 1):
+            run.step(number, height, items)
+    saved.save(tmp_path / "state.pt", 3)
+    before = [value for state in other.optimizer.state.values() for value in state.values()]
+    assert other.restore(tmp_path / "state.pt") == 3
+    after = [value for state in other.optimizer.state.values() for value in state.values()]
+    wanted = [value for state in saved.optimizer.state.values() for value in state.values()]
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(after, wanted, strict=True))
+
+
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(InputError, match="needs 46 rows, and 40 are prepared"):
         Data(some_dialogues(2, longest=30), CONFIG, CPU, HEIGHTS)

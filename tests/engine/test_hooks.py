@@ -224,14 +224,16 @@ def test_hooks_that_cannot_be(given: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("extras", "said"),
     [
-        ({"y": 1.0}, r"the hooks of this engine have no 'y'; they have \['bias', 'count'\]"),
+        ({"y": 1.0}, r"the hooks of this engine have no 'y'; they have \['bias', 'count', 'few'\]"),
         ({"bias": torch.zeros(2)}, r"bias must be torch.float32 of shape \[3, 40\], not torch.float32 of shape \[2\]"),
         ({"count": 0.5}, r"count must be torch.int64 of shape \[\], not torch.float32"),
+        ({"count": "many"}, r"count must be torch.int64, not 'many'"),
+        ({"few": 2**40}, r"few has values that torch.int32 cannot hold: 1099511627776"),
         ([], "extras must be a dict of tensors by name"),
     ],
 )
 def test_extras_that_cannot_be(extras: Any, said: str) -> None:
-    hooks = Hooks(extras={**BIAS.extras, "count": torch.tensor(0)})
+    hooks = Hooks(extras={**BIAS.extras, "count": torch.tensor(0), "few": torch.tensor(0, dtype=torch.int32)})
     engine = Engine(small_model(), max_batch=1, hooks=hooks)
     with pytest.raises(InputError, match=said):
         engine.submit(Request([1], extras=extras))
@@ -247,6 +249,19 @@ def test_values_are_those_at_the_time_of_submission() -> None:
     handle = engine.submit(changed)
     bias.zero_()
     assert_same(handle.result(), spoken(BIAS, [request])[0])
+
+
+def test_values_at_first_are_those_of_the_engine_s_beginning() -> None:
+    first = torch.zeros(CHANNELS, VOCAB)
+    engine = Engine(small_model(), max_batch=1, hooks=Hooks(in_step=favour, extras={"bias": first}))
+    handle = engine.submit(numbered_request(1))
+    first.normal_().mul_(3)
+    assert_same(handle.result(), spoken(BIAS, [numbered_request(1)])[0])
+
+
+def test_an_engine_takes_hooks_alone() -> None:
+    with pytest.raises(InputError, match="hooks must be a dia_fast.engine.Hooks"):
+        Engine(small_model(), hooks=favour)  # type: ignore[arg-type]
 
 
 def test_dia_takes_hooks() -> None:

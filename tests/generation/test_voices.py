@@ -61,6 +61,14 @@ def test_a_voice_is_encoded_once_and_speaks_as_its_recording(
     assert not torch.equal(dia.voice(recording).codes, voice.codes) and len(seen) == 2
 
 
+def test_a_damaged_transcript_harms_its_own_voice_alone(dia: Dia, recording: Path) -> None:
+    add_voice("Good", recording, SAID)
+    add_voice("Bad", recording, SAID).path.with_suffix(".txt").write_bytes(b"\xff\xfe\xff")
+    assert dia.voice("Good").text == SAID
+    with pytest.raises(InputError, match=r"Bad\.txt"):
+        dia.voice("Bad")
+
+
 def test_every_door_knows_a_saved_voice_by_its_name(dia: Dia, recording: Path) -> None:
     add_voice("Mine-1", recording, SAID)
     assert [voice.name for voice in saved_voices()] == ["Mine-1"]

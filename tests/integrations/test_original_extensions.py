@@ -10,9 +10,11 @@ import soundfile
 import torch
 
 import dia_fast
+import dia_fast.audio.codec
 from bench.tools.pairs import pack
 from bench.tools.tiny_models import original_state, random_state, tiny_config
 from dia_fast.audio.codec import load_codec
+from dia_fast.audio.codec.load import OFFICIAL_CODEC
 from dia_fast.audio.editing import has_media
 from dia_fast.errors import InputError
 from dia_fast.generation import voices
@@ -161,4 +163,25 @@ def test_a_folder_brings_its_codec(local: bool) -> None:
         dia = Dia.from_pretrained(str(folder), device=cpu)
     own = load_codec(folder / "codec")
     codes = torch.arange(4)[:, None].expand(4, own.num_codebooks)
-    assert torch.equal(dia._decode(codes), own.decode(codes))
+    assert torch.equal(dia.dac_model.codec.decode(codes), own.decode(codes))
+
+
+def test_a_codec_of_another_rate_is_heard_at_the_original_s(tmp_path: Path) -> None:
+    """The demo voice's has 16 kHz and 50 frames a second; what comes out and goes in has 44.1 kHz."""
+    device = torch.device("cpu")
+    text, settings = "[S1] Open the red door.", {"seed": 3, "max_tokens": 120, "temperature": 0.7}
+    spoken = Dia.from_pretrained("demo", device=device)
+    sound = spoken.generate(text, **settings)
+    codes = Dia.from_pretrained("demo", device=device, load_dac=False).generate(text, **settings)
+    assert len(sound) == pytest.approx(len(codes) / 50 * 44_100, abs=2)
+    spoken.save_audio(str(tmp_path / "out.wav"), sound)
+    assert soundfile.info(tmp_path / "out.wav").duration == pytest.approx(len(codes) / 50, abs=1e-3)
+    assert len(spoken.load_audio(str(tmp_path / "out.wav"))) == pytest.approx(len(codes), abs=1)
+
+
+def test_a_codec_that_is_named_is_taken(codec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(dia_fast.audio.codec, "load_codec", lambda name, **_: names.append(name) or load_codec(codec))
+    for name in (OFFICIAL_CODEC, str(codec)):
+        Dia.from_pretrained("demo", device=torch.device("cpu"), dac_model=name)
+    assert names == [OFFICIAL_CODEC, str(codec)]

@@ -18,7 +18,7 @@ from dia_fast.checkpoint.loading import Checkpoint, open_checkpoint
 from dia_fast.engine import Engine, generate
 from dia_fast.engine.request import AnyRequest
 from dia_fast.errors import CheckpointError, InputError, shown
-from dia_fast.generation.inputs import least_seconds, texts_of
+from dia_fast.generation.inputs import FRAMES_PER_SECOND, least_seconds, texts_of
 from dia_fast.generation.long_form import Script, make_scripts, speak_scripts
 from dia_fast.generation.outcome import silence
 from dia_fast.generation.prompts import Voice, checked_codes
@@ -144,7 +144,7 @@ class Dia(OneProcess):
         self._model: OriginalModel | None = OriginalModel(self.config.native, self.device, self.compute_dtype)
         dac_model = dac_model_path if dac_model is None else dac_model
         self.dac_model = None if isinstance(dac_model, str | os.PathLike) else dac_model
-        self._codec_name = os.fspath(dac_model) if isinstance(dac_model, str | os.PathLike) else CODEC
+        self._codec_name = os.fspath(dac_model) if isinstance(dac_model, str | os.PathLike) else None
         self._engine: Engine | None = None
         self._engine_version = 0
         renew_in_child(self)
@@ -222,7 +222,7 @@ class Dia(OneProcess):
         from dia_fast.audio.codec import codec_for
 
         assert self._model is not None
-        if self._codec_name == CODEC:
+        if self._codec_name is None:
             self._codec_name = codec_for(name)
         self._model.load(checkpoint.load(self.compute_dtype, self.device)).pack(progress=True)
         if self.load_dac and self.dac_model is None:
@@ -232,7 +232,7 @@ class Dia(OneProcess):
     def _load_dac_model(self) -> None:
         from dia_fast.audio.codec import load_codec
 
-        self.dac_model = load_codec(self._codec_name, device=self.device, ops=choose_ops("auto", self.device))
+        self.dac_model = load_codec(self._codec_name or CODEC, device=self.device, ops=choose_ops("auto", self.device))
 
     def generate(
         self,
@@ -401,13 +401,20 @@ class Dia(OneProcess):
 
     @isolated()
     def _encode(self, audio: Tensor) -> Tensor:
-        """Samples `[1, n]` at 44.1 kHz to codes `[frames, channels]`."""
-        return self._codec().encode(audio.reshape(-1).float()).to(self.device)
+        """Samples `[1, n]` at 44.1 kHz to codes `[frames, channels]`, through the codec's own rate."""
+        codec, samples = self._codec(), audio.reshape(-1).float()
+        if (rate := _rate_of(codec)) != DEFAULT_SAMPLE_RATE:
+            samples = torch.from_numpy(convert(samples.cpu().numpy(), DEFAULT_SAMPLE_RATE, rate)).to(samples.device)
+        return codec.encode(samples).to(self.device)
 
     @isolated()
     def _decode(self, audio_codes: Tensor) -> Tensor:
-        """Codes `[frames, channels]` to samples `[n]` float32."""
-        return self._codec().decode(audio_codes)
+        """Codes `[frames, channels]` to samples `[n]` float32 at 44.1 kHz, through the codec's own rate."""
+        codec = self._codec()
+        samples = codec.decode(audio_codes)
+        if (rate := _rate_of(codec)) == DEFAULT_SAMPLE_RATE:
+            return samples
+        return torch.from_numpy(convert(samples.detach().float().cpu().numpy(), rate, DEFAULT_SAMPLE_RATE))
 
     def _codec(self) -> SoundCodec:
         if self.dac_model is None and self.load_dac:
@@ -507,6 +514,7 @@ class Dia(OneProcess):
     ) -> list[list[Tensor]]:
         """Speak texts as `dia_fast.Dia` does; return the frames of each one's segments."""
         config, least = self.config.native, max(self.config.delay_pattern) + 2
+        pace = getattr(self._codec(), "frames_per_second", FRAMES_PER_SECOND) if self.load_dac else FRAMES_PER_SECOND
         scripts: list[Script] = []
         for text, prompt, voice, item_seed in zip(texts, prompts, voices, self._seeds(seed, len(texts)), strict=True):
             if voice is None and prompt is not None:
@@ -516,9 +524,11 @@ class Dia(OneProcess):
                 )
             frames = 0 if prompt is None else len(prompt)
             if whole_number("max_tokens", limit, 0, None) < frames + least:
-                raise InputError(f"max_tokens must be at least {frames + least} with this voice, not {limit}")
+                raise InputError(
+                    f"max_tokens must be at least {frames + least}{' with this voice' if frames else ''}, not {limit}"
+                )
             params = AnySamplingParams(max_new_tokens=limit - frames, **settings)
-            scripts += make_scripts(config, [text], [voice], None, split, params, [item_seed])
+            scripts += make_scripts(config, [text], [voice], None, split, params, [item_seed], pace)
         speak_scripts(self._engine_for(model) or Engine(model), scripts, report or False)
         return [[frames for frames in script.frames if frames is not None] for script in scripts]
 
@@ -565,6 +575,11 @@ def _settings(cfg_scale: Any, temperature: Any, top_p: Any, top_k: Any) -> dict[
         "top_p": min(share, 1.0) if share > 0 else _BEST_ALONE,
         "top_k": None if top_k is None or top_k == 0 else top_k,
     }
+
+
+def _rate_of(codec: SoundCodec) -> int:
+    """Samples per second of a codec: of those of other packages, what the original's has."""
+    return int(getattr(codec, "sample_rate", DEFAULT_SAMPLE_RATE))
 
 
 def _seed(given: Any) -> int:
