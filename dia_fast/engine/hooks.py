@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,7 +153,7 @@ def checked_extras(hooks: Hooks | None, request: Request) -> dict[str, Tensor]:
             raise InputError(f"extras: the hooks of this engine have no {shown(name)}; they have {list(known)}")
         wanted = known[name]
         try:
-            given = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+            given = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"extras: {name} must be {wanted.dtype}, not {shown(value)} ({error})") from None
         if given.shape != wanted.shape or not torch.can_cast(given.dtype, wanted.dtype):

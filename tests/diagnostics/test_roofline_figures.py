@@ -12,6 +12,7 @@ from bench.codegen import Line
 from bench.machine_code import MACHINES
 from bench.tools import results
 from dia_fast.diagnostics.roofline import figures, work
+from dia_fast.model.quantization import FLOAT
 
 FIRST = [name + work.FIRST for name in ("cross_attention", "sample")]
 TRITON = pytest.importorskip("triton", reason="the configs that figures are compared with are those of the kernels")
@@ -34,7 +35,7 @@ def report_lines(target: str = "sm_90", dtype: str = "bfloat16", rows: int = 2) 
             "target": target, "dtype": dtype, "rows": rows, "kernel": kernel, "programs": programs, "warps": 8,
             "registers": 100, "spills": 0, "shared": 4096, "occupancy": 0.25, "weight_bits": 128, "matrix": {},
             "instructions": instructions, "in_flight": 65536.0 * min(2, programs / 132),
-            "issue": 0.1 if instructions == 887 else 0.22,
+            "issue": 0.1 if instructions == 887 else 0.22, "weights": FLOAT, "all_in_flight": True,
         }
         for kernel, programs, instructions in kernels
     ]  # fmt: skip

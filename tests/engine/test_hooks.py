@@ -226,7 +226,7 @@ def test_hooks_that_cannot_be(given: dict[str, Any], said: str) -> None:
     [
         ({"y": 1.0}, r"the hooks of this engine have no 'y'; they have \['bias', 'count', 'few'\]"),
         ({"bias": torch.zeros(2)}, r"bias must be torch.float32 of shape \[3, 40\], not torch.float32 of shape \[2\]"),
-        ({"count": 0.5}, r"count must be torch.int64 of shape \[\], not torch.float32"),
+        ({"count": 0.5}, r"count must be torch.int64 of shape \[\], not torch.float64"),
         ({"count": "many"}, r"count must be torch.int64, not 'many'"),
         ({"few": 2**40}, r"few has values that torch.int32 cannot hold: 1099511627776"),
         ([], "extras must be a dict of tensors by name"),

@@ -27,7 +27,7 @@ interpreted = pytest.mark.skipif(not executor.interpreted(), reason="accesses ar
 
 @triton.jit
 def _linear_residual(
-    x_ptr, weight_ptr, residual_ptr, constant_ptr, rows, all_rows,
+    x_ptr, weight_ptr, scale_ptr, residual_ptr, constant_ptr, rows, all_rows,
     N: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """As the kernel of that name; right, but every tile of the weight is loaded twice."""
@@ -53,7 +53,7 @@ def greedy(run: launch.Launcher, kernel: Any, grid: Any, args: Any, meta: dict[s
         run(kernel, grid, *args, **meta)
         return
     sizes = {name: meta[name] for name in ("N", "K", "BLOCK_C")}
-    run(_linear_residual, (meta["N"],), *args, **sizes, BLOCK_R=triton.next_power_of_2(args[5]), BLOCK_K=32)
+    run(_linear_residual, (meta["N"],), *args, **sizes, BLOCK_R=triton.next_power_of_2(args[6]), BLOCK_K=32)
 
 
 def gate(tmp_path: Path, name: str, sound: Group, now: Group) -> int:
@@ -139,7 +139,7 @@ ONE_KERNEL = """
 from dia_fast.diagnostics import launches
 import torch
 from dia_kernels import triton as kernels
-def little(dtype):
+def little(dtype, *_):
     shapes = (2, 2048), (2048,), (3072, 2048), (2, 3072)
     x, norm, weight, out = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
     kernels.rms_norm_linear(x, norm, weight, 1e-5, out)
