@@ -30,12 +30,14 @@ class Dialogue:
     """A transcript and its codes.
 
     codes: `[frames, codebooks]` int16. learnt: `[frames]` bool, frames that the loss counts. voices: of each turn.
+    spoken: the frames, first and behind the last, in which each turn is heard.
     """
 
     text: str
     codes: Tensor
     learnt: Tensor
     voices: tuple[str, ...]
+    spoken: tuple[tuple[int, int], ...] = ()
 
 
 class Dialogues:
@@ -89,7 +91,7 @@ def joined(said: Sequence[tuple[int, TurnCodes]], silence: Tensor, draw: random.
         parts.append(silence.expand(frames, -1))
         learnt.append(torch.ones(frames, dtype=torch.bool))
 
-    heard = set[str]()
+    heard, spoken = set[str](), list[tuple[int, int]]()
     for number, (tag, turn) in enumerate(said):
         if number:
             quiet(*PAUSE)
@@ -97,8 +99,10 @@ def joined(said: Sequence[tuple[int, TurnCodes]], silence: Tensor, draw: random.
         if turn.voice != DEFAULT_PAIR[tag] and turn.voice not in heard:
             counted[: KEPT + GIVEN] = False
         heard.add(turn.voice)
+        at = sum(map(len, parts))
+        spoken.append((at + KEPT, at + len(turn.codes) - KEPT))
         parts.append(turn.codes)
         learnt.append(counted)
     quiet(*END)
     text = " ".join(f"[S{tag + 1}] {turn.text}" for tag, turn in said)
-    return Dialogue(text, torch.cat(parts), torch.cat(learnt), tuple(turn.voice for _, turn in said))
+    return Dialogue(text, torch.cat(parts), torch.cat(learnt), tuple(turn.voice for _, turn in said), tuple(spoken))

@@ -36,7 +36,10 @@ from examples.demo_voice.stages import save
 from examples.demo_voice.turns import HELD_OUT_VOICES, text_is_held_out
 
 HEIGHTS = (192, 288, 448, 640, 896, 1184)  # rows of the grid, of which each batch takes the smallest that holds it
+HEIGHTS_ON_CPU = tuple(range(64, HEIGHTS[-1] + 1, 32))  # where no length has to be captured first
 LETTERS = 0.5  # bytes of a transcript that are prepared for each row
+TAGS = tuple(encode_text("[S1] a [S2]")[at] for at in (0, -1))
+NEAR, FAR = 3.0, 0.08  # how far attention may be from where it should, in bytes, and in parts of a turn
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,10 @@ class Plan:
     steps: all of them. rows: of a batch's grid, in all of its dialogues. rate: the learning rate at its peak; it rises
     over `warmup` steps and falls to nothing over the last `fall` of the steps. short: the share of the steps in which
     all dialogues are single turns, where a model first finds out that sound follows text. epoch: dialogues that are
-    joined at a time. drop_text, drop_codes, channel_weights, dtype: see `dia_fast.training.TrainOptions`. look: steps
-    between lines of the log and states.
+    joined at a time. guide: weight of the loss that shows half of the heads of cross-attention where in its turn the
+    text should be by now (see `astray`) at the first step; it falls to nothing at `guided` of the steps. Without it a
+    model finds out late that sound follows text. drop_text, drop_codes, channel_weights, dtype: see
+    `dia_fast.training.TrainOptions`. look: steps between lines of the log and states.
     """
 
     steps: int = 6000
@@ -60,6 +65,8 @@ class Plan:
     weight_decay: float = 0.05
     beta2: float = 0.98
     clip: float = 1.0
+    guide: float = 2.0
+    guided: float = 0.5
     drop_text: float = 0.1
     drop_codes: float = 0.2
     channel_weights: tuple[float, ...] = (3, 2, 1.5, 1, 1, 1, 1, 1, 1)
@@ -70,6 +77,10 @@ class Plan:
     def rate_of(self, step: int) -> float:
         """The learning rate of a step, counted from 1."""
         return self.rate * min(step / self.warmup, 1.0, 0.01 + (self.steps - step) / (self.fall * self.steps))
+
+    def guide_of(self, step: int) -> float:
+        """The weight of the loss that guides attention."""
+        return self.guide * max(0.0, 1 - step / (self.guided * self.steps))
 
 
 class _Rows(torch.autograd.Function):
@@ -100,8 +111,10 @@ class Data:
     """Dialogues as tensors on a device, padded on the right.
 
     text: `[items, width]` int16, 0 behind the text. grid: `[items, heights[-1] + 1, channels]` int16, delayed as in
-    `dia_fast.training.build_batch`, PAD behind EOS. learnt: like grid, bool: labels that count. rows: of the grid that
-    each item needs for its codes and its text, int64 on the CPU.
+    `dia_fast.training.build_batch`, PAD behind EOS. learnt: like grid, bool: labels that count. aim, spread:
+    `[items, heights[-1]]` float32, the byte of the text that a row should say if a turn were said evenly, and how far
+    off that may be; no spread where nothing is said. rows: of the grid that each item needs for its codes and its text,
+    and letters: of its text, int64 on the CPU.
     """
 
     def __init__(
@@ -112,12 +125,13 @@ class Data:
         heights: Sequence[int] | None = None,
     ) -> None:
         """Raise InputError if a dialogue, or its transcript, is longer than the largest of heights holds."""
-        heights = heights or HEIGHTS
+        heights = heights or (HEIGHTS if device.type == "cuda" else HEIGHTS_ON_CPU)
         self.config, self.device, self.heights = config, device, heights
         shape = (len(dialogues), heights[-1] + 1, len(config.delay_pattern))
         self.text = torch.zeros(len(dialogues), self.width(heights[-1]), dtype=torch.int16, device=device)
         self.grid = torch.zeros(shape, dtype=torch.int16, device=device)
         self.learnt = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.aim, self.spread = (torch.zeros(len(dialogues), heights[-1], device=device) for _ in range(2))
         self.fill(dialogues)
 
     def fill(self, dialogues: Sequence[Dialogue]) -> None:
@@ -125,14 +139,21 @@ class Data:
         decoder, delay = self.config.decoder, self.config.delay_pattern
         texts = [encode_text(dialogue.text) for dialogue in dialogues]
         rows = [len(dialogue.codes) + 1 + max(delay) for dialogue in dialogues]
+        self.letters = np.array(list(map(len, texts)))
         self.rows = np.array([max(n, math.ceil(len(ids) / LETTERS)) for n, ids in zip(rows, texts, strict=True)])
         if self.rows.max() > self.heights[-1]:
             raise InputError(f"a dialogue needs {self.rows.max()} rows, and {self.heights[-1]} are prepared")
         text = torch.zeros(self.text.shape, dtype=torch.int16)
         grid = torch.full(self.grid.shape, decoder.pad_token_id, dtype=torch.int16)
         learnt = torch.zeros(self.learnt.shape, dtype=torch.bool)
+        aim, spread = torch.zeros(self.aim.shape), torch.zeros(self.spread.shape)
         for item, dialogue in enumerate(dialogues):
             text[item, : len(texts[item])] = torch.tensor(texts[item], dtype=torch.int16)
+            for (first, end), (byte, last) in zip(dialogue.spoken, _turns(texts[item]), strict=False):
+                if end <= first:  # a turn of silence
+                    continue
+                aim[item, first:end] = torch.linspace(byte, last, end - first)
+                spread[item, first:end] = NEAR + FAR * (last - byte)
             for channel, late in enumerate(delay):
                 end = 1 + late + len(dialogue.codes)
                 grid[item, : 1 + late, channel] = decoder.bos_token_id
@@ -143,10 +164,16 @@ class Data:
         self.text.copy_(text)
         self.grid.copy_(grid)
         self.learnt.copy_(learnt)
+        self.aim.copy_(aim)
+        self.spread.copy_(spread)
 
     def width(self, height: int) -> int:
         """Bytes of a transcript that go with a height."""
         return int(LETTERS * height)
+
+    def longest(self, items: Tensor, height: int) -> int:
+        """Bytes that are read for these items: on a GPU, which has captured them, always the same for a height."""
+        return self.width(height) if self.device.type == "cuda" else int(self.letters[items.numpy()].max())
 
     def height(self, items: Any) -> int:
         """The smallest that holds all items."""
@@ -166,6 +193,25 @@ class Data:
         return [(height, items.to(self.device)) for height, items in made]
 
 
+def _turns(text: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and the last byte of each turn in the bytes of a transcript."""
+    tags = [at for at, byte in enumerate(text) if byte in TAGS]
+    return [(first + 1, max(first + 1, end - 1)) for first, end in zip(tags, [*tags[1:], len(text)], strict=True)]
+
+
+def astray(shares: Tensor, aim: Tensor, spread: Tensor) -> Tensor:
+    """The share of attention that is far from where a row should be in its text; mean over rows that have an aim.
+
+    Guided attention as in https://arxiv.org/abs/1710.08969, turn by turn. shares: `[batch, heads, rows, length]`. aim,
+    spread: `[batch, rows]`, as in `Data`.
+    """
+    place = torch.arange(shares.shape[-1], device=shares.device, dtype=torch.float32)
+    aimed = spread > 0
+    apart = (place - aim[..., None]) / torch.where(aimed, spread, 1.0)[..., None]
+    far = (1 - torch.exp(-0.5 * apart.square())) * aimed[..., None]
+    return (shares.float() * far[:, None]).sum() / (aimed.sum() * shares.shape[1]).clamp(min=1)
+
+
 class Network:
     """`dia_fast.training.forward.Forward` on padding at the right, so that no mask is needed but that of the text.
 
@@ -177,12 +223,17 @@ class Network:
         device = next(iter(weights.values())).device
         self._rotations = {part: rope_table(config, part, device) for part in ("encoder", "decoder")}
 
-    def __call__(self, text: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
-        """Logits `[batch, steps, channels, vocab]` of text and its mask `[batch, length]`, rows `[.., channels]`."""
+    def __call__(
+        self, text: Tensor, seen: Tensor, rows: Tensor, aim: Tensor | None = None, spread: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits `[batch, steps, channels, vocab]` of text and its mask `[batch, length]`, rows `[.., channels]`.
+
+        With aim and spread, `[batch, steps]`, also how far half of the heads of cross-attention are `astray`.
+        """
         encoder, decoder = self.config.encoder, self.config.decoder
         bias = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
         bias = bias.masked_fill(~seen, float("-inf"))[:, None, None, :]
-        # A mask of the full shape, as the fast kernels of attention want it.
+        # On a GPU the fast kernels of attention want a mask of the full shape.
         mask = bias.expand(-1, encoder.num_attention_heads, text.shape[1], -1)
         x = _Rows.apply(self.weights["encoder.embedding"], text, self.dtype)
         for layer in range(encoder.num_hidden_layers):
@@ -190,14 +241,17 @@ class Network:
             x = x + self._mlp(x, f"encoder.layers.{layer}.", encoder.norm_eps)
         memory = self._norm(x, "encoder.norm", encoder.norm_eps)
         offsets = torch.arange(rows.shape[2], device=rows.device) * decoder.vocab_size
-        mask = bias.expand(-1, decoder.cross_num_attention_heads, rows.shape[1], -1)
+        lost = list[Tensor]()
         x = _Rows.apply(self.weights["decoder.embedding"], rows + offsets, self.dtype)
         for layer in range(decoder.num_hidden_layers):
             x = x + self._self_attention(x, f"decoder.layers.{layer}.", decoder, None)
-            x = x + self._cross_attention(x, f"decoder.layers.{layer}.", memory, mask)
+            more, shares = self._cross_attention(x, f"decoder.layers.{layer}.", memory, bias)
+            x = x + more
+            if aim is not None and spread is not None:
+                lost.append(astray(shares[:, : shares.shape[1] // 2], aim, spread))
             x = x + self._mlp(x, f"decoder.layers.{layer}.", decoder.norm_eps)
         logits = self._linear(self._norm(x, "decoder.norm", decoder.norm_eps), "decoder.head")
-        return logits.view(*rows.shape, decoder.vocab_size)
+        return logits.view(*rows.shape, decoder.vocab_size), torch.stack(lost).mean() if lost else None
 
     def _self_attention(
         self, x: Tensor, prefix: str, stack: EncoderConfig | DecoderConfig, mask: Tensor | None
@@ -214,14 +268,13 @@ class Network:
         k, v = (part.unsqueeze(3).expand(shape).flatten(2, 3) for part in (k, v))
         return self._linear(_attention(q, k, v, mask), f"{prefix}o")
 
-    def _cross_attention(self, x: Tensor, prefix: str, memory: Tensor, mask: Tensor) -> Tensor:
+    def _cross_attention(self, x: Tensor, prefix: str, memory: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         decoder = self.config.decoder
         q = self._linear(self._norm(x, f"{prefix}cross_norm", decoder.norm_eps), f"{prefix}cross_q")
         kv = self._linear(memory, f"{prefix}cross_kv").view(*memory.shape[:2], -1, decoder.cross_head_dim)
         k, v = kv.chunk(2, 2)
-        return self._linear(
-            _attention(q.view(*q.shape[:2], -1, decoder.cross_head_dim), k, v, mask), f"{prefix}cross_o"
-        )
+        out, shares = _plain_attention(q.view(*q.shape[:2], -1, decoder.cross_head_dim), k, v, bias)
+        return self._linear(out, f"{prefix}cross_o"), shares
 
     def _mlp(self, x: Tensor, prefix: str, eps: float) -> Tensor:
         gate, up = self._linear(self._norm(x, f"{prefix}mlp_norm", eps), f"{prefix}gate_up").chunk(2, -1)
@@ -236,9 +289,23 @@ class Network:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """At scale 1, all `[batch, length, heads, head_dim]`: `[batch, length, heads * head_dim]`; causal without mask."""
+    if not q.is_cuda:
+        return _plain_attention(q, k, v, mask)[0]
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=1.0)
     return out.transpose(1, 2).flatten(2)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `_attention`, with the shares `[batch, heads, length, keys]`.
+
+    On a CPU, at lengths such as these, several times as fast as its fused kernels, whose way back is slow.
+    """
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    if mask is None:
+        mask = torch.full((q.shape[2], k.shape[2]), float("-inf"), device=q.device, dtype=q.dtype).triu(1)
+    shares = (q @ k.transpose(2, 3) + mask).softmax(-1)
+    return (shares @ v).transpose(1, 2).flatten(2), shares
 
 
 class _Drawn:
@@ -265,6 +332,7 @@ class Training:
         self.drawn = {
             height: _Drawn(max(1, plan.rows // height), height, channels, data.device) for height in data.heights
         }
+        self.guide = torch.zeros((), device=data.device)
         self.sums, self.counts = (torch.zeros(channels, device=data.device) for _ in range(2))
         self._draw = torch.Generator(data.device)
         self._graphs: dict[int, Any] = {}
@@ -280,6 +348,7 @@ class Training:
             drawn.kept.uniform_(generator=self._draw)
             drawn.chances.uniform_(generator=self._draw)
             drawn.others.random_(0, self.data.config.decoder.eos_token_id, generator=self._draw)
+            self.guide.fill_(self.plan.guide_of(number))
             rate = self.plan.rate_of(number)
             for group in self.optimizer.param_groups:
                 if self.on_gpu:
@@ -293,25 +362,29 @@ class Training:
                 self._body(height)
 
     def loss(self, items: Tensor, height: int, *, data: Data | None = None, disturbed: bool = False) -> Any:
-        """`(weighted mean over the labels, sums [channels], counts [channels])` of items of data (default: its own).
+        """`(weighted mean over the labels, sums [channels], counts [channels], attention astray)` of items of data.
 
+        data: (default: that of the training).
         disturbed: some texts are dropped and some codes replaced, as the last step of this height has drawn it.
         """
         data, decoder, plan = data or self.data, self.data.config.decoder, self.plan
-        text = data.text[:, : data.width(height)].index_select(0, items).long()
+        text = data.text[:, : data.longest(items, height)].index_select(0, items).long()
         grid = data.grid[:, : height + 1].index_select(0, items).long()
         learnt = data.learnt[:, 1 : height + 1].index_select(0, items)
+        aim, spread = (part[:, :height].index_select(0, items) for part in (data.aim, data.spread))
         seen, rows, labels = text > 0, grid[:, :-1], grid[:, 1:]
         if disturbed:
             drawn = self.drawn[height]
-            text = text * (drawn.kept >= plan.drop_text)[:, None]
+            kept = (drawn.kept >= plan.drop_text)[:, None]
+            text, spread = text * kept, spread * kept
             hit = (drawn.chances < plan.drop_codes) & (rows < decoder.eos_token_id)
             rows = torch.where(hit, drawn.others, rows)
-        logits = self.network(text, seen, rows).float().flatten(0, 2)
+        logits, lost = self.network(text, seen, rows, aim, spread)
+        logits = logits.float().flatten(0, 2)
         each = F.cross_entropy(logits, torch.where(learnt, labels, 0).flatten(), reduction="none").view(labels.shape)
         sums, counts = (each * learnt).sum((0, 1)), learnt.sum((0, 1)).float()
         mean = (sums * self.channel_weights).sum() / (counts * self.channel_weights).sum()
-        return mean, sums.detach(), counts
+        return mean, sums.detach(), counts, lost
 
     @torch.no_grad()
     def evaluate(self, held_out: Data, size: int = 4) -> list[float]:
@@ -320,7 +393,7 @@ class Training:
         order = torch.from_numpy(np.argsort(held_out.rows, kind="stable"))
         for items in order.split(size):
             height = held_out.height(items.numpy())
-            _, more_sums, more_counts = self.loss(items.to(held_out.device), height, data=held_out)
+            _, more_sums, more_counts, _ = self.loss(items.to(held_out.device), height, data=held_out)
             sums, counts = sums + more_sums, counts + more_counts
         losses: list[float] = (sums / counts).tolist()
         return losses
@@ -357,8 +430,8 @@ class Training:
         torch.cuda.synchronize()
 
     def _body(self, height: int) -> None:
-        loss, sums, counts = self.loss(self.drawn[height].items, height, disturbed=True)
-        loss.backward()
+        loss, sums, counts, lost = self.loss(self.drawn[height].items, height, disturbed=True)
+        (loss + self.guide * lost).backward()
         torch.nn.utils.clip_grad_norm_(self.weights.values(), self.plan.clip)
         self.optimizer.step()
         self.sums += sums
@@ -373,7 +446,7 @@ class Training:
         ]
         rate = torch.zeros((), device=self.data.device) if self.on_gpu else 0.0
         betas = 0.9, self.plan.beta2
-        return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=self.on_gpu, capturable=self.on_gpu)
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True, capturable=self.on_gpu)
 
     def save(self, path: Path, done: int) -> None:
         """Write the state after so many steps."""

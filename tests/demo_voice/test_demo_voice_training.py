@@ -61,7 +61,7 @@ def begin(dialogues: list[Dialogue], plan: Plan = PLAN) -> Training:
 def test_loss_and_gradients_are_those_of_dia_fast() -> None:
     dialogues = some_dialogues(4)
     ours = begin(dialogues)
-    mean, sums, counts = ours.loss(torch.arange(4), 40)
+    mean, sums, counts, _ = ours.loss(torch.arange(4), 40)
     mean.backward()
     examples = examples_of(dialogues)
 
@@ -103,7 +103,7 @@ def test_frames_that_are_given_are_read_and_not_learnt() -> None:
     changed = replace(given, codes=torch.where(learnt[:, None], given.codes, 7))
     loss = {}
     for name, dialogue in (("whole", whole), ("given", given), ("changed", changed)):
-        loss[name], _, counts = begin([dialogue]).loss(torch.arange(1), 40)
+        loss[name], _, counts, _ = begin([dialogue]).loss(torch.arange(1), 40)
         # EOS is a label in each channel, as well.
         assert counts.tolist() == [int(dialogue.learnt.sum()) + 1] * 9
     assert len({value.item() for value in loss.values()}) == 3
@@ -116,12 +116,12 @@ def test_each_step_disturbs_texts_and_codes_but_no_label() -> None:
 
     def disturbed(kept: float, chances: float) -> float:
         drawn.kept.fill_(kept), drawn.chances.fill_(chances)
-        mean, _, counts = run.loss(drawn.items, 40, disturbed=True)
+        mean, _, counts, _ = run.loss(drawn.items, 40, disturbed=True)
         assert torch.equal(counts, labels)
         return mean.item()
 
     assert len(drawn.kept.unique()) == 4 and len(drawn.chances.unique()) > 1000
-    mean, _, labels = run.loss(drawn.items, 40)
+    mean, _, labels, _ = run.loss(drawn.items, 40)
     assert disturbed(1, 1) == mean.item()
     assert len({disturbed(1, 1), disturbed(0, 1), disturbed(1, 0), disturbed(0, 0)}) == 4
 
@@ -221,3 +221,38 @@ def test_a_training_that_was_stopped_goes_on(
     assert made.config == CONFIG
     assert all(torch.isfinite(weight).all() for weight in learnt.values())
     assert not torch.equal(learnt["decoder.head"], before["decoder.head"])
+
+
+def test_what_is_astray_is_counted_turn_by_turn() -> None:
+    text = "[S1] Yes. [S2] No, not yet."
+    codes = torch.zeros(36, 9, dtype=torch.int16)
+    dialogue = Dialogue(text, codes, torch.ones(36, dtype=torch.bool), ("a", "b"), ((2, 12), (16, 34), (35, 35)))
+    data = Data([dialogue], CONFIG, CPU, (64,))
+    ids = encode_text(text)
+    second = ids.index(2)
+    aim, said = data.aim[0], data.spread[0] > 0
+    assert said.nonzero()[:, 0].tolist() == [*range(2, 12), *range(16, 34)]
+    assert (aim[2], aim[11], aim[16], aim[33]) == (1, second - 1, second + 1, len(ids) - 1)
+    assert aim[2:12].diff().min() > 0 and aim[16:34].diff().min() > 0
+
+    def lost(places: torch.Tensor) -> float:
+        shares = torch.nn.functional.one_hot(places.long(), len(ids)).float()[None, None].expand(1, 2, -1, -1)
+        return train.astray(shares, data.aim, data.spread).item()
+
+    there, behind = aim.round(), (aim.round() + 8).clamp(max=len(ids) - 1)
+    assert lost(there) < 0.02 < lost(behind) < lost(torch.zeros(64)) < 1
+    where = torch.where(said, there, 5)  # rows without an aim do not count
+    assert lost(where) == lost(there)
+
+
+def test_guided_attention_goes_where_it_is_shown_and_is_let_go() -> None:
+    dialogues = [replace(each, spoken=((0, len(each.codes)),)) for each in some_dialogues(4)]
+    lost = dict[float, float]()
+    for guide in (0.0, 5.0):
+        run = begin(dialogues, replace(PLAN, rows=160, guide=guide, guided=1e9, drop_text=0.0))
+        for number in range(1, 9):
+            run.step(number, 40, torch.arange(4))
+        lost[guide] = run.loss(torch.arange(4), 40)[3].item()
+    assert lost[5.0] < lost[0.0] - 0.01
+    plan = Plan(steps=100, guide=2.0, guided=0.5)
+    assert [plan.guide_of(step) for step in (0, 25, 50, 90)] == [2.0, 1.0, 0.0, 0.0]
