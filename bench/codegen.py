@@ -2,6 +2,7 @@
 
     python -m bench.codegen                        # all targets, rows and dtypes; prints the tables
     python -m bench.codegen --targets sm_90 --rows 1 2 --dtypes bfloat16 --markdown tables.md --json report.json
+    python -m bench.codegen --brief --json matrix.json    # a result for each target and dtype, and no tables
 
 Each line is one kernel as one launch of the model compiles it; `bench/occupancy.py` adds the room that a launch leaves
 for the next one. The exit code is 1 if anything breaks the rules that `violations` and `occupancy.violations` state.
@@ -10,6 +11,7 @@ Figures are read off the machine code (`bench/machine_code.py`); none of them is
 
 import argparse
 import functools
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -283,6 +285,32 @@ def _results(
             yield {"target": step.target, "dtype": step.dtype, "rows": step.rows} | names, values
 
 
+def judged(
+    target: str, rows: Sequence[int], dtype: str, weights: str, ops: ModuleType
+) -> tuple[list[Line], list[occupancy.Neighbours], list[str]]:
+    """Compile for one target and dtype; return launches, pairs of them, and the rules that they break."""
+    steps: list[occupancy.Neighbours] = []
+    # Room for the next launch is recorded for weights of 16 bits.
+    pairs = steps if weights == FLOAT else None
+    lines = list(report([target], rows, [dtype], sys.stderr.isatty(), pairs, weights, ops))
+    wrong = [problem for item in lines for problem in violations(item)] + mnemonics_differ(lines)
+    return lines, steps, wrong + [problem for item in steps for problem in occupancy.violations(item)]
+
+
+def brief(lines: Sequence[Line], problems: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return case and values of all launches of one target and dtype together. problems: the rules that they break."""
+    first = lines[0]
+    case = {"triton": triton.__version__, "target": first.target, "dtype": first.dtype}
+    values = {
+        "kernels": len(lines),
+        "spilling": sum(item.spills > 0 for item in lines),
+        "registers": max(item.registers for item in lines),
+        "shared": max(item.shared for item in lines),
+        "violations": len(problems),
+    }
+    return case | {"weights": max(item.weights for item in lines)}, values
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.codegen", description=(__doc__ or "").splitlines()[0])
@@ -305,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", choices=WEIGHTS, default=FLOAT, help="of the projections (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here instead of printing them")
     parser.add_argument("--summary", type=Path, metavar="FILE", help="write the worst of each kernel and target here")
+    parser.add_argument("--brief", action="store_true", help="a result for each target and dtype, and no tables")
     add_ops_option(parser)
     add_options(parser)
     arguments = parser.parse_args(argv)
@@ -314,21 +343,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DiaFastError as error:
         print(f"codegen: {error}", file=sys.stderr)
         return 2
+    lines: list[Line] = []
     steps: list[occupancy.Neighbours] = []
-    weights: str = arguments.weights
-    # Room for the next launch is recorded for weights of 16 bits.
-    judged = steps if weights == FLOAT else None
-    lines = list(report(arguments.targets, arguments.rows, arguments.dtypes, sys.stderr.isatty(), judged, weights, ops))
+    wrong: list[str] = []
+    for target, dtype in itertools.product(arguments.targets, arguments.dtypes):
+        found, pairs, problems = judged(target, arguments.rows, dtype, arguments.weights, ops)
+        results.extend([brief(found, problems)] if arguments.brief else _results(found, pairs))
+        lines, steps, wrong = lines + found, steps + pairs, wrong + problems
     tables = markdown(lines) + "\n" + occupancy.markdown(steps)
-    results.extend(_results(lines, steps))
     if arguments.markdown:
         arguments.markdown.write_text(tables, encoding="utf-8")
-    else:
+    elif not arguments.brief:
         print(tables)
     if arguments.summary:
         arguments.summary.write_text(summary(lines), encoding="utf-8")
-    wrong = [problem for item in lines for problem in violations(item)] + mnemonics_differ(lines)
-    wrong += [problem for item in steps for problem in occupancy.violations(item)]
     print(
         *wrong,
         f"{len(lines)} kernels compiled with Triton {triton.__version__}, {len(wrong)} violations",

@@ -86,7 +86,7 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
         measured("latency", "time to the first sound", 45, "bench.latency", *device, *model, *sound, speed=True),
         measured("serving", "1, 8 and 32 streams at once, the codec included", 75, "bench.serving", *device, *model,
                  "--codec", "random", speed=True),
-        measured("long_sound", "memory and time of decoding 36 s of sound", 30, "bench.long_sound", *device),
+        measured("long_sound", "memory and time of decoding 36 s", 30, "bench.long_sound", *device, speed=True),
         part("sanitizer", "a captured step under compute-sanitizer", 90, "bench.sanitizer", *device,
              programs=("compute-sanitizer",)),
         measured("suite", "every kernel, step and stage beside torch and torch.compile", 220, "bench.suite", *device,

@@ -19,7 +19,7 @@ PARITY = "parity.json"
 SUITE = "suite/suite.json"
 FIGURES = (
     "baseline.json", "candidates.json", "residency.json", "rows.json", "step.json", "throughput.json", "latency.json",
-    "serving.json", "suite.json", "ablation.json", "ragged.json", "original.json",
+    "serving.json", "long_sound.json", "suite.json", "ablation.json", "ragged.json", "original.json",
 )  # fmt: skip
 # What they show, for those who do not see them, by their folder.
 MEASURED = {

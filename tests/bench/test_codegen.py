@@ -352,3 +352,27 @@ def test_the_report_refuses_an_unknown_target(tmp_path: Path) -> None:
     run, _ = compile_for("sm_7", tmp_path)
     assert run.returncode == 2
     assert "invalid choice: 'sm_7'" in run.stderr
+
+
+def test_a_brief_report_counts_what_each_target_and_dtype_compiled_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import codegen
+
+    def report(targets: list[str], rows: object, dtypes: list[str], *more: object) -> list[codegen.Line]:
+        if (targets, dtypes) == (["sm_90"], ["float16"]):
+            raise KeyboardInterrupt  # what was compiled before is on disk
+        [target], [dtype] = targets, dtypes
+        line = codegen.Line(target, dtype, 2, "sample", 9, 4, 99, 0, 512, 0.5, 0, {}, 700, 0.0, 0.0)
+        return [line, dataclasses.replace(line, registers=120, spills=8)]
+
+    monkeypatch.setattr(codegen, "report", report)
+    file = tmp_path / "matrix.json"
+    with pytest.raises(KeyboardInterrupt):
+        codegen.main(["--brief", "--targets", "sm_80", "sm_90", "--dtypes", "float32", "float16", "--json", str(file)])
+    found = results.flat(results.read(file))
+    assert [(one["target"], one["dtype"]) for one in found] == [
+        ("sm_80", "float32"), ("sm_80", "float16"), ("sm_90", "float32"),
+    ]  # fmt: skip
+    values = {"kernels": 2, "spilling": 1, "registers": 120, "shared": 512, "violations": 1}
+    assert all(values.items() <= one.items() for one in found) and "|" not in capsys.readouterr().out

@@ -20,7 +20,7 @@ import torch
 
 from bench import environment, gpu, parts
 from bench.parts import Part, Runner
-from bench.report import Report
+from bench.report import FIGURES, PARITY, Report
 from dia_fast.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -423,3 +423,20 @@ def test_the_whole_report_on_a_tiny_model_and_a_cpu(tmp_path: Path) -> None:
     for name in ("step", "ragged"):
         assert ended.pop(name) in ("ok", "failed") and "times transformers'" in tails[name], tails[name]
     assert ended == dict.fromkeys(["suite", "throughput", "latency"], "ok"), found
+
+
+def test_every_file_of_a_part_is_removed_before_the_next_run_and_every_speed_waits_for_the_checks() -> None:
+    given = all_parts()
+    files = {
+        Path(part.command[part.command.index("--json") + 1]).name for part in given if "--json" in part.command[:-1]
+    }
+    assert files == {*FIGURES, PARITY}
+    # The suite is told what is wrong; residency times launches that compute nothing.
+    assert {part.name for part in given if not part.speed} == {
+        "tests", "doctor", "residency", "parity", "weights", "sanitizer", "suite",
+    }  # fmt: skip
+
+
+def test_the_documentation_lists_the_parts_in_their_order() -> None:
+    listed = [f"| `{part.name}` | {part.shows} |" for part in all_parts()]
+    assert "\n".join(listed) in (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")

@@ -117,7 +117,7 @@ def of_codegen(place: Place) -> list[str]:
         yield codegen.Line("sm_90", "bfloat16", 2, "sample", 9, 4, 99, 0, 0, 0.5, 0, {"HMMA": 3}, 700, 0.0, 0.0)
 
     place.put("codegen", report=report)
-    return ["--markdown", str(place.folder / "tables.md")]
+    return ["--markdown", str(place.folder / "tables.md"), "--targets", "sm_90", "--dtypes", "bfloat16"]
 
 
 def of_traffic(place: Place) -> list[str]:
