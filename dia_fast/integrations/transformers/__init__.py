@@ -10,7 +10,8 @@ from dia_fast.integrations.transformers.attention import register as _register
 from dia_fast.integrations.transformers.fallback import FallbackWarning
 from dia_fast.integrations.transformers.kernel_layers import kernel_mapping
 from dia_fast.integrations.transformers.patch import accelerate, refresh, unaccelerate
+from dia_fast.integrations.transformers.processor import processor
 
 _register()  # attn_implementation="dia_fast"
 
-__all__ = ["FallbackWarning", "accelerate", "kernel_mapping", "refresh", "unaccelerate"]
+__all__ = ["FallbackWarning", "accelerate", "kernel_mapping", "processor", "refresh", "unaccelerate"]
