@@ -52,7 +52,7 @@ def build(folder: Path) -> Path:
         assert "Project-URL: Documentation" in archive.read(metadata).decode()
     for needed in (
         "dia_fast/py.typed",
-        "dia_fast/demo_voice/model.safetensors",
+        "dia_fast/demo-voice/model.safetensors",
         "dia_fast/server/page/index.html",
         "dia_kernels/py.typed",
         "dia_kernels/configs/sm_90.json",

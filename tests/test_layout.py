@@ -1,13 +1,16 @@
 """The shape of the tree: which way imports point, how long functions get, what documents link to, how names read."""
 
 import ast
+import importlib.util
 import inspect
 import pkgutil
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import AsyncGenerator, Generator, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -141,8 +144,8 @@ def test_guests_are_imported_only_when_asked_for() -> None:
     assert not found, "\n".join(found)
 
 
-# Folders of tests that mirror no folder of `dia_fast`.
-OWN_FOLDERS = {"bench", "helpers", "kernels", "parity"}
+# Folders of tests that mirror no folder of `dia_fast`; `demo_voice` mirrors that of `examples`.
+OWN_FOLDERS = {"bench", "demo_voice", "helpers", "kernels", "parity"}
 
 
 def test_tests_mirror_the_package() -> None:
@@ -170,6 +173,50 @@ def test_folders_say_what_lives_there() -> None:
     for package in ("dia_fast", "kernels/dia_kernels"):
         for path in (ROOT / package).rglob("__init__.py"):
             assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path.relative_to(ROOT)
+
+
+def replaced_names(package: ModuleType) -> list[str]:
+    """Public names of a package in whose place the import of a module, or of a folder of data, would put that."""
+    lazy = hasattr(package, "__getattr__")
+    found = []
+    for name in getattr(package, "__all__", ()):
+        spec = importlib.util.find_spec(f"{package.__name__}.{name}")
+        # A name that exists when its package is imported was set after the import of the module of that name.
+        if spec and (lazy or not spec.origin) and not isinstance(getattr(package, name), ModuleType):
+            found.append(f"{package.__name__}.{name}")
+    return found
+
+
+def test_no_import_replaces_a_public_name() -> None:
+    names = ["dia_fast", "dia_kernels"]
+    for name in list(names):
+        found = pkgutil.walk_packages(importlib.import_module(name).__path__, f"{name}.")
+        names += [module.name for module in found if module.ispkg]
+    assert [name for package in names for name in replaced_names(importlib.import_module(package))] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "lazy", "replaced"),
+    [
+        ("voice/model.bin", True, True),
+        ("voice/model.bin", False, True),
+        ("voice.py", True, True),
+        ("voice.py", False, False),
+        ("a-voice/model.bin", True, False),
+    ],
+)
+def test_the_check_of_replaced_names_itself(
+    file: str, lazy: bool, replaced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "planted" / file).parent.mkdir(parents=True)
+    (tmp_path / "planted" / file).touch()
+    names = "def __getattr__(name):\n    return print\n" if lazy else "voice = print\n"
+    (tmp_path / "planted" / "__init__.py").write_text(f"__all__ = ['voice']\n{names}")
+    try:
+        assert replaced_names(importlib.import_module("planted")) == (["planted.voice"] if replaced else [])
+    finally:
+        sys.modules.pop("planted")
 
 
 def import_graph() -> dict[str, set[str]]:

@@ -17,7 +17,7 @@ TEMPERATURE = 0.5
 """At which the demo voice is understood best."""
 
 _ALIKE = 0.55  # of two words that are alike, 0 to 1 as difflib counts it
-_FOLDER = Path(__file__).parent.parent / "demo_voice"
+_FOLDER = Path(__file__).parent.parent / "demo-voice"  # no module's name: `dia_fast.demo_voice` is the function below
 
 
 def demo_voice() -> Path:
