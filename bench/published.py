@@ -24,6 +24,7 @@ FOLDER = Path(__file__).resolve().parent / "published"
 PLACE = re.compile(r"(?P<mark><!-- figures: (?P<files>[^>]+) -->\n)(?P<table>(?:\|[^\n]*\n)+)")
 
 Result = Mapping[str, Any]
+PREDICTED = "2026-11-29-predicted"
 H200, ZEN3, AVX512 = "2026-11-28-h200", "2026-11-28-amd-epyc-zen3", "2026-11-29-amd-epyc-avx512-bf16"
 
 
@@ -78,6 +79,7 @@ TABLES: dict[str, Lines | Across] = {
             ("x realtime", "{realtime:.1f}"), ("share of roofline", "{share_percent:.0f} %"),
         ]
     ),
+    f"{H200}/rows.json": Lines([("requests", "{requests}"), ("rows", "{rows}"), ("ms per step", "{step_ms:.2f}")]),
     f"{H200}/ablation.json": Lines(
         [("op", "{op}"), ("us", "{saved_us:.0f}"), ("minimum for its weights", "{weights_us:.0f}")]
     ),
@@ -94,6 +96,13 @@ TABLES: dict[str, Lines | Across] = {
         [
             ("machine", "{machine}"), ("requests", "{requests}"), ("dia-fast, ms", "{wall_min_ms:short}"),
             ("transformers, ms", "{transformers_wall_min_ms:short}"), ("ratio", "{of_the_least:.1f}"),
+        ]
+    ),
+    f"{PREDICTED}/steps.json": Lines(
+        [
+            ("GPU", "{gpu}"), ("configs", "{configs}"), ("requests", "{requests}"),
+            ("predicted, ms per step", "{low_ms:.2f} - {high_ms:.2f}"), ("middle", "{middle_ms:.2f}"),
+            ("measured", "{measured_ms:.2f}"), ("error of the middle", "{error_percent:+.0f} %"),
         ]
     ),
     f"{ZEN3}/decode_step.json": Lines(

@@ -29,6 +29,7 @@ from bench.tools.results import Results, fault, read
 from bench.tools.tiny_models import make_transformers_checkpoint, tiny_config
 from dia_fast.audio.codec import CodecConfig
 from dia_fast.diagnostics.doctor import random_model
+from dia_fast.diagnostics.roofline import figures
 from dia_fast.errors import InputError
 from dia_fast.jobs.runner import speak_items
 from dia_kernels import reference
@@ -220,6 +221,13 @@ def of_first_generation(place: Place) -> list[str]:
     return ["checkout", "--rows", "1"]
 
 
+def of_predictions(place: Place) -> list[str]:
+    place.put("predictions", compiled=lambda target, table: figures.load(target, "bfloat16"))
+    table = place.folder / "table.json"
+    table.write_text("{}")
+    return ["--tables", str(table)]
+
+
 RUNS: dict[str, Callable[[Place], Sequence[str]]] = {
     "ablation": of_ablation,
     "check": of_check,
@@ -236,6 +244,7 @@ RUNS: dict[str, Callable[[Place], Sequence[str]]] = {
     "long_sound": lambda place: ["--width", "32", "--frames", "70", "--device", "cpu"],
     "pages": of_pages,
     "parity": of_parity,
+    "predictions": of_predictions,
     "ragged": lambda place: [*place.model, "--requests", "2", "--steps", "17", "20", "--gap", "0"],
     "ray_cost": of_ray_cost,
     "residency": of_residency,

@@ -1,20 +1,21 @@
 """The time of a decode step on a device, between a best and a worst case.
 
-    launch = gap + serial + max(memory, flight, issue, cache, compute, turns)
-    step   = max(sum of launches, time of the host)
+    launch = gap + serial + max(memory - early, flight, issue, cache, compute, turns)
+    step   = max(sum of launches + start of the graph, time of the host)
 
-memory: bytes over bandwidth. flight: Little's law, program by program: a program takes `bytes / bytes in flight` times
-the latency, and there are `programs / (resident * SMs)` waves of them. issue: warp instructions over the issue slots of
-the SMs that have a program. cache: what is read again, too, comes through L2. compute: operations, padding included.
-turns: every program of an attention, those beyond the context too, has to find out where it stands; in the worst case
-nothing hides that and it is added. gap: from one kernel to the next. serial: loads that wait for loads, the reduction
-at a program's end, the sampler's bisections.
+memory: bytes over bandwidth. early: with programmatic dependent launch, what arrives during gap and serial, at most
+the bytes that the programs with room beside the launch in front request. flight: Little's law, program by program: a
+program takes `bytes / bytes in flight` times the latency, and there are `programs / (resident * SMs)` waves of them.
+issue: warp instructions over the issue slots of the SMs that have a program. cache: what is read again, too, comes
+through L2. compute: operations, padding included. turns: every program of an attention, those beyond the context too,
+has to find out where it stands; in the worst case nothing hides that and it is added. gap: from one kernel to the next.
+serial: loads that wait for loads, the reduction at a program's end, the sampler's bisections.
 
 No launch is ever predicted to be faster than its weights, keys and values over the published bandwidth.
 """
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor
 
 from dia_fast.diagnostics.roofline import assumptions as assumed
 from dia_fast.diagnostics.roofline import work as counted
@@ -26,6 +27,11 @@ from dia_fast.generation.inputs import FRAMES_PER_SECOND
 from dia_fast.model.config import DiaConfig
 
 STEPS_PER_SECOND = FRAMES_PER_SECOND  # of realtime: a step makes one frame of the codec
+IN_FRONT = {
+    "qkv": "down", "self_attention": "qkv", "o": "self_attention", "cross_q": "o", "cross_attention": "cross_q",
+    "cross_o": "cross_attention", "gate_up": "cross_o", "down": "gate_up", "heads": "down",
+}  # fmt: skip
+"""The launch in front of each that begins early, in all layers but the first."""
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -122,10 +128,15 @@ class Prediction:
         return sum(line.work.times * line.work.streamed for line in self.lines)
 
 
-def predict(device: Device, workload: Workload) -> Prediction:
-    """The prediction for one device. workload must have been checked, see `dia_fast.cli.plan`."""
-    first = workload.config.first_generation
-    found, step = load(device.target, workload.dtype, first_generation=first), workload.step
+def predict(device: Device, workload: Workload, compiled: Figures | None = None) -> Prediction:
+    """The prediction for one device.
+
+    Args:
+        workload: Checked, see `dia_fast.cli.plan`.
+        compiled: Figures of the kernels; by default those of the default configs.
+    """
+    first, step = workload.config.first_generation, workload.step
+    found = compiled or load(device.target, workload.dtype, first_generation=first)
     decoder = workload.config.decoder
     tiles = counted.Tiles(
         block=lambda name, rows: found.find(name, rows).block,
@@ -133,9 +144,10 @@ def predict(device: Device, workload: Workload) -> Prediction:
         cross_split=counted.split(decoder.cross_head_dim, step.itemsize, device.target, counted.CROSS_SPLIT),
         reads_twice=device.target.startswith("gfx") or workload.dtype == "float16",
     )
+    works = {item.name: item for item in counted.launches(workload.config, step, tiles)}
     lines = [
-        _line(item, found.find(item.name, item.rows), found, device, workload)
-        for item in counted.launches(workload.config, step, tiles)
+        _line(item, works[IN_FRONT[name]] if name in IN_FRONT else None, found, device, workload)
+        for name, item in works.items()
     ]
     gpu = Range(0.0, 0.0)
     for line in lines:
@@ -143,37 +155,56 @@ def predict(device: Device, workload: Workload) -> Prediction:
     launches = sum(line.work.times for line in lines)
     if workload.graph:
         host = Range(assumed.HOST_STEP.best, assumed.HOST_STEP.worst)
+        busy = gpu + Range(assumed.GRAPH_START.best, assumed.GRAPH_START.worst)
     else:
-        host = Range(assumed.HOST_LAUNCH.best, assumed.HOST_LAUNCH.worst).times(launches)
-    whole = Range(max(gpu.low, host.low), max(gpu.high, host.high))
+        host, busy = Range(assumed.HOST_LAUNCH.best, assumed.HOST_LAUNCH.worst).times(launches), gpu
+    whole = Range(max(busy.low, host.low), max(busy.high, host.high))
     ceiling = sum(line.ceiling * line.work.times for line in lines)
     made = Prediction(device, workload, found, lines, gpu, host, whole, ceiling, [])
     made.notes.extend(_notes(made))
     return made
 
 
-def _line(item: Work, figure: Figure, found: Figures, device: Device, workload: Workload) -> Line:
-    low = _parts(item, figure, found, device, workload, worst=False)
-    high = _parts(item, figure, found, device, workload, worst=True)
-    parts = {key: Range(low[key], high[key]) for key in low}
+def _line(item: Work, front: Work | None, found: Figures, device: Device, workload: Workload) -> Line:
+    cases, ends = [], []
+    for worst in (False, True):
+        early = _early(item, front, found, device, worst)
+        case = _parts(item, found, device, workload, early, worst)
+        fixed_time = case["gap"] + case["serial"]
+        # Never more than arrives until the first use: no launch is faster than its bytes.
+        bandwidth = device.bandwidth * assumed.MEMORY_SHARE.value(worst, device.target)
+        rest = case | {"memory": case["memory"] - min(early / bandwidth, fixed_time)}
+        longest = max(time for key, time in rest.items() if key not in ("gap", "serial"))
+        cases.append(case)
+        ends.append(fixed_time + longest + (case["turns"] if worst else 0.0))
+    parts = {key: Range(*(case[key] for case in cases)) for key in cases[0]}
     streams = {key: part for key, part in parts.items() if key not in ("gap", "serial")}
-    fixed = parts["gap"] + parts["serial"]
-    each = Range(
-        fixed.low + max(part.low for part in streams.values()),
-        fixed.high + parts["turns"].high + max(part.high for part in streams.values()),
-    )
+    fixed, each = parts["gap"] + parts["serial"], Range(*ends)
     bound = max(streams, key=lambda key: streams[key].middle)
     if fixed.middle > streams[bound].middle:
         bound = "gap" if parts["gap"].middle > parts["serial"].middle else "serial"
     return Line(item, each, parts, item.streamed / device.bandwidth, bound)
 
 
+def _early(item: Work, front: Work | None, found: Figures, device: Device, worst: bool) -> float:
+    """Bytes that programs request while the launch in front still runs: those with room beside it."""
+    if not device.chained or front is None:
+        return 0.0
+    figure, other = found.find(item.name, item.rows), found.find(front.name, front.rows)
+    taken = front.active / (other.resident * device.units)
+    free = 1 - taken if taken <= 1 else 1 / other.resident  # of several waves, one program has ended on each SM
+    per_unit = floor(free * figure.resident) if worst else free * figure.resident
+    programs = min(item.active, per_unit * device.units)
+    each = min(figure.in_flight, item.streamed / item.active) if item.features else item.streamed / item.active
+    return programs * each
+
+
 def _parts(
-    item: Work, figure: Figure, found: Figures, device: Device, workload: Workload, worst: bool
+    item: Work, found: Figures, device: Device, workload: Workload, early: float, worst: bool
 ) -> dict[str, float]:
-    """Seconds of each part of one launch."""
-    size = SIZES[workload.dtype]
-    latency = device.latency * assumed.LATENCY.value(worst)
+    """Seconds of each part of one launch. early: bytes on their way before it may begin."""
+    size, target, figure = SIZES[workload.dtype], device.target, found.find(item.name, item.rows)
+    latency = device.latency * assumed.LATENCY.value(worst, device.target)
     clock = device.clock * assumed.CLOCK.value(worst)
     occupancy = figure.resident * device.units
     if worst:  # whole waves, of programs that come to SMs one by one
@@ -182,22 +213,22 @@ def _parts(
         waves, per_unit = max(1.0, item.active / occupancy), max(1.0, item.active / device.units)
     trips, instructions = _per_program(item, figure, device, size)
     other = assumed.OTHER_FROM_MEMORY.value(worst) * item.other
-    memory = (item.streamed + other) / (device.bandwidth * assumed.MEMORY_SHARE.value(worst))
-    slow = max(trips, 1.0) / assumed.IN_FLIGHT.value(worst) if trips else 0.0
+    memory = (item.streamed + other) / (device.bandwidth * assumed.MEMORY_SHARE.value(worst, target))
+    slow = max(trips, 1.0) / assumed.IN_FLIGHT.value(worst, target) if trips else 0.0
     flight = slow * latency * (waves + (1 if worst and item.active > occupancy else 0))
     # Of attentions all is fetched from L2: what their programs share is little.
     shared = 1 if worst or not item.features else min(figure.resident, ceil(item.active / device.units))
-    cache = (item.moved + item.again / shared) / (device.cache_bandwidth * assumed.CACHE_SHARE.value(worst))
+    cache = (item.moved + item.again / shared) / (device.cache_bandwidth * assumed.CACHE_SHARE.value(worst, target))
     operations = per_unit * device.units * _operations(item, figure, found, workload)
     return {
         "memory": memory,
         "flight": flight,
-        "issue": per_unit * instructions / (device.issue * clock * assumed.ISSUE.value(worst)),
+        "issue": per_unit * instructions / (device.issue * clock * assumed.ISSUE.value(worst, target)),
         "cache": cache,
         "compute": operations / (device.peak(size) * assumed.COMPUTE.value(worst)),
         "turns": _turns(item, occupancy, device, worst),
         "gap": _gap(item, device, workload, worst),
-        "serial": _serial(item, device, worst),
+        "serial": _serial(item, device, early, worst),
     }
 
 
@@ -233,12 +264,12 @@ def _gap(item: Work, device: Device, workload: Workload, worst: bool) -> float:
     if device.target.startswith("gfx"):
         return assumed.AMD_GAP.value(worst)
     chained = device.chained and item.name not in ("embed", "sample")
-    return (assumed.PDL_GAP if chained else assumed.GRAPH_GAP).value(worst)
+    return (assumed.PDL_GAP if chained else assumed.GRAPH_GAP).value(worst, device.target)
 
 
 def _cached(device: Device, worst: bool) -> float:
     """Seconds of a load that hits L2."""
-    return device.latency * assumed.LATENCY.value(worst) * assumed.CACHED_LATENCY.value(worst)
+    return device.latency * assumed.LATENCY.value(worst, device.target) * assumed.CACHED_LATENCY.value(worst)
 
 
 def _turns(item: Work, occupancy: int, device: Device, worst: bool) -> float:
@@ -248,18 +279,18 @@ def _turns(item: Work, occupancy: int, device: Device, worst: bool) -> float:
     return (ceil(turns) if worst else turns) * _cached(device, worst)
 
 
-def _serial(item: Work, device: Device, worst: bool) -> float:
+def _serial(item: Work, device: Device, early: float, worst: bool) -> float:
     """Time that nothing else hides: loads that depend on loads, the end of a program, the bisections."""
     clocks = assumed.EPILOGUE.value(worst)
     if item.name == "sample":
-        cached, trips, clocks = 2, 0, clocks + assumed.SAMPLING.value(worst)
+        cached, trips, clocks = 2, 0, clocks + assumed.SAMPLING.value(worst, device.target)
     elif item.name == "embed":
         cached, trips = 2, 1
     elif item.features:  # x, and the first weights unless they are requested while the launch before still runs
-        cached, trips = 1, 1 if worst or not device.chained else 0
+        cached, trips = 1, 1 if not device.chained or (worst and not early) else 0
     else:  # to merge splits: their sums, the counter, the others' sums
-        cached, trips = (3 if item.splits > 1 else 0), 1 if worst else 0
-    latency = device.latency * assumed.LATENCY.value(worst)
+        cached, trips = (3 if item.splits > 1 else 0), 1 if worst and not early else 0
+    latency = device.latency * assumed.LATENCY.value(worst, device.target)
     return cached * _cached(device, worst) + trips * latency + clocks / (device.clock * assumed.CLOCK.value(worst))
 
 

@@ -230,10 +230,11 @@ def _published(compared: Sequence[Comparison]) -> str:
 
 
 def _assumptions(made: Prediction) -> str:
-    rows = [
-        [f"{_value(item, item.best)} - {_value(item, item.worst)}", item.meaning, item.source] for item in ASSUMPTIONS
-    ]
     device = made.device
+    rows = []
+    for item in ASSUMPTIONS:
+        best, worst, source = item.span(device.target)
+        rows.append([f"{_value(item, best)} - {_value(item, worst)}{_unit(item)}", item.meaning, source])
     own = f"latency of the memory {device.latency * 1e9:.0f} ns, L2 {device.cache_bandwidth / 1e12:g} TB/s"
     lines = [f"{own}: assumed unless the device's source names them", *STATEMENTS]
     return "assumptions, best - worst\n" + table(None, rows, left=3) + "\n" + "\n".join(
@@ -242,6 +243,8 @@ def _assumptions(made: Prediction) -> str:
 
 
 def _value(item: Assumption, value: float) -> str:
-    if item.unit == "s":
-        return f"{value * 1e6:g} us"
-    return f"{value:g}" + (f" {item.unit}" if value == item.worst else "")
+    return f"{value * 1e6:g} us" if item.unit == "s" else f"{value:g}"
+
+
+def _unit(item: Assumption) -> str:
+    return "" if item.unit == "s" else f" {item.unit}"
