@@ -8,16 +8,26 @@ folder of Kokoro's model; fetched first if it is missing. `pip install "dia-fast
 """
 
 import argparse
+import json
 import random
+import re
+import subprocess
 import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import soundfile
 import soxr
 import torch
 
@@ -27,13 +37,14 @@ from dia_fast.text.tokenizer import spoken_seconds
 from examples.demo_voice import kokoro
 from examples.demo_voice.codes import trimmed
 from examples.demo_voice.recognisers import RATE, score, sphinx, whisper
-from examples.demo_voice.texts import held_out_sentences
-from examples.demo_voice.turns import DEFAULT_PAIR, HELD_OUT_VOICES, words
+from examples.demo_voice.texts import held_out_sentences, turn
+from examples.demo_voice.turns import DEFAULT_PAIR, HELD_OUT_VOICES, text_is_held_out, words
 
 SEED = 11
 PAUSE = RATE * 3 // 10  # samples between the turns of a recording
 SOFT = 0.01  # what is softer is no speech
 WINDOW = RATE // 100  # samples in which the level is measured
+COMMAND = (sys.executable, "-m", "dia_fast")
 SETTINGS: dict[str, Any] = {"seed": SEED, "temperature": TEMPERATURE}
 
 
@@ -59,6 +70,16 @@ def dialogues(sentences: Sequence[str], turns: int, count: int, seed: int = SEED
         chosen = draw.sample(list(sentences), turns) if turns <= len(sentences) else draw.choices(sentences, k=turns)
         made.append(Script(tuple((number % 2, sentence) for number, sentence in enumerate(chosen))))
     return made
+
+
+def template_turns(known: Collection[str] | None, count: int, seed: int = SEED) -> list[str]:
+    """Turns that templates make and a hash keeps from training; with `known`, those of known words. Maybe fewer."""
+    draw, found = random.Random(seed), list[str]()
+    for _ in range(400 * count):
+        text = turn(draw)
+        if len(found) < count and text_is_held_out(text) and (known is None or set(words(text)) <= set(known)):
+            found.append(text)
+    return found
 
 
 def long_script(sentences: Sequence[str], seconds: float, tags: Sequence[int] = (0, 1), seed: int = SEED) -> Script:
@@ -142,8 +163,8 @@ class Evaluation:
         self.recognisers = {"pocketsphinx": sphinx(grammar=False), "whisper tiny.en": whisper()}
         self.kokoro = kokoro.Kokoro(source)
         listed = model / "vocabulary.txt"
-        known = listed.read_text(encoding="utf-8").split() if listed.is_file() else None
-        self.sentences = held_out_sentences(known)
+        self.known = listed.read_text(encoding="utf-8").split() if listed.is_file() else None
+        self.sentences = held_out_sentences(self.known)
         if len(self.sentences) < 8:
             sys.exit(f"{model} knows the words of {len(self.sentences)} held-out sentences; 8 are needed")
 
@@ -201,6 +222,14 @@ def sentences(run: Evaluation) -> None:
     streams = [run.dia.stream(script.text, **SETTINGS) for script in scripts]
     sounds = [np.concatenate([np.asarray(chunk.samples) for chunk in chunks]) for chunks in streams]
     run.row("generated, as a stream", scripts, [at_rate(sound, run.rate) for sound in sounds])
+    made = template_turns(run.known, run.count)
+    scripts = [Script(((number % 2, text),)) for number, text in enumerate(made)]
+    if scripts:
+        originals = [run.original(script) for script in scripts]
+        run.head(f"{len(scripts)} held-out turns of templates, {sum(len(script.words) for script in scripts)} words")
+        run.row("original", scripts, originals)
+        run.row("through the codec", scripts, [run.through(sound) for sound in originals])
+        run.row("generated, guidance 3", scripts, run.spoken(scripts, guidance_scale=3.0))
 
 
 def conversations(run: Evaluation) -> None:
@@ -224,15 +253,47 @@ def segments_of(audio: Audio, hop: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """A long script as it was spoken: the sound at `RATE`, and its segments in samples of it."""
+
+    sound: np.ndarray
+    segments: tuple[tuple[int, int], ...]
+
+    @property
+    def parts(self) -> list[np.ndarray]:
+        return [self.sound[first:last] for first, last in self.segments]
+
+    @property
+    def silent(self) -> int:
+        """Segments in which nothing is heard."""
+        return sum(1 for part in self.parts if not len(part) or np.abs(part).max() < SOFT)
+
+
+def long_form(run: Evaluation, dia: Dia, text: str, *, streamed: bool = False, **settings: Any) -> Spoken:
+    """A script that `split="auto"` cuts, as a whole or as a stream."""
+    settings = SETTINGS | settings
+    if streamed:
+        stream = dia.stream(text, split="auto", **settings)
+        samples = np.concatenate([np.asarray(chunk.samples) for chunk in stream])
+        audio = Audio(samples, dia.codec.sample_rate, outcome=stream.outcome)
+    else:
+        audio = cast(Audio, dia.generate(text, split="auto", **settings))
+    spans = segments_of(audio, dia.codec.hop_length)
+    at = tuple((first * RATE // run.rate, last * RATE // run.rate) for first, last in spans)
+    return Spoken(at_rate(np.asarray(audio.samples, np.float64), run.rate), at)
+
+
 def scripts(run: Evaluation, seconds: float = 60.0, seeds: int = 3) -> None:
-    """Long scripts through split="auto": words, silent segments, length, joints, and the drift of pitch."""
-    hop = run.dia.codec.hop_length
+    """Scripts of 60 s through split="auto": words, silent segments, length, joints, and the drift of pitch."""
     prompt = dialogues(run.sentences, 2, 1, seed=1)[0]
     [voice] = run.spoken([prompt])
     given = {"audio_prompt": Audio(voice[: _end(voice)].astype(np.float32), RATE), "prompt_text": prompt.text}
     kinds: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
-        ("dialogue", (0, 1), {}), ("dialogue, in a given voice", (0, 1), given), ("only [S1]", (0,), {}),
-        ("only [S2]", (1,), {}),
+        ("dialogue", (0, 1), {}), ("dialogue, as a stream", (0, 1), {"streamed": True}),
+        ("dialogue, int8", (0, 1), {"dia": run.int8}), ("dialogue, in a given voice", (0, 1), given),
+        ("dialogue, in a given voice, as a stream", (0, 1), {"streamed": True, **given}),
+        ("only [S1]", (0,), {}), ("only [S2]", (1,), {}),
     ]  # fmt: skip
     run.head(f"scripts of {seconds:g} s, {seeds} seeds", "length", "silent", "joints", "steps at joints", "drift")
     for name, tags, settings in kinds:
@@ -240,23 +301,92 @@ def scripts(run: Evaluation, seconds: float = 60.0, seeds: int = 3) -> None:
         original = run.original(script)
         if not settings:
             run.row(f"{name}, original", [script], [original], *5 * [""])
-        made, drifts, joints, silent, count = [], [], [], 0, 0
-        for seed in range(SEED, SEED + seeds):
-            audio = run.dia.generate(script.text, **(SETTINGS | {"seed": seed}), **settings, split="auto")
-            assert isinstance(audio, Audio)
-            spans, samples = segments_of(audio, hop), np.asarray(audio.samples, np.float64)
-            parts = [at_rate(samples[first:last], run.rate) for first, last in spans]
-            silent += sum(1 for part in parts if not len(part) or np.abs(part).max() < SOFT)
-            count += len(parts)
-            joints.append(joint_levels(at_rate(samples, run.rate), (last * RATE // run.rate for _, last in spans[:-1])))
-            if len(tags) == 1:
-                drifts.append(semitones(median_pitch(parts[0]), median_pitch(parts[-1])))
-            made.append(at_rate(samples, run.rate))
-        loud, steps = np.nanmax(np.array(joints), 0) if np.isfinite(joints).any() else (np.nan, np.nan)
+            run.row(f"{name}, through the codec", [script], [run.through(original)], *5 * [""])
+        settings = {"dia": run.dia, **settings}
+        made = [long_form(run, text=script.text, seed=seed, **settings) for seed in range(SEED, SEED + seeds)]
+        joints = np.array([joint_levels(each.sound, (last for _, last in each.segments[:-1])) for each in made])
+        drifts = [
+            semitones(median_pitch(each.parts[0]), median_pitch(each.parts[-1])) for each in made if len(tags) == 1
+        ]
+        loud, steps = np.nanmax(joints, 0) if np.isfinite(joints).any() else (np.nan, np.nan)
         drift = f"{np.nanmax(np.abs(drifts)):.1f} semitones" if np.isfinite(drifts).any() else ""
-        length = np.mean([len(sound) for sound in made]) / len(original)
-        more = (f"{100 * length:.0f} %", f"{silent} of {count}", f"{loud:.1f} dB", f"{steps:.1f} dB", drift)
-        run.row(name, [script] * seeds, made, *more)
+        length = np.mean([len(each.sound) for each in made]) / len(original)
+        silent = f"{sum(each.silent for each in made)} of {sum(len(each.segments) for each in made)}"
+        more = (f"{100 * length:.0f} %", silent, f"{loud:.1f} dB", f"{steps:.1f} dB", drift)
+        run.row(name, [script] * seeds, [each.sound for each in made], *more)
+
+
+def long_scripts(run: Evaluation) -> None:
+    """The same for scripts of 5 minutes."""
+    scripts(run, seconds=300.0, seeds=1)
+
+
+def doors(run: Evaluation) -> None:
+    """Dialogues of 2 turns by `dia-fast batch` and `dia-fast serve`, which speak as Python does for the same seed."""
+    said = dialogues(run.sentences, 2, max(2, run.count // 5))
+    given = [{"text": script.text, **SETTINGS, "seed": SEED + number} for number, script in enumerate(said)]
+    model = ["--model", str(run.model), "--codec", run.codec_name, "--quiet"]
+    made = {"Python": [cast(Audio, run.dia.generate(**each)) for each in given]}
+    with tempfile.TemporaryDirectory() as place:
+        items = Path(place, "items.jsonl")
+        items.write_text("".join(json.dumps(each) + "\n" for each in given), encoding="utf-8")
+        subprocess.run([*COMMAND, "batch", str(items), place, *model], check=True)
+        made["dia-fast batch"] = [loaded(file) for file in sorted(Path(place).glob("*.wav"))]
+    with serving(*model) as address:
+        made["dia-fast serve"] = [requested(address, **each) for each in given]
+    run.head(f"{len(said)} dialogues of 2 turns", "as in Python")
+    for name, sounds in made.items():
+        same = sum(1 for mine, other in zip(made["Python"], sounds, strict=True) if is_same(mine, other))
+        run.row(name, said, [at_rate(sound.samples, sound.sample_rate) for sound in sounds], f"{same} of {len(said)}")
+
+
+def loaded(path: Path) -> Audio:
+    """The sound of a file, at its own rate."""
+    samples, rate = soundfile.read(path, dtype="float32")
+    return Audio(samples, rate)
+
+
+def is_same(first: Audio, second: Audio) -> bool:
+    """Tell whether two sounds differ by no more than what 16 bits cost."""
+    if (first.sample_rate, len(first.samples)) != (second.sample_rate, len(second.samples)):
+        return False
+    return bool(np.abs(np.asarray(first.samples).clip(-1, 1) - np.asarray(second.samples)).max() < 2 / 32768)
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[str]:
+    """The address of a server that runs until the end of the block. Raises RuntimeError if it does not start."""
+    command = [*COMMAND, "serve", "--port", "0", *(option for option in options if option != "--quiet")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        lines = list[str]()
+        for line in process.stderr:
+            if found := re.search(r"(http://\S+?:\d+) serves", line):
+                break
+            lines.append(line)
+        else:
+            raise RuntimeError(f"the server does not start: {''.join(lines)}")
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        for _ in range(600):  # it answers before its model is loaded
+            with suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{found[1]}/ready"):
+                break
+            time.sleep(0.1)
+        yield found[1]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def requested(address: str, text: str, **settings: Any) -> Audio:
+    """A text as the server speaks it."""
+    fields = {"input": text, "response_format": "wav", **settings}
+    header = {"Content-Type": "application/json"}
+    asked = urllib.request.Request(f"{address}/v1/audio/speech", json.dumps(fields).encode(), header)
+    with tempfile.NamedTemporaryFile(suffix=".wav") as file, urllib.request.urlopen(asked) as answer:
+        file.write(answer.read())
+        file.flush()
+        return loaded(Path(file.name))
 
 
 def _end(sound: np.ndarray) -> int:
@@ -299,7 +429,8 @@ def _reference(run: Evaluation, name: str) -> tuple[Script, tuple[str, str]]:
 
 
 PARTS: dict[str, Callable[[Evaluation], None]] = {
-    "sentences": sentences, "dialogues": conversations, "scripts": scripts, "cloning": cloning,
+    "sentences": sentences, "dialogues": conversations, "scripts": scripts, "long": long_scripts, "doors": doors,
+    "cloning": cloning,
 }  # fmt: skip
 
 

@@ -5,12 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dia_fast import Dia, demo_voice
 from dia_fast.audio.audio import Audio
 from dia_fast.generation.outcome import Outcome, Segment
 from dia_fast.text.tokenizer import spoken_seconds
 from examples.demo_voice import evaluate
 from examples.demo_voice.recognisers import RATE, score, spelled
 from examples.demo_voice.texts import held_out_sentences
+from examples.demo_voice.turns import text_is_held_out, words
 
 
 def voiced(pitch: float, seconds: float = 1.0, tilt: float = 1.0) -> np.ndarray:
@@ -76,6 +78,59 @@ def test_segments_follow_each_other() -> None:
     segments = tuple(Segment("Yes.", "end", frames, (1,)) for frames in (10, 0, 5))
     audio = Audio(np.zeros(15 * 320, np.float32), RATE, outcome=Outcome(segments))
     assert evaluate.segments_of(audio, 320) == [(0, 3200), (3200, 3200), (3200, 4800)]
+
+
+def test_held_out_turns_of_templates_are_of_known_words() -> None:
+    every = evaluate.template_turns(None, 20)
+    assert len(every) == 20 and every == evaluate.template_turns(None, 20) != evaluate.template_turns(None, 20, seed=1)
+    assert all(map(text_is_held_out, every))
+    known = set(words(" ".join(every[:10])))
+    some = evaluate.template_turns(known, 5)
+    assert some and all(set(words(text)) <= known for text in some)
+    assert evaluate.template_turns(["hello"], 2) == []
+
+
+def test_silent_segments_are_counted() -> None:
+    sound = np.concatenate([voiced(120), np.zeros(RATE), voiced(120)])
+    spoken = evaluate.Spoken(sound, ((0, RATE), (RATE, 2 * RATE), (2 * RATE, 2 * RATE), (2 * RATE, 3 * RATE)))
+    assert spoken.silent == 2 and [len(part) for part in spoken.parts] == [RATE, RATE, 0, RATE]
+
+
+def evaluation(count: int) -> evaluate.Evaluation:
+    """One of the shipped voice, without recognisers."""
+    run = evaluate.Evaluation.__new__(evaluate.Evaluation)
+    run.model, run.codec_name, run.count, run.recognisers = demo_voice(), "auto", count, {}
+    run.dia = Dia.from_pretrained(run.model)
+    run.rate = run.dia.codec.sample_rate
+    listed = (run.model / "vocabulary.txt").read_text(encoding="utf-8").split()
+    run.sentences = held_out_sentences(listed)
+    return run
+
+
+def test_a_long_script_is_the_same_as_a_stream() -> None:
+    run = evaluation(1)
+    text = evaluate.long_script(run.sentences, 24.0).text
+    whole, stream = (
+        evaluate.long_form(run, run.dia, text, streamed=streamed, max_new_tokens=50) for streamed in (False, True)
+    )
+    assert whole.segments == stream.segments and len(whole.segments) > 1
+    assert whole.segments[-1][1] == len(whole.sound) == len(stream.sound)
+    assert np.abs(whole.sound - stream.sound).max() < 1e-3
+
+
+def test_every_door_speaks_as_python_does(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fastapi", reason="the extra server is not installed")
+    evaluate.doors(evaluation(10))
+    lines = capsys.readouterr().out.splitlines()
+    shares = [line.split("|")[-2].strip() for line in lines if line.startswith("| ")]
+    assert shares == ["as in Python", "2 of 2", "2 of 2", "2 of 2"]
+
+
+def test_other_sounds_are_not_the_same() -> None:
+    sound = Audio(voiced(120).astype(np.float32), RATE)
+    assert evaluate.is_same(sound, Audio(np.round(sound.samples * 32767).astype(np.float32) / 32768, RATE))
+    for other in (Audio(sound.samples[:-1], RATE), Audio(sound.samples, 8000), Audio(sound.samples * 0.99, RATE)):
+        assert not evaluate.is_same(sound, other)
 
 
 @pytest.mark.parametrize(
