@@ -1,10 +1,11 @@
-"""The small voice that comes with the package: a whole Dia that speaks some four dozen words, for demos and tests.
+"""The small voice that comes with the package: a whole Dia that speaks a closed list of words, for demos and tests.
 
 How it was made, and how well it is understood, is in the model card beside its weights; `examples/demo_voice` makes it.
 """
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 from dia_fast.errors import CheckpointError, InputError
@@ -17,6 +18,7 @@ TEMPERATURE = 0.5
 """At which the demo voice is understood best."""
 
 _ALIKE = 0.55  # of two words that are alike, 0 to 1 as difflib counts it
+_SOUND_OR_WORD = re.compile(r"\([^()\d]{1,40}\)|(?:[^\W_]|')+")
 _FOLDER = Path(__file__).parent.parent / "demo-voice"  # no module's name: `dia_fast.demo_voice` is the function below
 
 
@@ -49,15 +51,23 @@ def vocabulary() -> list[str]:
 
 
 def unknown_words(text: str) -> list[str]:
-    """The words of a transcript that the demo voice never learnt, each once, as they are written."""
-    spoken = TAG.sub(" ", text)
-    words = "".join(letter if letter.isalnum() else " " for letter in spoken).split()
-    known = set(vocabulary())
-    return list(dict.fromkeys(word for word in words if word.lower() not in known))
+    """The words of a transcript that the demo voice never learnt, each once, as they are written.
+
+    It learnt no sounds: one in brackets, as in `(laughs)`, is told as it stands.
+    """
+    spoken, known = TAG.sub(" ", text).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"), set(vocabulary())
+    found = list[str]()
+    for part in _SOUND_OR_WORD.findall(spoken):
+        word = part if part.startswith("(") else part.strip("'")
+        if word and word.lower() not in known:
+            found.append(word)
+    return list(dict.fromkeys(found))
 
 
 def nearest_words(word: str, most: int = 2) -> list[str]:
     """The words of the demo voice that are spelled most like this one, the nearest first; none if none is alike."""
+    if word.startswith("("):
+        return []
     return difflib.get_close_matches(word.lower(), vocabulary(), most, _ALIKE)
 
 

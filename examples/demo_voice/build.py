@@ -27,7 +27,7 @@ TURNS = 4000  # of speech, some five hours
 SEED = 1
 
 # Two cores have three hours for each stage; a GPU has minutes.
-ON_CPU: dict[str, dict[str, Any]] = {"codec": {"steps": 14_000}, "model": {"steps": 9_000, "rows": 2048}}
+ON_CPU: dict[str, dict[str, Any]] = {"codec": {"steps": 14_000}, "model": {"steps": 16_000, "rows": 2048, "rate": 1e-3}}
 ON_GPU: dict[str, dict[str, Any]] = {
     "codec": {"steps": 20_000, "batch": 32, "device": "cuda"},
     "model": {"steps": 8_000, "rows": 16_384},

@@ -156,6 +156,15 @@ def test_unknown_words_are_told() -> None:
     assert vocabulary() == taught()
     assert unknown_words("[S1] The RED book, please! [S2] Zebra 7 zebra?") == ["Zebra", "7", "zebra"]
     assert unknown_words("[S1] Good morning.") == []
+    assert unknown_words("[S1] 'Good' morning (the red book).") == ["(the red book)"]
+    assert unknown_words("[S1] It's four o\N{RIGHT SINGLE QUOTATION MARK}clock_now.") == ["It's", "o'clock", "now"]
+
+
+def test_sounds_are_told_as_they_stand() -> None:
+    assert unknown_words("[S1] Yes (laughs), the book. [S2] (coughs) No (laughs).") == ["(laughs)", "(coughs)"]
+    assert nearest_words("(the)") == []
+    assert str(unknown_words_remark("[S1] Yes (laughs).")).endswith("never learnt: (laughs)")
+    assert unknown_words("[S1] Call (four).") == ["(four)"] and unknown_words("[S1] Call (four 4).") == ["4"]
 
 
 def test_the_nearest_known_words_are_told() -> None:
