@@ -1,9 +1,11 @@
 """Runs the PTX of all programs of one launch at once, on numpy: warp by warp, in random order, looking for races.
 
-Branches, barriers, atomics and `griddepcontrol` are executed. A warp takes some instructions, then another one goes on.
-Every access to shared memory, and to buffers that something writes, is checked by vector clocks: two accesses to one
-word, one of them a write, need an order between them. A barrier orders the warps of a program, an atomic with acquire
-and release those that meet at its word, `griddepcontrol.wait` the launches in front with the warp that waits.
+Branches, barriers, atomics, asynchronous copies and `griddepcontrol` are executed. A warp takes some instructions, then
+another one goes on, so that programs may wait for one another, as resident ones of a persistent kernel do. Every access
+to shared memory, and to buffers that something writes, is checked by vector clocks: two accesses to one word, one of
+them a write, need an order between them. A barrier orders the warps of a program, a release at a word those that
+acquire it later, `griddepcontrol.wait` the launches in front with the warp that waits. A word that `cp.async` writes
+belongs to the copy until `cp.async.wait_group` counts it out; the copy is carried out at once or only then, at random.
 
 Threads of a warp count as ordered among each other. Two writes of the same value are no race. Not covered, besides
 what `bench.ptx` names: stale first-level caches, and what ptxas makes of the PTX.
@@ -54,9 +56,13 @@ def parse(text: str) -> tuple[list[_Instruction], dict[str, int]]:
 
 
 class _Words:
-    """Last writer and last readers of each 16-bit word of a memory, by warp and that warp's clock."""
+    """Last writer and last readers of each 16-bit word of a memory, by warp and that warp's clock.
+
+    coming: words to which a copy is on its way.
+    """
 
     def __init__(self, words: int, warps: int) -> None:
+        self.coming = np.zeros(words, bool)
         self.writer = np.full(words, -1, np.int32)
         self.written = np.zeros(words, np.int32)
         self.read = np.zeros((warps, words), np.int32)
@@ -65,6 +71,7 @@ class _Words:
         """Words of `at` that somebody else accessed with nothing in between; changed: where a write changes them."""
         writer = self.writer[at]
         late = (writer >= 0) & (writer != warp) & (self.written[at] > clock[np.maximum(writer, 0)])
+        late |= self.coming[at]
         if changed is None:
             self.read[warp, at] = clock[warp]
             return at[late]
@@ -75,12 +82,26 @@ class _Words:
         return at[late]
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """An asynchronous copy of a warp: words to write in shared memory, and memory and places that they come from.
+
+    kept: of each thread, False for zeros in place of what it would read.
+    """
+
+    to: Bits
+    memory: Bits
+    at: Bits
+    kept: Bits
+
+
 class _Warp(ptx.Program):
     def __init__(self, grid: "Launch", program: "_Program", index: int, number: int) -> None:
         super().__init__(0, 32, grid.parameters, {})
         self.grid, self.program, self.number = grid, program, number
         self.place, self.over, self.waited = 0, False, False
         self.shared = program.shared
+        self.groups: list[list[_Copy]] = [[]]  # of copies on their way; the last one is not closed yet
         self.clock = np.zeros(grid.clocks, np.int32)
         self.clock[number] = 1
         self.registers["%tid.x"] = np.arange(32, dtype=np.uint32) + 32 * index
@@ -111,6 +132,8 @@ class _Warp(ptx.Program):
             self.clock[-1] = 1
         elif name == "atom":
             self.atomic(i.opcode, i.operands, active)
+        elif i.opcode.startswith("cp.async"):
+            self.copy(i.opcode, i.operands, active)
         elif not i.opcode.startswith(("bar", *_SKIPPED)):
             self.step(i.opcode, i.operands, active)
         return True
@@ -150,6 +173,8 @@ class _Warp(ptx.Program):
                 memory[where] = value
                 continue
             self.note(noted, label, where.ravel(), None)
+            if "acquire" in parts:
+                self.acquire(at[active])
             loaded = np.zeros((32, words), np.uint16)
             loaded[active] = memory[where]
             self.put(name, loaded.view(ptx._UNSIGNED[bits])[:, 0], active)
@@ -166,20 +191,80 @@ class _Warp(ptx.Program):
         at = (rows[:count, None] + np.arange(8)).ravel()
         self.note(self.program.words, "shared memory", at, np.ones(at.size, bool) if store else None)
 
+    def copy(self, opcode: str, operands: list[str], active: Bits) -> None:
+        """Begin copies of 16 bytes or less a thread, close a group of them, or wait until so many groups are left."""
+        if opcode == "cp.async.commit_group":
+            self.groups.append([])
+            return
+        if opcode.startswith(("cp.async.wait_group", "cp.async.wait_all")):
+            left = int(operands[0], 0) if operands else 0
+            if not operands:
+                self.groups.append([])
+            while len(self.groups) - 1 > left:
+                for item in self.groups.pop(0):
+                    self.land(item)
+                    words = self.program.words
+                    words.coming[item.to] = False
+                    words.writer[item.to], words.written[item.to] = self.number, self.clock[self.number]
+            return
+        if not re.fullmatch(r"cp\.async\.c[ag]\.shared\.global(\.L2::cache_hint)?", opcode):
+            raise NotImplementedError(opcode)
+        if not active.any():
+            return
+        to, source = self.place_of(operands[0], 32)[active], self.place_of(operands[1], 64)[active]
+        size = int(operands[2], 0)
+        kept = np.ones(to.size, bool)
+        if len(operands) > 3 and "cache_hint" not in opcode:  # bytes that are read; the rest is zeros
+            given = self.get(operands[3], 32)[active]
+            if not np.isin(given, (0, size)).all():
+                raise NotImplementedError(f"{opcode} of a part of {size} bytes")
+            kept = given > 0
+        steps = 2 * np.arange(size // 2)
+        memory, at, noted, label = self.grid.find(source[kept, None] + steps)
+        target = (to[:, None] + steps) // 2
+        self.note(noted, label, at.ravel(), None)
+        self.note(self.program.words, "shared memory", target.ravel(), np.ones(target.size, bool))
+        self.program.words.coming[target] = True
+        item = _Copy(target, memory, at, kept)
+        if self.grid.random.random() < 0.5:
+            self.land(item)
+        self.groups[-1].append(item)
+
+    def place_of(self, operand: str, bits: int) -> Bits:
+        """Return the addresses that an operand in brackets names."""
+        base, _, offset = (part.strip() for part in operand.strip("[] ").partition("+"))
+        return self.get(base, bits).astype(np.int64) + int(offset or 0)
+
+    def land(self, item: _Copy) -> None:
+        """Carry a copy out."""
+        values = np.zeros(item.to.shape, np.uint16)
+        values[item.kept] = item.memory[item.at]
+        self.shared[item.to] = values
+
+    def release(self, at: int) -> None:
+        """Let those who acquire this word later come behind all so far."""
+        met = self.grid.met.setdefault(at, np.zeros_like(self.clock))
+        np.maximum(met, self.clock, out=met)
+        self.clock[self.number] += 1
+
+    def acquire(self, places: Iterable[int]) -> None:
+        """Come behind those who released these words."""
+        for at in places:
+            if (met := self.grid.met.get(int(at))) is not None:
+                np.maximum(self.clock, met, out=self.clock)
+
     def atomic(self, opcode: str, operands: list[str], active: Bits) -> None:
-        found = re.fullmatch(r"atom\.global(?:\.gpu)?\.(acq_rel|relaxed)\.add\.u32", opcode)
+        found = re.fullmatch(r"atom\.global(?:\.gpu)?\.(acq_rel|acquire|release|relaxed)\.add\.u32", opcode)
         if not found:
             raise NotImplementedError(opcode)
         old = np.zeros(32, np.uint32)
-        base, _, offset = (part.strip() for part in operands[1].strip("[] ").partition("+"))
-        at = self.get(base, 64).astype(np.int64) + int(offset or 0)
+        at = self.place_of(operands[1], 64)
         for lane in np.flatnonzero(active):
             memory, where, noted, label = self.grid.find(at[lane] + 2 * np.arange(2))
-            if found[1] == "acq_rel":
-                met = self.grid.met.setdefault(int(at[lane]), np.zeros_like(self.clock))
-                np.maximum(met, self.clock, out=met)
-                np.maximum(self.clock, met, out=self.clock)
-                self.clock[self.number] += 1
+            if found[1] in ("acq_rel", "acquire"):
+                self.acquire([at[lane]])
+            if found[1] in ("acq_rel", "release"):
+                self.release(int(at[lane]))
             word = memory[where].view(np.uint32)
             old[lane] = word[0]
             memory[where] = (word + self.get(operands[2], 32)[lane : lane + 1]).astype(np.uint32).view(np.uint16)
@@ -222,7 +307,8 @@ class Launch:
 
     text: PTX; extents: programs along x, y, z; shared: bytes; parameters: integers, or addresses, that is multiples of
     `ptx.BUFFER`; memory: 16-bit words at each of these multiples, changed in place; names: of the buffers; in_front:
-    buffers that launches in front of this one may still read and write.
+    buffers that launches in front of this one may still read and write; budget: instructions of all warps together,
+    after which programs that still run are taken to wait for ever.
     """
 
     text: str
@@ -234,10 +320,12 @@ class Launch:
     names: Mapping[int, str]
     in_front: Iterable[int]
     seed: int = 0
+    budget: int = 3_000_000
     races: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.code, self.labels = parse(self.text)
+        self.random = np.random.default_rng(self.seed)
         x, y, z = self.extents
         self.clocks = x * y * z * self.warps + 1  # the last one is that of the launches in front
         self.met: dict[int, Bits] = {}
@@ -261,7 +349,7 @@ class Launch:
 
     def run(self) -> int:
         """Run it to its end; return the instructions that the warps executed. Raises RuntimeError for a deadlock."""
-        random = np.random.default_rng(self.seed)
+        random = self.random
         alive: list[Any] = [warp for program in self.programs for warp in program.warps]
         executed = idle = 0
         while alive:
@@ -274,7 +362,7 @@ class Launch:
             if warp.over:
                 alive.remove(warp)
             idle = idle + 1 if executed == before and not warp.over else 0
-            if idle > 1000 + 100 * len(alive):
+            if idle > 1000 + 100 * len(alive) or executed > self.budget:
                 raise RuntimeError(f"{len(alive)} warps wait for ever, the first at {self.code[alive[0].place]}")
         return executed
 

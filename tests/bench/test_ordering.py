@@ -85,3 +85,17 @@ def test_planted_faults_are_seen() -> None:
     assert "partials unordered with another warp" in found["no barrier"]
     assert "reads x before it waits for the launches in front" in found["linear, no wait"]
     assert "shared memory unordered with another warp" in found["linear, no barriers"]
+
+
+def test_programs_that_wait_for_one_another_and_copies_through_shared_memory() -> None:
+    """Kernels of the test's own: nothing that is shipped spins, or copies asynchronously, yet."""
+    done = in_a_process("-m", "tests.bench.resident_kernels")
+    assert done.returncode == 0, done.stderr
+    found = {name: " ".join(problems) for name, problems in json.loads(done.stdout).items()}
+    assert found["two phases"] == found["pipelined"] == ""
+    for fault in ("nothing released", "nothing acquired"):
+        assert found[fault] == "reads y unordered with another warp", "right by luck, and a race all the same"
+    assert "reads y unordered with another warp" in found["everybody let through"]
+    assert "warps wait for ever" in found["nobody arrives"]
+    assert "reads shared memory unordered with another warp" in found["copies not awaited"]
+    assert "shared memory unordered with another warp" in found["no barriers"]
