@@ -10,6 +10,7 @@ from dia_fast.engine.memory import sizes_for
 from dia_fast.engine.metrics import EngineEvent, Stats
 from dia_fast.engine.request import Generation, Plan, Request, plan
 from dia_fast.engine.scheduler import MAX_BATCH, DeadlineExceeded, Engine, EngineFull, StepFailed
+from dia_fast.engine.session import Session, Verified, longest_agreed
 from dia_fast.model.model import DiaModel
 
 __all__ = [
@@ -23,12 +24,15 @@ __all__ = [
     "Hooks",
     "Plan",
     "Request",
+    "Session",
     "Stats",
     "StepFailed",
     "StepTensors",
     "Stepper",
+    "Verified",
     "collect",
     "generate",
+    "longest_agreed",
     "place",
     "plan",
     "prefill",

@@ -1,9 +1,9 @@
 """Decode steps by captured graphs, one for each batch size; launch by launch where there are none."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from dia_fast.engine.hooks import Hooks, step_tensors
 from dia_fast.errors import InputError
@@ -19,12 +19,58 @@ BUCKETS = (1, 2, 4, 8, 16, 32)
 """Batch sizes that a graph is captured for; a batch between two of them runs in the larger one, padded."""
 
 
-class Stepper:
-    """Runs decode steps of one `DecodeState`.
+class Replays:
+    """Makes the same launches over and over, told apart by keys.
 
-    The first step of a bucket is made launch by launch, which compiles and loads its kernels; the second one captures a
-    graph, and it and all later ones replay that. If a capture fails a warning says why, and all steps run launch by
-    launch from then on: slower, with equal results.
+    The first time they are made launch by launch, which compiles and loads the kernels; the second time a graph is
+    captured, and that and all later times it is replayed. If a capture fails a warning says why, and everything is made
+    launch by launch from then on: slower, with equal results.
+
+    Args:
+        capture: Makes a graph; without it there are none.
+    """
+
+    def __init__(self, capture: Capture | None) -> None:
+        self.capture = capture
+        self._replays: dict[Hashable, Callable[[], None]] = {}
+        self._made: set[Hashable] = set()
+
+    def __call__(self, key: Hashable, name: str, make: Callable[[], Callable[[], None]]) -> None:
+        """Do it once more.
+
+        Args:
+            key: Of the launches and of the buffers that they work on.
+            name: Of it in a warning.
+            make: Returns what makes the launches.
+        """
+        replay = self._replays.get(key)
+        if replay is None and self.capture is not None and key in self._made:
+            replay = self._captured(key, name, make())
+        if replay is not None:
+            replay()
+            return
+        make()()
+        self._made.add(key)
+
+    def _captured(self, key: Hashable, name: str, launches: Callable[[], None]) -> Callable[[], None] | None:
+        assert self.capture is not None
+        try:
+            replay = self.capture(launches)
+        except Exception as error:
+            warn(
+                f"{name} could not be captured as a graph ({type(error).__name__}: {error}); steps run launch by "
+                "launch instead, which is slower",
+                RuntimeWarning,
+            )
+            self.capture = None
+            self._replays.clear()
+            return None
+        self._replays[key] = replay
+        return replay
+
+
+class Stepper:
+    """Runs decode steps of one `DecodeState`, each bucket as `Replays` does.
 
     Args:
         capture: Makes a graph of a step, once for each bucket and with and without guidance. Without it every batch
@@ -35,12 +81,11 @@ class Stepper:
     def __init__(
         self, model: DiaModel, state: DecodeState, capture: Capture | None = None, hooks: Hooks | None = None
     ) -> None:
-        self.model, self.state, self.capture, self.hooks = model, state, capture, hooks
+        self.model, self.state, self.hooks = model, state, hooks
         sizes = range(1, state.batch + 1)
         self.buckets: Sequence[int] = sizes if capture is None else _up_to(state.batch)
         self._views: dict[tuple[int, bool], DecodeState] = {}
-        self._replays: dict[tuple[int, bool], Callable[[], None]] = {}
-        self._made: set[tuple[int, bool]] = set()
+        self._replays = Replays(capture)
 
     def view(self, count: int, guided: bool) -> DecodeState:
         """The buffers for `count` requests: those of the smallest bucket that holds them, the same ones every time."""
@@ -51,15 +96,8 @@ class Stepper:
 
     def __call__(self, view: DecodeState) -> None:
         """One step of a view that `view` returned."""
-        key = view.batch, view.guided
-        replay = self._replays.get(key)
-        if replay is None and self.capture is not None and key in self._made:
-            replay = self._capture(view)
-        if replay is not None:
-            replay()
-            return
-        self._step(view)()
-        self._made.add(key)
+        name = f"the decode step for {view.batch} requests"
+        self._replays((view.batch, view.guided), name, partial(self._step, view))
 
     def _step(self, view: DecodeState) -> Callable[[], None]:
         """Return what makes a step launch by launch."""
@@ -67,24 +105,10 @@ class Stepper:
         if hooks is None or (hooks.in_step is None and hooks.sample is None):
             return partial(self.model.decode_step, view)
         tensors = step_tensors(view)
-        called = {name: partial(hook, tensors) for name in ("in_step", "sample") if (hook := getattr(hooks, name))}
+        called: dict[str, Any] = {
+            name: partial(hook, tensors) for name in ("in_step", "sample") if (hook := getattr(hooks, name))
+        }
         return partial(self.model.decode_step, view, **called)
-
-    def _capture(self, view: DecodeState) -> Callable[[], None] | None:
-        assert self.capture is not None
-        try:
-            replay = self.capture(self._step(view))
-        except Exception as error:
-            warn(
-                f"the decode step for {view.batch} requests could not be captured as a graph "
-                f"({type(error).__name__}: {error}); steps run launch by launch instead, which is slower",
-                RuntimeWarning,
-            )
-            self.capture = None
-            self._replays.clear()
-            return None
-        self._replays[view.batch, view.guided] = replay
-        return replay
 
 
 def choose_capture(wanted: Capture | str | None, model: DiaModel) -> Capture | None:

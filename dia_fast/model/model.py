@@ -9,7 +9,7 @@ The unconditional branch reads a text of zeros. All its encoder positions are eq
 are, its cross-attention adds the same vector everywhere: `DecoderLayer.uncond_cross`, computed once by `finalize`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import ModuleType
 from typing import NamedTuple, cast
 
@@ -23,6 +23,7 @@ from dia_fast.model.cpu_weights import pack_matrices, refuse_packed, set_matrix
 from dia_fast.model.decode_state import DecodeState, cross_pages
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.kv_cache import BlockTable, PagePool
+from dia_fast.model.verify_state import Attended, VerifyState
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.forks import OneProcess
 from dia_kernels.reference import PackedWeight
@@ -219,29 +220,69 @@ class DiaModel(OneProcess, nn.Module):
         *,
         in_step: Callable[[], object] | None = None,
         sample: Callable[[], object] | None = None,
+        layers: Collection[int] | None = None,
     ) -> None:
         """Run one step of every request: form its next input from what was sampled and sample the codes after it.
 
         Exactly `8 * layers + 3` op calls; nothing is allocated (the torch ops aside) and nothing is waited for.
 
-        in_step: called between heads and sampling; sample: called in the place of the op.
+        in_step: called between heads and sampling; sample: called in the place of the op; layers: those that are
+        computed, the others are passed by and get no keys and values.
         """
-        ops, stack, config = self.ops, self.decoder, self.config.decoder
-        eps, eos = config.norm_eps, config.eos_token_id
-        first_generation, rotation = self.config.first_generation, {}
-        if first_generation:
-            rotation = {"cos": stack.cross_cos, "sin": stack.cross_sin, "positions": s.positions_cond}
-        ops.embed_codes(
-            s.sampled, s.prompt_codes, s.step, s.first_step, s.end_step, s.eos_step, s.delay, stack.embedding,
-            s.codes, s.positions, s.finished, s.x, eos=eos, pad=config.pad_token_id,
+        self._form(s, s.sampled)
+        # All that attention reads but q and the new token is ready: `embed_codes` lets no launch begin early.
+        self._run_layers(s, [Attended(s.qkv, s.table, s.positions, s.attended, True)], layers)
+        self._heads(s.x, s.logits)
+        if in_step is not None:
+            in_step()
+        if sample is not None:
+            sample()
+            return
+        self._sample(s, s.logits, s.step, s.sampled, s.status)
+
+    @isolated()
+    def verify(self, s: DecodeState, v: VerifyState) -> None:
+        """Run several steps of every request at once, formed from `v.inputs`, and sample what follows each.
+
+        Weights are read once. All that is computed has the bits of as many calls of `decode_step`, since a row's result
+        does not depend on the rows beside it; self-attention alone takes one step after the other. Afterwards the state
+        is behind the last step; see `VerifyState.keep`.
+        """
+        v.begin(s)
+        for j, inputs in enumerate(v.inputs):
+            self._form(s, inputs)
+            v.take(j, s)
+        self._run_layers(v, v.parts)
+        self._heads(v.x, v.flat_logits)
+        v.order_logits()
+        for j in range(v.steps):
+            self._sample(s, v.logits[j], v.step[j], v.chosen[j], v.status[j])
+
+    def _form(self, s: DecodeState, sampled: Tensor) -> None:
+        """Form the next codes of every request from what was sampled, and embed them."""
+        config = self.config.decoder
+        self.ops.embed_codes(
+            sampled, s.prompt_codes, s.step, s.first_step, s.end_step, s.eos_step, s.delay, self.decoder.embedding,
+            s.codes, s.positions, s.finished, s.x, eos=config.eos_token_id, pad=config.pad_token_id,
         )  # fmt: skip
+
+    def _run_layers(
+        self, s: DecodeState | VerifyState, parts: Sequence[Attended], layers: Collection[int] | None = None
+    ) -> None:
+        """Run the decoder's layers on `s.x`, in place; self-attention one part after the other."""
+        ops, stack, eps, rotation = self.ops, self.decoder, self.config.decoder.norm_eps, {}
+        if self.config.first_generation:
+            rotation = {"cos": stack.cross_cos, "sin": stack.cross_sin, "positions": s.positions_cond}
         for i, layer in enumerate(self._decoder_layers()):
+            if layers is not None and i not in layers:
+                continue
             keys, values = s.pool.keys[i], s.pool.values[i]
             ops.rms_norm_linear(s.x, layer.self_norm, layer.qkv, eps, s.qkv)
-            # All that attention reads but q and the new token is ready: `embed_codes` lets no launch begin early.
-            ops.rope_attention(
-                s.qkv, stack.cos, stack.sin, keys, values, s.table, s.positions, s.attended, s.workspace, kv_ready=True
-            )  # fmt: skip
+            for part in parts:
+                ops.rope_attention(
+                    part.qkv, stack.cos, stack.sin, keys, values, part.table, part.positions, part.out, s.workspace,
+                    kv_ready=part.kv_ready,
+                )  # fmt: skip
             ops.linear_residual(s.attended, layer.o, s.x)
             ops.rms_norm_linear(s.x_cond, layer.cross_norm, layer.cross_q, eps, s.cross_q)
             keys, values = s.cross_pool.keys[i], s.cross_pool.values[i]
@@ -252,15 +293,14 @@ class DiaModel(OneProcess, nn.Module):
             ops.linear_residual(s.cross_attended, layer.cross_o, s.x, layer.uncond_cross if s.guided else None)
             ops.rms_norm_glu(s.x, layer.mlp_norm, layer.gate_up, eps, s.gated)
             ops.linear_residual(s.gated, layer.down, s.x)
-        ops.codebook_logits(s.x, stack.norm, stack.head, eps, s.logits)
-        if in_step is not None:
-            in_step()
-        if sample is not None:
-            sample()
-            return
-        ops.sample(
-            s.logits, s.step, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, s.sampled, s.status, eos=eos,
-            first_generation=first_generation,
+
+    def _heads(self, x: Tensor, logits: Tensor) -> None:
+        self.ops.codebook_logits(x, self.decoder.norm, self.decoder.head, self.config.decoder.norm_eps, logits)
+
+    def _sample(self, s: DecodeState, logits: Tensor, step: Tensor, out: Tensor, status: Tensor) -> None:
+        self.ops.sample(
+            logits, step, s.seed, s.guidance_scale, s.temperature, s.top_k, s.top_p, out, status,
+            eos=self.config.decoder.eos_token_id, first_generation=self.config.first_generation,
         )  # fmt: skip
 
     @isolated()

@@ -10,7 +10,7 @@ import torch
 from dia_fast import Dia
 from dia_fast.engine import Engine, Request
 from dia_fast.text.tokenizer import encode_text
-from examples.research import banned_codes, entropy, guidance_first_steps, guidance_schedule, min_p
+from examples.research import banned_codes, entropy, guidance_first_steps, guidance_schedule, min_p, self_speculation
 
 STEPS = 50
 TEXT = encode_text("[S1] Please open the red door.")
@@ -72,3 +72,17 @@ def test_a_schedule_of_guidance() -> None:
     own, always, falling = guidance_schedule.main(["--steps", str(STEPS)])
     assert torch.equal(own, always) and torch.equal(own, plain())
     assert not torch.equal(falling, own)
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 3, 4], [0, 1, 2, 3, 4], [4]])
+def test_self_speculation(layers: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    """The codes of plain greedy decoding, whatever drafts; all layers draft what they choose themselves."""
+    found = self_speculation.main(["--steps", "25", "--layers", *map(str, layers)])
+    model = Dia.from_pretrained("demo", codec=None).model
+    request = Request(TEXT, None, 25, temperature=0.0, seed=7)
+    expected = Engine(model, max_batch=1).submit(request).result().delayed_codes
+    assert torch.equal(found.plain, expected) and torch.equal(found.speculated, expected)
+    assert found.steps == len(expected) and found.accepted <= found.drafted == 3 * found.passes
+    if len(layers) == 5:
+        assert found.passes == -(-found.steps // 4)
+    assert "the codes are equal: True" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.tools.tiny_models import tiny_config
-from dia_fast.engine import Request, generate
+from dia_fast.engine import Request, Session, generate
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes
 from dia_fast.model.model import DiaModel
@@ -122,6 +122,26 @@ def test_a_step_is_its_launches_and_nothing_else(guided: bool, first_generation:
     ]
     assert names == ["_embed_codes", *layer * 2, "_codebook_logits", "_sample"]
     assert len(names) == 8 * made.config.decoder.num_hidden_layers + 3
+
+
+@pytest.mark.parametrize("first_generation", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_pass_of_several_steps_has_their_bits(first_generation: bool, device: torch.device) -> None:
+    made = model(get_ops("triton", device), device, torch.bfloat16, first_generation)
+    asked = requests(False, 20)[1:]
+    session, plain = Session(made, asked, capture=None), Session(made, asked, capture=None)
+    expected = []
+    for _ in range(3):
+        plain.step()
+        expected.append((plain.tensors.logits.clone(), plain.tensors.sampled.clone()))
+    verified = session.verify(torch.stack([sampled for _, sampled in expected[:2]]))
+    assert verified.agreed.all()
+    for j, (logits, sampled) in enumerate(expected):
+        assert torch.equal(verified.logits[j], logits) and torch.equal(verified.sampled[j], sampled)
+    for ours, theirs in zip(session.results(), plain.results(), strict=True):
+        assert torch.equal(ours.delayed_codes, theirs.delayed_codes)
+    for one in (session, plain):
+        one.step(layers=[1])
+    assert torch.equal(session.tensors.logits, plain.tensors.logits), "keys and values are the same"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
