@@ -49,7 +49,7 @@ from dia_fast.generation.prompts import (
     prompt_for_each,
 )
 from dia_fast.generation.sampling_params import SamplingOptions, SamplingParams
-from dia_fast.generation.voices import find_voice, recording_of
+from dia_fast.generation.voices import find_voice, missing, recording_of
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.cpu_weights import check_product, try_product
 from dia_fast.model.device import choose_device, choose_dtype, choose_ops
@@ -567,12 +567,17 @@ class Dia(OneProcess):
         codec = self._codec
         return FRAMES_PER_SECOND if codec is None or isinstance(codec, str | os.PathLike) else codec.frames_per_second
 
+    def _named(self, prompt: str) -> AudioPrompt:
+        """The path of a recording as it is, or the saved voice of that name."""
+        if checked_path(prompt).exists():
+            return prompt
+        if find_voice(prompt) is None:
+            raise missing(prompt)
+        return self.voice(prompt)
+
     def _codes(self, prompts: list[AudioPrompt]) -> list[Tensor | Voice | None]:
         """The codes of each prompt, as a voice where its text is known."""
-        named = [
-            self.voice(item) if isinstance(item, str) and not os.path.exists(item) and find_voice(item) else item
-            for item in prompts
-        ]
+        named = [self._named(item) if isinstance(item, str) else item for item in prompts]
         codes = encode_prompts(self.config, named, lambda: self.codec, self._prompt_codes)
         return [
             Voice(found, item.text) if isinstance(item, Voice) and found is not None else found

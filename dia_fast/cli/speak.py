@@ -276,14 +276,14 @@ def check_output(output: Path) -> None:
 
 def check_prompt(prompt: str) -> None:
     """Find out that a recording is not there before the model is loaded. Raises InputError."""
-    from dia_fast.generation.voices import find_voice
+    from dia_fast.generation.voices import find_voice, missing
 
     if not os.path.exists(prompt) and find_voice(prompt) is not None:
         return
     try:
         open_regular(os.path.expanduser(prompt)).close()
     except FileNotFoundError:
-        raise InputError(f"--prompt {prompt}: no such file") from None
+        raise InputError(f"--prompt {missing(prompt)}") from None
     except OSError as error:
         raise InputError(f"--prompt {prompt}: {error.strerror or error}") from error
 

@@ -52,6 +52,12 @@ def find_voice(name: str, folder: Path | None = None) -> SavedVoice | None:
     return next(iter(saved_voices(folder, name)), None)
 
 
+def missing(source: str) -> InputError:
+    """Return the error for the name of a recording that neither a file nor a saved voice has."""
+    known = ", ".join(voice.name for voice in saved_voices()) or "none"
+    return InputError(f"{shown(source)}: no such recording, and no saved voice (there are: {known})")
+
+
 def recording_of(source: str | os.PathLike[str], text: str | None) -> tuple[Path, str]:
     """Find the recording and the transcript of a voice.
 
@@ -71,8 +77,7 @@ def recording_of(source: str | os.PathLike[str], text: str | None) -> tuple[Path
     elif not path.exists() and (saved := find_voice(os.fspath(source))) is not None:
         path = saved.path
     elif not path.is_file():
-        known = ", ".join(voice.name for voice in saved_voices()) or "none"
-        raise InputError(f"{shown(os.fspath(source))}: no such recording, and no saved voice (there are: {known})")
+        raise missing(os.fspath(source))
     said = _transcript(path) if text is None else text
     if said is None:
         raise InputError(f"{path}: give text, or write what is said in it to {path.with_suffix('.txt')}")

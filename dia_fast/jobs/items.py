@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from dia_fast.audio.audio import FORMATS
 from dia_fast.errors import InputError
 from dia_fast.generation.sampling_params import SamplingParams
-from dia_fast.generation.voices import find_voice
+from dia_fast.generation.voices import find_voice, missing
 from dia_fast.text.tokenizer import ABSURD_BYTES, checked_text
 from dia_fast.utils.files import LARGEST_SOUND, LARGEST_TEXT, open_regular, read_regular
 
@@ -224,7 +224,9 @@ def _item(
 def _prompt(name: str, folder: Path) -> _Prompt:
     """A recording by its path, or by the name of a saved voice, whose transcript is known, where there is no file."""
     path, said = folder / name, None
-    if not os.path.lexists(path) and (voice := find_voice(name)) is not None:
+    if not os.path.lexists(path):
+        if (voice := find_voice(name)) is None:
+            raise missing(name)
         path, said = voice.path, voice.text
     return path, said, _digest(path)
 

@@ -138,7 +138,11 @@ COMMANDS: list[tuple[str, list[str], str]] = [
     ("no model", ["batch", "text.txt", "out"], "no model: name one with --model, as in --model nari-labs/Dia-1.6B"),
     ("missing model", ["speak", TEXT, "--model", "./none"], "./none: no such file or folder"),
     ("words without a voice", ["speak", TEXT, "--prompt-text", TEXT], "--prompt-text needs --prompt"),
-    ("missing voice", ["speak", TEXT, "--prompt", "no.wav", "--prompt-text", TEXT], "--prompt no.wav: no such file"),
+    (
+        "missing voice",
+        ["speak", TEXT, "--prompt", "no.wav", "--prompt-text", TEXT],
+        "--prompt 'no.wav': no such recording",
+    ),
     ("empty transcript", ["speak", TEXT, "--prompt", "text.txt", "--prompt-text", ""], "text is empty"),
     ("no voice", ["speak", TEXT, "--model", "MODEL", "--prompt", "text.txt", "--prompt-text", TEXT], "not audio"),
     ("missing output folder", ["speak", TEXT, "-o", "none/out.wav"], "none does not exist; create it first"),

@@ -260,7 +260,7 @@ def test_what_cannot_be_spoken_is_refused(dia: Dia, tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             dia.astream(**{"text": TEXT, **arguments})
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="no such recording"):
         run(listen(dia.astream(TEXT, audio_prompt="no such file")))
     lost = Dia.from_pretrained(make_model(tmp_path / "model"), codec=tmp_path / "codec", device="cpu")
     with pytest.raises(CheckpointError, match="codec"):

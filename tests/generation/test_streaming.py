@@ -362,7 +362,7 @@ def test_warnings_blame_the_caller(dia: Dia) -> None:
         ({"max_new_tokens": 16}, "at least 17"),
         ({"seed": [1, 2]}, "seed has 2 entries for 1 texts"),
         ({"audio_prompt": [None]}, "audio_prompt is a list"),
-        ({"audio_prompt": "no such file"}, "no such file"),
+        ({"audio_prompt": "no such file"}, "no such recording"),
         ({"progress": 1}, "progress must be"),
     ],
 )

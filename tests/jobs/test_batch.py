@@ -114,7 +114,7 @@ def test_a_voice_by_name_is_its_recording_and_its_transcript(
     assert batch(lines) == 1
     sounds = {name: (tmp_path / "out" / f"{name}.wav").read_bytes() for name in ("named", "told", "other")}
     assert sounds["named"] == sounds["told"] != sounds["other"]
-    assert "cannot read the prompt" in manifest(tmp_path)[3]["error"]
+    assert "'you': no such recording, and no saved voice (there are: me)" in manifest(tmp_path)[3]["error"]
     (tmp_path / "me").write_bytes((home / "voice.wav").read_bytes())
     [item] = [item for item in read_items(tmp_path / "in.jsonl", DEFAULTS) if isinstance(item, Item)][:1]
     assert (item.prompt, item.prompt_text) == (tmp_path / "me", None)
@@ -140,9 +140,9 @@ BAD: list[tuple[Any, str]] = [
     ({"text": "[S1] A.", "top_p": 0}, "top_p must be"),
     ({"text": "[S1] A.", "split": "yes"}, 'split must be "auto" or null'),
     ({"text": "[S1] A.", "prompt_text": "[S1] B."}, "prompt_text needs prompt"),
-    ({"text": "[S1] A.", "prompt": "none.wav"}, "none.wav: No such file"),
-    ({"text": "[S1] A.", "prompt": "\0"}, "cannot read the prompt"),
-    ({"text": "[S1] A.", "prompt": "\ud800"}, "cannot read the prompt"),
+    ({"text": "[S1] A.", "prompt": "none.wav"}, "'none.wav': no such recording, and no saved voice (there are: "),
+    ({"text": "[S1] A.", "prompt": "\0"}, "no such recording"),
+    ({"text": "[S1] A.", "prompt": "\ud800"}, "no such recording"),
     ({"text": "[S1] A.", "max_new_tokens": 3}, "max_new_tokens must be at least 17"),
     ({"text": "[S1] A.", "prompt": "in.jsonl"}, "not audio"),
 ]
