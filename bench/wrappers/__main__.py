@@ -6,11 +6,12 @@ Each program is driven in processes of its own, on dia-fast and on the copy of t
 (`--original`: nari-labs/dia at 2811af1, for the one that carries none), on tiny random weights, greedily. Where a copy
 is known to differ from 2811af1, it is driven once more with those lines mended in a temporary copy. Prints a line for
 each sound: frames of codes that are equal from the start on, of those that its own code makes. A checkout is read only.
-Exit status 1 if a program failed on dia-fast.
+Exit status 1 if a program failed on dia-fast, other than one that cannot load the second generation by itself.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,11 +30,14 @@ CARRY_NONE = ("tts-webui",)  # which import an installed original
 
 
 def drive(name: str, place: Path, folder: Path, side: str, environment: dict[str, str]) -> str | None:
-    """Run a program; return the last line of its error, or None."""
+    """Run a program; return the first line of its last error, or None."""
     command = [sys.executable, "-m", "bench.wrappers.programs", name, str(place), str(folder), "--side", side]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=900)
     (folder / f"{name}-{side}.txt").write_text(done.stdout + done.stderr)
-    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])[:160]
 
 
 def same_frames(ours: np.ndarray, own: np.ndarray, dropped: int = 0) -> int:
@@ -113,8 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for given in options.programs:
             name, _, place = given.partition("=")
             if (error := drive(name, Path(place), folder, "ours", environment)) is not None:
-                failed = True
-                print(f"{name:<18} FAILS on dia-fast: {error}", flush=True)
+                known = options.generation == "second" and PROGRAMS[name].first_only
+                failed |= not known
+                told = "loads the first generation alone" if known else "FAILS on dia-fast"
+                print(f"{name:<18} {told}: {error}", flush=True)
                 results.add({"program": name, "sound": "", "generation": options.generation}, {"error": error})
                 continue
             counts = compare(name, Path(place), folder, environment, options.original)

@@ -77,3 +77,15 @@ def test_a_program_runs_on_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }  # fmt: skip
     told = wrappers.drive("pinokio", program, folder, "own", environment)
     assert told == "ModuleNotFoundError: No module named 'needs_a_gpu'"
+
+
+@pytest.mark.parametrize(("generation", "status"), [("first", 1), ("second", 0)])
+def test_a_program_that_knows_the_first_generation_alone(
+    generation: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(wrappers, "make", lambda folder, generation: {})
+    monkeypatch.setattr(wrappers, "drive", lambda *given: "3 fields are missing")
+    assert wrappers.main(["comfyui-diatest=.", "--generation", generation]) == status
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.endswith("3 fields are missing") and ("FAILS" in told) == bool(status)
+    assert wrappers.main(["pinokio=.", "--generation", generation]) == 1
