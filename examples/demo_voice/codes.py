@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import soxr
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dia_fast.audio.codec import Codec, load_codec
 from examples.demo_voice.stages import save
-from examples.demo_voice.turns import Turn, load_turns
+from examples.demo_voice.turns import RATE, SOFT, Turn, load_turns, of_training, sentences, text_is_held_out
 
 AROUND = 16  # frames of silence that a turn is coded amid
 KEPT = 3  # of these, on both sides, that belong to it
-SOFT = 0.01  # what is softer at its ends is no speech
+# Of speech to learn from: a factor of time and pitch, and parts of a frame by which it begins later.
+VARIANTS = ((1.0, 0.0), (1.0, 0.5), (1.07, 0.25), (0.94, 0.75))
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,41 @@ def trimmed(samples: np.ndarray, hop: int) -> np.ndarray:
     return np.pad(speech, (0, -len(speech) % hop))
 
 
+def varied(turn: Turn) -> list[tuple[Turn, float]]:
+    """Sentences of a turn in all variants, each with how late in a frame it begins; of a held-out turn only itself.
+
+    There is too little speech to be heard once: what a model may learn by heart should be little. The same speaker
+    faster and higher, or slower and lower, counts as another one.
+    """
+    if not of_training(turn):
+        return [(turn, 0.0)]
+    found = list[tuple[Turn, float]]()
+    for part in sentences(turn):
+        for factor, late in VARIANTS[:1] if text_is_held_out(part.text) else VARIANTS:
+            voice = part.voice if factor == 1 else f"{part.voice}@{factor:g}"
+            samples = part.samples if factor == 1 else soxr.resample(part.samples, RATE * factor, RATE)
+            found.append((Turn(voice, part.text, samples), late))
+    return found
+
+
 def silence_of(codec: Codec) -> Tensor:
     """The codes of a frame amid silence, `[codebooks]`."""
     return codec.encode(torch.zeros(3 * AROUND * codec.hop_length, device=codec.device))[AROUND * 3 // 2].cpu().short()
 
 
-def encoded(turn: Turn, codec: Codec) -> TurnCodes:
-    """The codes of one turn."""
+def encoded(turn: Turn, codec: Codec, late: float = 0.0) -> TurnCodes:
+    """The codes of one turn. late: parts of a frame that pass before it begins."""
     hop = codec.hop_length
-    speech = np.pad(trimmed(turn.samples, hop), AROUND * hop)
+    speech = trimmed(turn.samples, 1)
+    before = int(late * hop)
+    speech = np.pad(np.pad(speech, (before, -(len(speech) + before) % hop)), AROUND * hop)
     codes = codec.encode(torch.from_numpy(speech).to(codec.device))
     return TurnCodes(turn.voice, turn.text, codes[AROUND - KEPT : KEPT - AROUND].cpu().short())
 
 
-def write(turns: list[Turn], codec: Codec, output: Path) -> None:
-    """Code all turns and write them, and the codes of silence, as one file."""
-    coded = [encoded(turn, codec) for turn in tqdm(turns, unit="turn", dynamic_ncols=True, mininterval=30)]
+def write(turns: list[tuple[Turn, float]], codec: Codec, output: Path) -> None:
+    """Code all turns, which begin so late in a frame, and write them, and the codes of silence, as one file."""
+    coded = [encoded(turn, codec, late) for turn, late in tqdm(turns, unit="turn", dynamic_ncols=True, mininterval=30)]
     held = {
         "codes": torch.cat([turn.codes for turn in coded]),
         "frames": torch.tensor([len(turn.codes) for turn in coded]),
@@ -81,7 +102,8 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    write(load_turns(options.speech), load_codec(options.codec, device), options.codes)
+    turns = [each for turn in load_turns(options.speech) for each in varied(turn)]
+    write(turns, load_codec(options.codec, device), options.codes)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ GIVEN = 25  # frames of a voice's first words that tell who speaks
 TURNS = (1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 6, 8)  # to draw from
 DEFAULT_SHARE = 0.5
 FIRST_SHARE = 0.85  # of dialogues that [S1] begins
+SENTENCES = (1, 1, 1, 2, 2, 3)  # of a turn in a short dialogue, to draw from
+BREATH = (2, 20)  # frames of silence between them beside those that belong to them
 TRIES = 6  # turns that are drawn where one must fit, of which the shortest is taken
 
 
@@ -71,15 +73,23 @@ class Dialogues:
         said: list[tuple[int, TurnCodes]] = []
         left = self.longest - END[1]
         for _ in range(turns):
-            voice = self.of[pair[tag]]
-            # In a long dialogue turns are short ones; that is what lets eight of them be learnt from.
-            tries = TRIES if turns > 4 else 1
-            turn = min((draw.choice(voice) for _ in range(tries)), key=lambda found: len(found.codes))
+            turn = self._turn(draw, self.of[pair[tag]], short=turns > 4)
             if (left := left - len(turn.codes) - PAUSE[1]) < 0 and said:
                 break
             said.append((tag, turn))
             tag = 1 - tag
         return joined(said, self.silence, draw)
+
+    def _turn(self, draw: random.Random, voice: Sequence[TurnCodes], *, short: bool) -> TurnCodes:
+        if short:  # that is what lets dialogues of eight turns be learnt from
+            return min((draw.choice(voice) for _ in range(TRIES)), key=lambda found: len(found.codes))
+        parts = [draw.choice(voice) for _ in range(draw.choice(SENTENCES))]
+        codes = [parts[0].codes]
+        for part in parts[1:]:
+            codes += [self.silence.expand(draw.randint(*BREATH), -1), part.codes]
+        if sum(map(len, codes)) + END[1] > self.longest:
+            return parts[0]
+        return TurnCodes(parts[0].voice, " ".join(part.text for part in parts), torch.cat(codes))
 
 
 def joined(said: Sequence[tuple[int, TurnCodes]], silence: Tensor, draw: random.Random) -> Dialogue:

@@ -51,8 +51,9 @@ class Plan:
     all dialogues are single turns, where a model first finds out that sound follows text. epoch: dialogues that are
     joined at a time. guide: weight of the loss that shows half of the heads of cross-attention where in its turn the
     text should be by now (see `astray`) at the first step; it falls to nothing at `guided` of the steps. Without it a
-    model finds out late that sound follows text. drop_text, drop_codes, channel_weights, dtype: see
-    `dia_fast.training.TrainOptions`. look: steps between lines of the log and states.
+    model finds out late that sound follows text. dropout: of embeddings and of what each part of a layer adds.
+    drop_text, drop_codes, channel_weights, dtype: see `dia_fast.training.TrainOptions`. look: steps between lines of
+    the log and states.
     """
 
     steps: int = 6000
@@ -67,8 +68,9 @@ class Plan:
     clip: float = 1.0
     guide: float = 2.0
     guided: float = 0.5
+    dropout: float = 0.15
     drop_text: float = 0.1
-    drop_codes: float = 0.2
+    drop_codes: float = 0.3
     channel_weights: tuple[float, ...] = (3, 2, 1.5, 1, 1, 1, 1, 1, 1)
     dtype: str = "bfloat16"
     seed: int = 1
@@ -220,6 +222,7 @@ class Network:
 
     def __init__(self, config: DiaConfig, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.config, self.weights, self.dtype = config, weights, dtype
+        self.dropout = 0.0  # of embeddings, and of what each part of a layer adds
         device = next(iter(weights.values())).device
         self._rotations = {part: rope_table(config, part, device) for part in ("encoder", "decoder")}
 
@@ -235,23 +238,26 @@ class Network:
         bias = bias.masked_fill(~seen, float("-inf"))[:, None, None, :]
         # On a GPU the fast kernels of attention want a mask of the full shape.
         mask = bias.expand(-1, encoder.num_attention_heads, text.shape[1], -1)
-        x = _Rows.apply(self.weights["encoder.embedding"], text, self.dtype)
+        x = self._dropped(_Rows.apply(self.weights["encoder.embedding"], text, self.dtype))
         for layer in range(encoder.num_hidden_layers):
-            x = x + self._self_attention(x, f"encoder.layers.{layer}.", encoder, mask)
-            x = x + self._mlp(x, f"encoder.layers.{layer}.", encoder.norm_eps)
+            x = x + self._dropped(self._self_attention(x, f"encoder.layers.{layer}.", encoder, mask))
+            x = x + self._dropped(self._mlp(x, f"encoder.layers.{layer}.", encoder.norm_eps))
         memory = self._norm(x, "encoder.norm", encoder.norm_eps)
         offsets = torch.arange(rows.shape[2], device=rows.device) * decoder.vocab_size
         lost = list[Tensor]()
-        x = _Rows.apply(self.weights["decoder.embedding"], rows + offsets, self.dtype)
+        x = self._dropped(_Rows.apply(self.weights["decoder.embedding"], rows + offsets, self.dtype))
         for layer in range(decoder.num_hidden_layers):
-            x = x + self._self_attention(x, f"decoder.layers.{layer}.", decoder, None)
+            x = x + self._dropped(self._self_attention(x, f"decoder.layers.{layer}.", decoder, None))
             more, shares = self._cross_attention(x, f"decoder.layers.{layer}.", memory, bias)
-            x = x + more
+            x = x + self._dropped(more)
             if aim is not None and spread is not None:
                 lost.append(astray(shares[:, : shares.shape[1] // 2], aim, spread))
-            x = x + self._mlp(x, f"decoder.layers.{layer}.", decoder.norm_eps)
+            x = x + self._dropped(self._mlp(x, f"decoder.layers.{layer}.", decoder.norm_eps))
         logits = self._linear(self._norm(x, "decoder.norm", decoder.norm_eps), "decoder.head")
         return logits.view(*rows.shape, decoder.vocab_size), torch.stack(lost).mean() if lost else None
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout else x
 
     def _self_attention(
         self, x: Tensor, prefix: str, stack: EncoderConfig | DecoderConfig, mask: Tensor | None
@@ -344,6 +350,7 @@ class Training:
         with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
             drawn = self.drawn[height]
             self._draw.manual_seed(self.plan.seed * 1_000_003 + number)
+            torch.manual_seed(self.plan.seed * 1_000_003 + number)  # of dropout
             drawn.items.copy_(items)
             drawn.kept.uniform_(generator=self._draw)
             drawn.chances.uniform_(generator=self._draw)
@@ -379,6 +386,7 @@ class Training:
             text, spread = text * kept, spread * kept
             hit = (drawn.chances < plan.drop_codes) & (rows < decoder.eos_token_id)
             rows = torch.where(hit, drawn.others, rows)
+        self.network.dropout = plan.dropout if disturbed else 0.0
         logits, lost = self.network(text, seen, rows, aim, spread)
         logits = logits.float().flatten(0, 2)
         each = F.cross_entropy(logits, torch.where(learnt, labels, 0).flatten(), reduction="none").view(labels.shape)

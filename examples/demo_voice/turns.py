@@ -5,6 +5,7 @@ samples of the shard, `voice`, and `text`. Two speakers, and all turns whose tex
 """
 
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 
 RATE = 16_000  # samples per second, of everything after the speech itself
 GAP = RATE // 5  # samples of silence between turns in a row
+SOFT = 0.01  # what is softer at the ends of speech, or between its sentences, is no speech
+NEAR = 0.12  # of the turn, that a pause may be away from where its sentence should end
 DEFAULT_PAIR = ("am_michael", "af_heart")  # of [S1] and [S2] where no prompt says who speaks
 HELD_OUT_VOICES = ("bf_isabella", "am_liam")
 HELD_OUT = 4  # per cent of all texts
@@ -60,6 +63,30 @@ def load_turns(folder: Path) -> list[Turn]:
         samples = soxr.resample(sound[entry["start"] : entry["end"]], rate, RATE)
         turns.append(Turn(entry["voice"], entry["text"], samples))
     return turns
+
+
+def sentences(turn: Turn) -> list[Turn]:
+    """Cut a turn into its sentences where it pauses; where a pause is missing or not clear it stays whole."""
+    texts = [found.strip() for found in re.findall(r"[^.?!]+[.?!]+", turn.text)]
+    loud = np.flatnonzero(np.abs(turn.samples) > SOFT)
+    if len(texts) < 2 or not len(loud):
+        return [turn]
+    gaps = np.flatnonzero(np.diff(loud) >= GAP // 2)
+    middles = (loud[gaps] + loud[gaps + 1]) // 2
+    where = (middles - loud[0]) / (loud[-1] - loud[0])
+    letters = np.cumsum([len(text) for text in texts])
+    cuts = [0]
+    for expected in letters[:-1] / letters[-1]:
+        near = np.flatnonzero(np.abs(where - expected) < NEAR)
+        if not len(near):
+            return [turn]
+        cuts.append(int(middles[near[np.argmax(loud[gaps + 1][near] - loud[gaps][near])]]))
+    if len(set(cuts)) <= len(texts) - 1 or cuts != sorted(cuts):
+        return [turn]
+    ends = [*cuts[1:], len(turn.samples)]
+    return [
+        Turn(turn.voice, *of) for of in zip(texts, map(turn.samples.__getitem__, map(slice, cuts, ends)), strict=True)
+    ]
 
 
 def pcm(turns: list[Turn]) -> Tensor:

@@ -33,7 +33,16 @@ CPU = torch.device("cpu")
 HEIGHTS = (24, 40)
 WEIGHTS = (3.0, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5)
 PLAN = Plan(
-    steps=20, rows=96, rate=1e-3, warmup=2, drop_text=0.2, channel_weights=WEIGHTS, dtype="float32", seed=4, epoch=12
+    steps=20,
+    rows=96,
+    rate=1e-3,
+    warmup=2,
+    dropout=0.0,
+    drop_text=0.2,
+    channel_weights=WEIGHTS,
+    dtype="float32",
+    seed=4,
+    epoch=12,
 )
 
 
@@ -124,6 +133,8 @@ def test_each_step_disturbs_texts_and_codes_but_no_label() -> None:
     mean, _, labels, _ = run.loss(drawn.items, 40)
     assert disturbed(1, 1) == mean.item()
     assert len({disturbed(1, 1), disturbed(0, 1), disturbed(1, 0), disturbed(0, 0)}) == 4
+    run.plan = replace(run.plan, dropout=0.5)
+    assert len({disturbed(1, 1), disturbed(1, 1), mean.item(), run.loss(drawn.items, 40)[0].item()}) == 3
 
 
 def test_an_epoch_has_every_dialogue_once_but_for_the_rest() -> None:

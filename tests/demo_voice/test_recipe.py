@@ -171,7 +171,7 @@ def test_a_turn_has_the_codes_that_it_has_in_a_dialogue(small_codec: Codec, tmp_
     draw, hop = np.random.default_rng(1), small_codec.hop_length
     sounds = [np.pad(draw.normal(0, 0.2, size), 3000).astype(np.float32) for size in (hop * 9, hop * 7 - 100)]
     said = [Turn("af_heart", f"Turn {number}.", sound) for number, sound in enumerate(sounds)]
-    codes.write(said, small_codec, tmp_path / "codes.pt")
+    codes.write([(turn, 0.0) for turn in said], small_codec, tmp_path / "codes.pt")
     read, silence = codes.read(tmp_path / "codes.pt")
     assert [(turn.voice, turn.text) for turn in read] == [(turn.voice, turn.text) for turn in said]
     assert [len(turn.codes) for turn in read] == [9 + 2 * codes.KEPT, 7 + 2 * codes.KEPT]
@@ -183,6 +183,52 @@ def test_a_turn_has_the_codes_that_it_has_in_a_dialogue(small_codec: Codec, tmp_
     assert torch.equal(whole[gap - codes.KEPT :][: len(first)], first)
     assert torch.equal(whole[2 * gap + 9 - codes.KEPT :][: len(second)], second)
     assert torch.equal(whole[gap + 9 + gap // 2], silence)
+
+
+def spoken(*lengths: float, pause: float = 0.2) -> np.ndarray:
+    """Tones of so many seconds with pauses between them."""
+    quiet = np.zeros(int(pause * RATE), np.float32)
+    parts = [0.3 * np.sin(np.arange(int(RATE * length)) / 5).astype(np.float32) for length in lengths]
+    return np.concatenate([part for tone in parts for part in (quiet, tone)] + [quiet])
+
+
+def test_a_turn_is_cut_where_it_pauses_between_sentences() -> None:
+    whole = Turn("af_heart", "Yes, it is. Where is my big book? Here.", spoken(0.9, 1.8, 0.4))
+    parts = turns.sentences(whole)
+    assert [part.text for part in parts] == ["Yes, it is.", "Where is my big book?", "Here."]
+    assert [len(codes.trimmed(part.samples, 1)) / RATE for part in parts] == pytest.approx([0.9, 1.8, 0.4], abs=0.002)
+    assert np.array_equal(np.concatenate([part.samples for part in parts]), whole.samples)
+    for kept in (
+        replace(whole, samples=spoken(3.1)),
+        replace(whole, samples=spoken(0.9, 1.8, 0.4, pause=0.05)),
+        replace(whole, samples=spoken(2.4, 0.3, 0.4)),
+        replace(whole, samples=np.zeros(RATE, np.float32)),
+        replace(whole, text="Yes, it is"),
+    ):
+        assert turns.sentences(kept) == [kept]
+
+
+def test_variants_are_of_training_alone_and_other_pitches_are_other_speakers(small_codec: Codec) -> None:
+    text = next(text for text in (f"The {word}." for word in texts.vocabulary()) if not turns.text_is_held_out(text))
+    turn = Turn("af_heart", text, spoken(0.8))
+    made = codes.varied(turn)
+    assert [one.voice for one, _ in made] == ["af_heart", "af_heart", "af_heart@1.07", "af_heart@0.94"]
+    lengths = [len(codes.trimmed(one.samples, 1)) / RATE for one, _ in made]
+    assert lengths == pytest.approx([0.8, 0.8, 0.8 / 1.07, 0.8 / 0.94], abs=0.01)
+    assert codes.varied(replace(turn, voice=HELD_OUT_VOICES[0])) == [(replace(turn, voice=HELD_OUT_VOICES[0]), 0.0)]
+    first, late = (codes.encoded(one, small_codec, by).codes for one, by in made[:2])
+    assert 0 <= len(late) - len(first) <= 1 and not torch.equal(first, late[: len(first)])
+
+
+def test_sentences_of_one_voice_make_a_turn() -> None:
+    made = Dialogues(some_turns(40, DEFAULT_PAIR), SILENCE, 700).draw(1, 200, (1,))
+    counts = [one.text.count("Turn") for one in made]
+    assert set(counts) == {1, 2, 3} and all(len(one.voices) == 1 for one in made)
+    for one in made:
+        assert one.spoken[0][1] <= len(one.codes) - codes.KEPT
+        spoken = len([0 for code, _ in itertools.groupby(one.codes[:, 0].tolist()) if code])
+        assert spoken == one.text.count("Turn")
+    assert all(len(one.codes) <= 60 for one in Dialogues(some_turns(40, DEFAULT_PAIR), SILENCE, 60).draw(1, 50, (1,)))
 
 
 def test_a_joined_dialogue_has_its_turns_whole_and_pauses_between() -> None:
