@@ -76,7 +76,7 @@ def template_turns(known: Collection[str] | None, count: int, seed: int = SEED) 
     """Turns that templates make and a hash keeps from training; with `known`, those of known words. Maybe fewer."""
     draw, found = random.Random(seed), list[str]()
     for _ in range(400 * count):
-        text = turn(draw)
+        text = turn(draw, share=0.0)
         if len(found) < count and text_is_held_out(text) and (known is None or set(words(text)) <= set(known)):
             found.append(text)
     return found

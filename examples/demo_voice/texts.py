@@ -13,6 +13,7 @@ from examples.demo_voice.turns import words
 
 HELD_OUT_SENTENCES = Path(__file__).with_name("held_out.txt")
 SENTENCES = (1, 1, 2, 2, 3)  # of a turn, to draw from
+LOOSE = 0.2  # the share of the sentences that are words in any order, so that a word is learnt without its template
 
 # A name in braces is drawn from its list.
 LISTS = {
@@ -125,15 +126,28 @@ def sentence(draw: random.Random) -> str:
     return text[0].upper() + text[1:]
 
 
-def turn(draw: random.Random) -> str:
-    """The text of a turn: one to three sentences."""
-    return " ".join(sentence(draw) for _ in range(draw.choice(SENTENCES)))
+def loose(draw: random.Random) -> str:
+    """Three to eight words of the list in any order."""
+    chosen = [_PROPER.get(word, word) for word in draw.choices(vocabulary(), k=draw.randint(3, 8))]
+    if len(chosen) > 5:
+        chosen[3] += ","
+    text = " ".join(chosen) + draw.choice("..?!")
+    return text[0].upper() + text[1:]
+
+
+def turn(draw: random.Random, share: float = LOOSE) -> str:
+    """The text of a turn: one to three sentences. share: of loose ones among them."""
+    made = (loose(draw) if draw.random() < share else sentence(draw) for _ in range(draw.choice(SENTENCES)))
+    return " ".join(made)
+
+
+_FIXED = [re.sub(r"\{\w+\}", " ", template) for template in TEMPLATES]
+_PROPER = {name.lower(): name for group in ("name", "day", "month") for name in LISTS[group].split("|")} | {"i": "I"}
 
 
 def vocabulary() -> list[str]:
     """All words that templates can make, in lower case."""
-    fixed = (re.sub(r"\{\w+\}", " ", template) for template in TEMPLATES)
-    return sorted({word for text in (*fixed, *LISTS.values()) for word in words(text)})
+    return sorted({word for text in (*_FIXED, *LISTS.values()) for word in words(text)})
 
 
 def held_out_sentences(known: Iterable[str] | None = None) -> list[str]:

@@ -54,6 +54,17 @@ def test_texts_are_of_the_list(seed: int) -> None:
     assert set(turns.words(texts.turn(random.Random(seed)))) <= set(texts.vocabulary())
 
 
+def test_some_sentences_are_words_in_any_order() -> None:
+    draw = random.Random(1)
+    made = [texts.loose(draw) for _ in range(2000)]
+    assert {word for text in made for word in turns.words(text)} == set(texts.vocabulary())
+    assert {len(turns.words(text)) for text in made} == set(range(3, 9))
+    assert all(text[0].isupper() and text[-1] in ".?!" for text in made)
+    row = " ".join(made)
+    assert " I " in row and " Monday" in row and " monday" not in row
+    assert not set(made) & set(texts.held_out_sentences())
+
+
 def test_held_out_sentences_are_of_the_list_and_no_template_makes_them() -> None:
     sentences = texts.held_out_sentences()
     known = set(texts.vocabulary())
