@@ -125,8 +125,16 @@ class Models:
         if stage.kind == "prefill":
             rows = torch.arange(stage.size * decoder.num_channels, device=self.device.torch).view(stage.size, -1) % 1000
             # The text's keys and values are there; those of the rows are stored, with guidance twice.
-            weights = _weights(self.config, "decoder.layers") - _weights(self.config, "decoder.layers", "cross_kv")
-            call = _with(model, lambda: model.prefill(rows, state, 0, TEXT, guided=True))
+            # The halves are computed one after the other, and the unconditional one has no text.
+            weights = 2 * _weights(self.config, "decoder.layers")
+            weights -= 2 * _weights(self.config, "decoder.layers", "cross_kv")
+            weights -= _weights(self.config, "decoder.layers", "cross_q", "cross_o")
+
+            def both() -> None:
+                model.prefill(rows, state, 0, TEXT)
+                model.prefill(rows, state, 0, None)
+
+            call = _with(model, both)
             moved = weights * self.dtype.itemsize + text + 2 * token * stage.size
             return Work(
                 call, None, moved, guided_operations(self.config, stage.size, stage.size * (stage.size + 1) // 2)

@@ -85,7 +85,7 @@ def prefill(
     encoder, decoder = config.encoder, config.decoder
     for stack, tokens, kv_heads, causal in (
         (encoder, text, encoder.num_key_value_heads, False),
-        (decoder, 2 * frames, decoder.num_key_value_heads, True),
+        (decoder, frames, decoder.num_key_value_heads, True),
     ):
         x = tensor(tokens, stack.hidden_size)
         ops.rms_norm(x, tensor(stack.hidden_size), stack.norm_eps, torch.empty_like(x))
@@ -97,7 +97,7 @@ def prefill(
         store = (pages, torch.empty_like(pages), slot_mapping) if causal else ()
         ops.rope(qkv, *angles, positions, kv_heads, *store)
         q, k, v = qkv.view(tokens, -1, dim).split((heads, kv_heads, kv_heads), 1)
-        starts = tensor(3 if causal else 2, dtype=torch.int32)
+        starts = tensor(2, dtype=torch.int32)
         ops.ragged_attention(q, k, v, starts, tensor(tokens, heads * dim), causal=causal)
         ops.glu(tensor(tokens, 2 * stack.intermediate_size), tensor(tokens, stack.intermediate_size))
     q = tensor(frames, decoder.cross_num_attention_heads, decoder.cross_head_dim)

@@ -1,6 +1,6 @@
 """Sequences in and out of a `DecodeState`: prefill, placing in the batch, swapping out and in, results."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
 
 import numpy as np
 import torch
@@ -16,15 +16,34 @@ from dia_fast.model.delay import undo_delay
 from dia_fast.model.model import DiaModel
 from dia_kernels.reference.sampling import NOT_FINITE
 
-CHUNK = 128
+CHUNK = 256
 """Steps of an audio prompt that are computed at once. Fixed, and counted from step 0: where a prompt is cut decides the
 last bits of its values, so that must not depend on what else is running."""
 
 Upload = Callable[[Tensor], Tensor]
 
 
+def prompt_key(model: DiaModel, item: Plan) -> Hashable:
+    """Stand for all that the unconditional keys and values of a request's prompt depend on."""
+    return (model.revision, item.prompt_bytes) if item.first else None
+
+
+def begin(model: DiaModel, state: DecodeState, table_idx: int, item: Plan) -> bool:
+    """Take the pages that a request begins with; tell if the unconditional half of its prompt is there.
+
+    The rows of the block tables are written in `prefill`.
+
+    Raises:
+        OutOfPages: If too few are free; the caller gives back what was taken.
+    """
+    state.cross_blocks.grow(table_idx, len(item.request.text_ids), write=False)
+    shared = item.guided and state.share_prompt(table_idx, prompt_key(model, item), item.first)
+    state.grow(table_idx, item.first + 1, item.guided, write=False)
+    return shared
+
+
 def prefill(
-    model: DiaModel, state: DecodeState, table_idx: int, item: Plan, upload: Upload | None = None
+    model: DiaModel, state: DecodeState, table_idx: int, item: Plan, upload: Upload | None = None, shared: bool = False
 ) -> Generator[int, None, Tensor]:
     """Compute keys and values of a request's text and prompt, chunk by chunk; yield the cost of each, in tokens.
 
@@ -34,6 +53,7 @@ def prefill(
     Args:
         table_idx: Of the sequence in the block tables.
         upload: Sends host values to the device.
+        shared: The unconditional half of the prompt is there.
     """
     ids, count = item.request.text_ids, len(item.request.text_ids)
     tables = [(state.cross_blocks, table_idx)]
@@ -49,10 +69,13 @@ def prefill(
     model.store_text(text.to(torch.int64), state.cross_pool, state.cross_blocks.slot_mapping(table_idx, count))
     yield count
     codes = codes.view(item.delayed_codes.shape)
-    for begin in range(0, item.first, CHUNK):
-        chunk = codes[begin : min(begin + CHUNK, item.first)]
-        model.prefill(chunk, state, table_idx, count, guided=item.guided, first=begin)
-        yield len(chunk) * (2 if item.guided else 1)
+    for text_length in (count, None) if item.guided and not shared else (count,):
+        for first in range(0, item.first, CHUNK):
+            chunk = codes[first : min(first + CHUNK, item.first)]
+            model.prefill(chunk, state, table_idx, text_length, first=first)
+            yield len(chunk)
+    if item.guided and item.first:
+        state.keep_prompt(table_idx, prompt_key(model, item), item.first)
     return codes
 
 
@@ -131,16 +154,34 @@ def swap_out(state: DecodeState, batch_idx: int, table_idx: int, guided: bool) -
     return Swapped(state.save(batch_idx), keys, values)
 
 
-def swap_in(state: DecodeState, batch_idx: int, table_idx: int, guided: bool, swapped: Swapped) -> None:
+def swap_in(
+    state: DecodeState,
+    batch_idx: int,
+    table_idx: int,
+    guided: bool,
+    swapped: Swapped,
+    key: Hashable = None,
+    prompt: int = 0,
+) -> None:
     """Put back what `swap_out` took, at any batch index and in any pages.
 
+    Args:
+        key: The request's `prompt_key`: pages of its prompt that are there are shared and not copied.
+        prompt: Steps of its prompt.
+
     Raises:
-        OutOfPages: With nothing taken.
+        OutOfPages: If too few are free; the caller gives back what was taken.
     """
     pool, held = state.pool, swapped.keys[0].shape[1]
-    state.grow(table_idx, held * pool.shape.page_size, guided)
-    for index, table_row in enumerate(state.table_rows(table_idx, guided)):
-        place = state.blocks.table[table_row, :held].to(torch.int64)
+    if guided:  # a page that is not full has other tokens behind those of the prompt now
+        state.share_prompt(table_idx, key, prompt // pool.shape.page_size * pool.shape.page_size)
+    rows = [(row, state.blocks.held(row)) for row in state.table_rows(table_idx, guided)]
+    state.grow(table_idx, held * pool.shape.page_size, guided, write=False)
+    for index, (table_row, there) in enumerate(rows):
+        place = state.blocks.pages(table_row).to(pool.all_keys.device)
+        state.blocks.write_row(table_row, place)
         for pages, saved in ((pool.all_keys, swapped.keys[index]), (pool.all_values, swapped.values[index])):
-            pages.index_copy_(1, place, saved.to(pages.device, non_blocking=True))
+            pages.index_copy_(1, place[there:], saved[:, there:].to(pages.device, non_blocking=True))
+    if state.sizes.guided and not guided:
+        state.write_spare(table_idx)
     state.load(batch_idx, swapped.state)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -129,6 +130,11 @@ class Plan:
     def guided(self) -> bool:
         """True if a second, unconditional row is computed, at first at least."""
         return self.request.params.guided
+
+    @cached_property
+    def prompt_bytes(self) -> bytes:
+        """The delayed codes that are prefilled."""
+        return self.delayed_codes[: self.first].numpy().tobytes()
 
     @property
     def last_guided(self) -> float:

@@ -62,7 +62,7 @@ class Engine(OneProcess):
         memory: Bytes for pages of keys and values; by default as much as `max_batch` requests could need, at most half
             of what is free.
         prefill_tokens: Most tokens of text and prompt that are prefilled between two decode steps, at least one chunk
-            (128 tokens of a prompt, or one text).
+            (256 tokens of a prompt, or one text).
         capture: Makes a graph of a step: by default CUDA graphs, for Triton kernels on a GPU; None for none.
         sizes: Instead of memory and max_batch.
         max_waiting: Most requests that wait, beside those that fill the batch; None for any number.
@@ -491,9 +491,9 @@ class Engine(OneProcess):
         sequence.table_idx = self._free_table_idxs.pop()
         try:
             self.device.follow(sequence.mark)
-            state.cross_blocks.grow(sequence.table_idx, len(item.request.text_ids), write=False)
-            state.grow(sequence.table_idx, item.first + 1, item.guided, write=False)
-            sequence.prefill = batch_rows.prefill(self.model, state, sequence.table_idx, item, self.device.upload)
+            shared = batch_rows.begin(self.model, state, sequence.table_idx, item)
+            upload = self.device.upload
+            sequence.prefill = batch_rows.prefill(self.model, state, sequence.table_idx, item, upload, shared)
         except Exception as error:
             self._fail_alone(sequence, error)
             return
@@ -521,10 +521,13 @@ class Engine(OneProcess):
         self._view = None
 
     def _swap_in(self, sequence: Sequence) -> None:
-        batch_idx = len(self._running)
+        batch_idx, item = len(self._running), sequence.plan
+        key = batch_rows.prompt_key(self.model, item)
         assert sequence.swapped is not None
         try:
-            batch_rows.swap_in(self.state, batch_idx, sequence.table_idx, sequence.guided, sequence.swapped)
+            batch_rows.swap_in(
+                self.state, batch_idx, sequence.table_idx, sequence.guided, sequence.swapped, key, item.first
+            )
         except Exception as error:
             self.state.clear(batch_idx)
             self._fail_alone(sequence, error)
@@ -545,7 +548,9 @@ class Engine(OneProcess):
         pages = state.pool.shape.pages
         growing = [other for other in self._running if pages(other.plan.end + 1) > state.blocks.held(other.table_idx)]
         spare = sum(2 if other.guided else 1 for other in growing)
-        return state.pages_needed(max(sequence.step, item.first) + 1, sequence.guided) + spare <= state.pool.free
+        key, prompt = batch_rows.prompt_key(self.model, item), item.first
+        needed = state.pages_needed(max(sequence.step, prompt) + 1, sequence.guided, key, prompt)
+        return needed + spare <= state.pool.free
 
     # Stepping
 

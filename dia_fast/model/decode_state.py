@@ -4,7 +4,7 @@ Everything a step reads or writes lies here, in the weights or in the page pools
 that a captured graph serves every later step. The host learns nothing from a step unless it asks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from types import ModuleType
@@ -172,14 +172,37 @@ class DecodeState:
         """A request's rows in `blocks`."""
         return [table_idx, self.unconditional(table_idx)] if guided else [table_idx]
 
-    def pages_needed(self, steps: int, guided: bool) -> int:
-        """Pages of self-attention that `steps` steps of a request take.
+    def pages_needed(self, steps: int, guided: bool, key: Hashable = None, prompt: int = 0) -> int:
+        """Free pages of self-attention that `steps` steps of a request take.
 
         In a step with guidance every request has an unconditional batch row. That of a request without guidance
         computes what nobody reads: all its keys and values go to one page, over and over.
+
+        Args:
+            steps: Of the request.
+            guided: There is an unconditional batch row to keep.
+            key: As in `share_prompt`; the pages that others hold already are not counted.
+            prompt: Steps of the prompt.
         """
-        pages = self.pool.shape.pages(steps)
-        return 2 * pages if guided else pages + self._spare_pages
+        pages, full = self.pool.shape.pages(steps), prompt // self.pool.shape.page_size
+        if not guided:
+            return pages + self._spare_pages
+        return 2 * pages - sum(self.pool.holders(page) > 0 for page in self.pool.kept(key)[:full])
+
+    def keep_prompt(self, table_idx: int, key: Hashable, prompt: int) -> None:
+        """Keep the unconditional keys and values of a prompt of `prompt` steps, for `share_prompt`.
+
+        They depend on nothing but the prompt's codes and the model: `key` stands for both.
+        """
+        table_row = self.unconditional(table_idx)
+        self.pool.keep(key, self.blocks.held_pages(table_row)[: self.pool.shape.pages(prompt)])
+
+    def share_prompt(self, table_idx: int, key: Hashable, prompt: int) -> bool:
+        """Give a request without pages the kept unconditional ones of its prompt; tell if there are any."""
+        if not self.pool.kept(key):
+            return False
+        self.blocks.share(self.unconditional(table_idx), key, prompt)
+        return True
 
     def grow(self, table_idx: int, steps: int, guided: bool | None = None, *, write: bool = True) -> None:
         """Make room for the first `steps` steps of a request.
@@ -222,7 +245,7 @@ class DecodeState:
         `show` its pages anew.
         """
         self.guidance_scale[batch_idx] = 1.0
-        self.blocks.release(self.unconditional(table_idx), self._spare_pages)
+        self.blocks.keep_last(self.unconditional(table_idx))
         self.write_spare(table_idx)
 
     def clear(self, batch_idx: int) -> None:

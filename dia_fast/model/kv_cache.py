@@ -1,9 +1,13 @@
 """Paged key-value memory: pools of pages, and who holds which.
 
 One page id stands for a page in every layer. The device sees pools and block tables only; the host hands out ids.
+
+What a page holds can be kept under a key after everybody has given it back. It is free all the same, and taken when no
+other page is left; until then whoever has the same key holds it again without computing it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +17,7 @@ from dia_fast.errors import OutOfPages
 
 PAGE_SIZE = 32  # tokens; a power of two from 16 to 64
 NO_TABLE_ROW = -1  # stands for a table row that is not there
+MOST_KEPT = 16  # keys whose pages are kept
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class PageShape:
 
 
 class PagePool:
-    """A fixed number of pages and the list of free ones.
+    """A fixed number of pages, how many hold each, and which are free.
 
     keys, values: one `[pages, kv_heads, page_size, head_dim]` tensor per layer, views of `all_keys` and `all_values`,
     `[layers, pages, kv_heads, page_size, head_dim]`. They are not cleared: a token is written before it is read. On a
@@ -50,21 +55,29 @@ class PagePool:
         self.pages = pages
         self.reset()
 
-    def reset(self, taken: Iterable[int] = ()) -> None:
-        """Make all pages free but those that are taken."""
-        self._taken: set[int] = set(taken)
-        self._free = [page for page in reversed(range(self.pages)) if page not in self._taken]
+    def reset(self, held: Iterable[int] = ()) -> None:
+        """Make all pages free but those that are held, each as often as it is named; keep nothing."""
+        self._holders: Counter[int] = Counter(held)
+        # The page that is taken next is last in `_free`, and first in `_free_kept`.
+        self._free = dict.fromkeys(page for page in reversed(range(self.pages)) if page not in self._holders)
+        self._free_kept: dict[int, None] = {}
+        self._kept: dict[Hashable, list[int]] = {}
+        self._key_of: dict[int, Hashable] = {}
 
     @property
     def free(self) -> int:
         """Number of pages that nobody holds."""
-        return len(self._free)
+        return len(self._free) + len(self._free_kept)
+
+    def holders(self, page: int) -> int:
+        """Number of those that hold a page."""
+        return self._holders[page]
 
     def require(self, count: int) -> None:
         """Raise OutOfPages if fewer than `count` pages are free."""
-        if count > len(self._free):
+        if count > self.free:
             raise OutOfPages(
-                f"{count} pages of {self.shape.page_size} tokens are needed and {len(self._free)} of {self.pages} are "
+                f"{count} pages of {self.shape.page_size} tokens are needed and {self.free} of {self.pages} are "
                 "free; wait for a request to end, or make the cache larger"
             )
 
@@ -78,21 +91,58 @@ class PagePool:
             OutOfPages: If fewer are free.
         """
         self.require(count)
-        taken = [self._free.pop() for _ in range(count)]
-        self._taken.update(taken)
+        taken = []
+        for _ in range(count):
+            if not self._free:
+                self.forget(next(iter(self._free_kept)))
+            page, _ = self._free.popitem()
+            self._holders[page] = 1
+            taken.append(page)
         return taken
 
     def give(self, pages: Iterable[int]) -> None:
-        """Give pages back to the pool.
+        """Give pages back to the pool; each is free when nobody holds it any more.
 
         Raises:
-            ValueError: For a page that is not taken: two requests would share it.
+            ValueError: For a page that nobody holds: two requests would write to it.
         """
         for page in pages:
-            if page not in self._taken:
+            if page not in self._holders:
                 raise ValueError(f"pages: page {page} is given back, but nobody holds it")
-            self._taken.remove(page)
-            self._free.append(page)
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                del self._holders[page]
+                (self._free_kept if page in self._key_of else self._free)[page] = None
+
+    def keep(self, key: Hashable, pages: Sequence[int]) -> None:
+        """Keep what held pages hold, until one of them is taken by somebody else or `MOST_KEPT` newer keys came."""
+        if key in self._kept:
+            return
+        while len(self._kept) >= MOST_KEPT:
+            self.forget(self._kept[next(iter(self._kept))][0])
+        self._kept[key] = list(pages)
+        self._key_of.update(dict.fromkeys(pages, key))
+
+    def kept(self, key: Hashable) -> Sequence[int]:
+        """The pages kept under a key, in the order of their tokens; none for an unknown one."""
+        return self._kept.get(key, ())
+
+    def share(self, key: Hashable, count: int) -> list[int]:
+        """Hold the first `count` pages that are kept under a key, as one of possibly many."""
+        pages = self._kept[key]
+        self._kept[key] = self._kept.pop(key)  # the last one to be forgotten
+        for page in pages[:count]:
+            self._free_kept.pop(page, None)
+            self._holders[page] += 1
+        return pages[:count]
+
+    def forget(self, page: int) -> None:
+        """Keep no longer what a page holds, nor the other pages under its key."""
+        for other in self._kept.pop(self._key_of[page], ()) if page in self._key_of else ():
+            del self._key_of[other]
+            if other in self._free_kept:
+                del self._free_kept[other]
+                self._free[other] = None
 
 
 class BlockTable:
@@ -187,14 +237,38 @@ class BlockTable:
         """The pages of a table row, in the order of its tokens."""
         return self._held[table_row]
 
-    def release(self, table_row: int, keep: int = 0) -> None:
-        """Give the pages of a table row back to the pool, all but the first `keep`."""
-        held, self._held[table_row] = self._held[table_row][keep:], self._held[table_row][:keep]
+    def share(self, table_row: int, key: Hashable, tokens: int) -> None:
+        """Let a row without pages hold those kept under `key` for its first `tokens` tokens, and write them nowhere.
+
+        Nobody writes to pages that are full. One that is not goes to a row that alone holds it, and is copied for
+        others: who holds it writes behind the tokens that are kept.
+        """
+        pool, full = self.pool, tokens // self.pool.shape.page_size
+        pages = pool.kept(key)[: pool.shape.pages(tokens)]
+        copied = len(pages) > full and pool.holders(pages[full]) > 0
+        self._held[table_row] = pool.share(key, full if copied else len(pages))
+        if copied:
+            self.grow(table_row, tokens, write=False)
+            source, target = pages[full], self._held[table_row][full]
+            for pools in (pool.all_keys, pool.all_values):
+                pools[:, target] = pools[:, source]
+
+    def release(self, table_row: int) -> None:
+        """Give the pages of a table row back to the pool."""
+        held, self._held[table_row] = self._held[table_row], []
         self._rows.pop(table_row, None)  # what is shown for this row has other pages
         self.pool.give(held)
 
+    def keep_last(self, table_row: int) -> None:
+        """Give all pages of a table row back to the pool but the last one, to which anything may be written now."""
+        *held, last = self._held[table_row]
+        self.pool.forget(last)
+        self._held[table_row] = [last]
+        self._rows.pop(table_row, None)
+        self.pool.give(held)
+
     def repair(self) -> None:
-        """After an error anywhere in the methods above: every page that no row holds is free."""
+        """After an error anywhere in the methods above: every page that no row holds is free, and none is kept."""
         self.pool.reset(page for held in self._held for page in held)
 
     def reset(self) -> None:

@@ -104,6 +104,7 @@ class DiaModel(OneProcess, nn.Module):
         super().__init__()
         shapes = fused_shapes(config)
         self.config, self.ops, self.packed = config, ops, False
+        self.revision = 0  # grows when the weights change
         self.encoder = Stack(_below(shapes, "encoder."), EncoderLayer, config.encoder.num_hidden_layers)
         self.decoder = Stack(_below(shapes, "decoder."), DecoderLayer, config.decoder.num_hidden_layers)
 
@@ -158,6 +159,7 @@ class DiaModel(OneProcess, nn.Module):
             InputError: for a product that is unknown or does not run here.
         """
         if self.device.type == "cpu" and self.ops.name == "torch":
+            self.revision += 1
             self.packed |= pack_matrices(self, product, progress)
         return self
 
@@ -201,6 +203,7 @@ class DiaModel(OneProcess, nn.Module):
         """Compute the unconditional constants, in place, so that captured steps read the new ones."""
         if self.packed:
             refuse_packed("read as tensors")
+        self.revision += 1
         memory = self._encode([0], torch.float32)
         config = self.config.decoder
         groups = config.cross_num_attention_heads // config.cross_num_key_value_heads
@@ -328,18 +331,24 @@ class DiaModel(OneProcess, nn.Module):
 
     @isolated()
     def prefill(
-        self, delayed_codes: Tensor, s: DecodeState, table_idx: int, text_length: int, *, guided: bool, first: int = 0
+        self, delayed_codes: Tensor, s: DecodeState, table_idx: int, text_length: int | None, *, first: int = 0
     ) -> None:
-        """Compute the keys and values of steps `first` and following of a request, of its unconditional row too.
+        """Compute the keys and values of steps `first` and following of a request, of one of its two rows.
 
         delayed_codes: `[steps, channels]`. The text of `text_length` ids, the steps before `first` and the
         pages must be there. A prompt cut in other places gives the same values, but not to the bit.
+
+        text_length: None for the unconditional row. The rows are computed one after the other, so that neither's bits
+        depend on whether the other one is computed as well.
         """
-        table_rows, total = s.table_rows(table_idx, guided), first + delayed_codes.shape[0]
-        slot_mapping = torch.cat([s.blocks.slot_mapping(table_row, total, first) for table_row in table_rows])
-        text = _Past(s.cross_pool, s.cross_blocks.pages_of([table_idx]), self._lengths(text_length, 1))
-        past = _Past(s.pool, s.blocks.pages_of(table_rows), self._lengths(total, len(table_rows)))
-        self._decode_codes(delayed_codes.to(self.device), text, guided, past, slot_mapping, first)
+        table_row, text = s.unconditional(table_idx), None
+        if text_length is not None:
+            table_row = table_idx
+            text = _Past(s.cross_pool, s.cross_blocks.pages_of([table_idx]), self._length(text_length))
+        total = first + delayed_codes.shape[0]
+        slot_mapping = s.blocks.slot_mapping(table_row, total, first)
+        past = _Past(s.pool, s.blocks.pages_of([table_row]), self._length(total))
+        self._decode_codes(delayed_codes.to(self.device), text, past, slot_mapping, first)
 
     @isolated()
     def forward_logits(
@@ -359,15 +368,15 @@ class DiaModel(OneProcess, nn.Module):
             blocks = BlockTable(pool, 1, len(ids), self.device)
             blocks.grow(0, len(ids))
             self.store_text(ids, pool, blocks.slot_mapping(0, len(ids)))
-            text = _Past(pool, blocks.table, self._lengths(len(ids), 1))
-            x = self._decode_codes(delayed_codes[request].to(self.device), text, guidance)
-            logits = _linear(self._normed(x, self.decoder.norm, config.norm_eps), self.decoder.head)
-            for branch, part in zip(branches, logits.split(total), strict=True):
-                branch[request] = part.view(size[1:])
+            text = _Past(pool, blocks.table, self._length(len(ids)))
+            for branch, of in zip(branches, (text, None), strict=False):
+                x = self._decode_codes(delayed_codes[request].to(self.device), of)
+                logits = _linear(self._normed(x, self.decoder.norm, config.norm_eps), self.decoder.head)
+                branch[request] = logits.view(size[1:])
         return branches[0], branches[1] if guidance else None
 
-    def _lengths(self, length: int, count: int) -> Tensor:
-        return torch.full((count,), length, dtype=torch.int32, device=self.device)
+    def _length(self, length: int) -> Tensor:
+        return torch.full((1,), length, dtype=torch.int32, device=self.device)
 
     def _decoder_layers(self) -> list[DecoderLayer]:
         return cast(list[DecoderLayer], self.decoder.layers)
@@ -389,38 +398,39 @@ class DiaModel(OneProcess, nn.Module):
     def _decode_codes(
         self,
         delayed_codes: Tensor,
-        text: "_Past",
-        guided: bool,
+        text: "_Past | None",
         past: "_Past | None" = None,
         slot_mapping: Tensor | None = None,
         first: int = 0,
     ) -> Tensor:
-        """The decoder over steps of one request, its unconditional copy behind it: `[n or 2 * n, hidden]`.
+        """The decoder over steps of one row of a request: `[n, hidden]`.
 
-        delayed_codes: `[n, channels]`, from step `first` on; text: its keys and values; past: where those of
-        self-attention go, at `slot_mapping`, `[n or 2 * n]`, and where the steps before `first` are.
+        delayed_codes: `[n, channels]`, from step `first` on; text: its keys and values, None for the unconditional
+        row; past: where those of self-attention go, at `slot_mapping`, `[n]`, and where the steps before `first` are.
         """
         ops, stack, config = self.ops, self.decoder, self.config.decoder
-        total, branches = delayed_codes.shape[0], 2 if guided else 1
-        positions = torch.arange(first, first + total, dtype=torch.int32, device=self.device).repeat(branches)
-        starts = torch.arange(branches + 1, dtype=torch.int32, device=self.device) * total
-        x = self._embed(delayed_codes).repeat(branches, 1)
+        total = delayed_codes.shape[0]
+        positions = torch.arange(first, first + total, dtype=torch.int32, device=self.device)
+        starts = torch.arange(2, dtype=torch.int32, device=self.device) * total
+        x = self._embed(delayed_codes)
         for i, layer in enumerate(self._decoder_layers()):
             layer_past = past and _LayerPast(
                 past.pool.keys[i], past.pool.values[i], past.table, past.lengths, slot_mapping
             )
             self._self_attention(x, layer, stack, config, positions, starts, layer_past, first > 0, causal=True)
-            q = _linear(self._normed(x[:total], layer.cross_norm, config.norm_eps), layer.cross_q)
-            if self.config.first_generation:
-                ops.rope(q, stack.cross_cos, stack.cross_sin, positions[:total], 0)
-            q = q.view(total, -1, config.cross_head_dim)
-            attended = q.new_empty(total, layer.cross_q.shape[0])
-            ops.ragged_attention(
-                q, text.pool.keys[i], text.pool.values[i], starts[:2], attended,
-                causal=False, block_table=text.table, kv_lengths=text.lengths,
-            )  # fmt: skip
-            x[:total] += _linear(attended, layer.cross_o)
-            x[total:] += layer.uncond_cross
+            if text is None:
+                x += layer.uncond_cross
+            else:
+                q = _linear(self._normed(x, layer.cross_norm, config.norm_eps), layer.cross_q)
+                if self.config.first_generation:
+                    ops.rope(q, stack.cross_cos, stack.cross_sin, positions, 0)
+                q = q.view(total, -1, config.cross_head_dim)
+                attended = q.new_empty(total, layer.cross_q.shape[0])
+                ops.ragged_attention(
+                    q, text.pool.keys[i], text.pool.values[i], starts, attended,
+                    causal=False, block_table=text.table, kv_lengths=text.lengths,
+                )  # fmt: skip
+                x += _linear(attended, layer.cross_o)
             self._mlp(x, layer, config.norm_eps)
         return x
 

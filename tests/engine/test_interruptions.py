@@ -46,9 +46,19 @@ def listen(event: EngineEvent) -> None:
         raise ArithmeticError("planted in a listener")
 
 
-def request(number: int, frames: int = 0, most: int = 8, guidance: float | None = 3.0, text: int = 5) -> Request:
-    codes = torch.arange(frames * CHANNELS).reshape(frames, CHANNELS) * (number + 3) % EOS if frames else None
-    return Request([1 + number % 200] * text, codes, most, guidance_scale=guidance, seed=number)
+def request(
+    number: int,
+    frames: int = 0,
+    most: int = 8,
+    guidance: float | None = 3.0,
+    text: int = 5,
+    voice: int | None = None,
+    guided: int | None = None,
+) -> Request:
+    speaker = (number if voice is None else voice) + 3
+    codes = torch.arange(frames * CHANNELS).reshape(frames, CHANNELS) * speaker % EOS if frames else None
+    ids = [1 + number % 200] * text
+    return Request(ids, codes, most, guidance_scale=guidance, seed=number, guidance_steps=guided)
 
 
 @dataclass
@@ -102,6 +112,13 @@ class Run:
         yield lambda: self.submit(request(13, 0, 139))
         yield lambda: self.engine.advance(0.0)
         yield from [step] * 2
+        yield lambda: [handle.cancel() for handle, _ in self.handles]
+        # One prompt for all: its full pages are shared, also with one that comes back, and those of an ended one.
+        yield lambda: self.submit(request(14, 60, 7, voice=2))
+        yield lambda: self.submit(request(15, 60, 9, voice=2))
+        yield from [step] * 17
+        yield lambda: self.submit(request(16, 60, 4, voice=2, guided=2))
+        yield lambda: self.handles[-1][0].result()
         yield self.engine.close
 
     def submit(self, asked: Request, **named: Any) -> None:

@@ -33,7 +33,8 @@ def options_of(number: int) -> dict[str, Any]:
     """Return the keyword arguments of the `number`th of a fixed list of requests of every kind."""
     draw = random.Random(number)
     frames = draw.choice((0, 0, 1, 20, 31, 32, 60))
-    prompt = torch.arange(frames * CHANNELS).reshape(frames, CHANNELS) * (number + 3) % EOS if frames else None
+    speaker = number % 2 + 3  # two voices, so that requests share the pages of their prompts
+    prompt = torch.arange(frames * CHANNELS).reshape(frames, CHANNELS) * speaker % EOS if frames else None
     return {
         "text": draw.choice(TEXTS),
         "audio_prompt": prompt,

@@ -29,7 +29,7 @@ def small_sizes(batch: int = 3, pages: int = 20, text_pages: int = 9) -> Sizes:
 
 
 def poison(engine: Engine) -> None:
-    """Set every page that nobody holds to NaN: reading one after its release, or before it is written, shows."""
+    """Set every page that nobody holds or keeps to NaN: reading one after its release, or unwritten, shows."""
     state = engine.state
     for blocks in (state.blocks, state.cross_blocks):
         free = torch.tensor(sorted(blocks.pool._free), dtype=torch.int64)

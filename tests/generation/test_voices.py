@@ -61,6 +61,31 @@ def test_a_voice_is_encoded_once_and_speaks_as_its_recording(
     assert not torch.equal(dia.voice(recording).codes, voice.codes) and len(seen) == 2
 
 
+def test_a_second_call_in_a_voice_computes_half_of_its_prompt(
+    dia: Dia, recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voice, seen, rows = dia.voice(recording), counted(dia, monkeypatch), list[int]()
+    real = dia.model.prefill
+
+    def prefill(codes: torch.Tensor, *inputs: Any, **named: Any) -> None:
+        rows.append(len(codes))
+        real(codes, *inputs, **named)
+
+    monkeypatch.setattr(dia.model, "prefill", prefill)
+    calls = [(voice, 2), (voice, 1), (str(recording), 1), (torch.flip(voice.codes, [0]), 2), (voice, 1)]
+    for prompt, halves in calls:
+        said = {} if prompt is voice else {"prompt_text": SAID}
+        codes = dia.generate_codes([NEW, "Something else."], audio_prompt=prompt, **said, **SHORT)
+        assert sum(rows) == len(voice.codes) * (halves + 1)  # the second text has the first one's prompt
+        rows.clear()
+        with Dia(dia.model, dia.codec) as fresh:
+            for text, ours in zip((NEW, "Something else."), codes, strict=True):
+                assert torch.equal(fresh.generate_codes(text, audio_prompt=prompt, **said, **SHORT)[0], ours)
+                fresh.close()
+        rows.clear()
+    assert len(seen) <= 3  # of the path: once here, and once in each fresh one
+
+
 def test_a_damaged_transcript_harms_its_own_voice_alone(dia: Dia, recording: Path) -> None:
     add_voice("Good", recording, SAID)
     add_voice("Bad", recording, SAID).path.with_suffix(".txt").write_bytes(b"\xff\xfe\xff")

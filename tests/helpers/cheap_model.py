@@ -29,7 +29,7 @@ class CheapModel:
     ends: whether speech ends by itself now and then. A request of seed `BAD` has logits that are not finite.
     """
 
-    dtype, device = torch.float32, torch.device("cpu")
+    dtype, device, revision = torch.float32, torch.device("cpu"), 0
 
     def __init__(self, *, ends: bool = True) -> None:
         self.config: DiaConfig = small_config()
@@ -39,12 +39,13 @@ class CheapModel:
         pool.keys[0][slot_mapping // PAGE_SIZE, 0, slot_mapping % PAGE_SIZE, 0] = ids.float()
 
     def prefill(
-        self, codes: Tensor, s: DecodeState, table_idx: int, text_length: int, *, guided: bool, first: int = 0
+        self, codes: Tensor, s: DecodeState, table_idx: int, text_length: int | None, *, first: int = 0
     ) -> None:
         values = torch.tensor([_checksum(row) for row in codes.numpy()], dtype=torch.float32)
-        for branch, table_row in enumerate(s.table_rows(table_idx, guided)):
-            slot_mapping = s.blocks.slot_mapping(table_row, first + len(codes), first)
-            s.pool.keys[0][slot_mapping // PAGE_SIZE, 0, slot_mapping % PAGE_SIZE, 0] = values + branch
+        branch = int(text_length is None)
+        table_row = s.unconditional(table_idx) if branch else table_idx
+        slot_mapping = s.blocks.slot_mapping(table_row, first + len(codes), first)
+        s.pool.keys[0][slot_mapping // PAGE_SIZE, 0, slot_mapping % PAGE_SIZE, 0] = values + branch
 
     def decode_step(self, s: DecodeState) -> None:
         step, finished = s.step.numpy(), s.finished.numpy()

@@ -1,5 +1,6 @@
 """Helpers for tests of the engine: a model small enough for thousands of steps, and requests told by a number."""
 
+from collections import Counter
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +11,7 @@ from dia_fast.engine import Engine, Generation, Request, generate
 from dia_fast.engine.sequence import State
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import fused_shapes
-from dia_fast.model.kv_cache import NO_TABLE_ROW
+from dia_fast.model.kv_cache import MOST_KEPT, NO_TABLE_ROW, PAGE_SIZE, BlockTable
 from dia_fast.model.model import DiaModel
 from dia_kernels import get_ops
 
@@ -82,14 +83,35 @@ def run_to_end(engine: Engine, most: int = 10_000) -> None:
     raise AssertionError(f"the engine still has work after {most} steps: {engine.stats}")
 
 
+def assert_pages_sound(blocks: BlockTable) -> None:
+    """Every page is held as often as rows list it, or free, or free and kept under one key."""
+    pool = blocks.pool
+    held = Counter(page for table_row in range(blocks.table_rows) for page in blocks.held_pages(table_row))
+    assert {page: pool.holders(page) for page in range(pool.pages)} == {page: held[page] for page in range(pool.pages)}
+    free = [*pool._free, *pool._free_kept]
+    assert len(free) == len(set(free)) == pool.free == pool.pages - len(held) and not held.keys() & set(free)
+    assert all(0 <= page < pool.pages for page in [*held, *free])
+    kept = [page for pages in pool._kept.values() for page in pages]
+    assert len(kept) == len(set(kept)) and set(kept) == pool._key_of.keys() and len(pool._kept) <= MOST_KEPT
+    assert set(pool._free_kept) <= set(kept) and not set(pool._free) & set(kept)
+
+
 def assert_sound(engine: Engine) -> None:
-    """No page belongs to two requests, none is lost, batch rows in use show their own pages, the others are inert."""
-    state = engine.state
+    """No page is lost or belongs to two requests, batch rows in use show their own pages, the others are inert.
+
+    Only full pages of the unconditional half of one prompt are shared.
+    """
+    state, runs = engine.state, engine._running
     for blocks in (state.blocks, state.cross_blocks):
-        held = [page for table_row in range(blocks.table_rows) for page in blocks.pages(table_row).tolist()]
-        assert len(held) == len(set(held)) == blocks.pool.pages - blocks.pool.free
-        assert all(0 <= page < blocks.pool.pages for page in held)
-    runs = engine._running
+        assert_pages_sound(blocks)
+    prompts: dict[int, tuple[int, bytes]] = {}
+    for sequence in [*runs, *filter(None, [engine._newcomer])]:
+        for table_row in state.table_rows(sequence.table_idx, state.guided):
+            for index, page in enumerate(state.blocks.held_pages(table_row)):
+                if state.pool.holders(page) > 1:
+                    assert table_row != sequence.table_idx and (index + 1) * PAGE_SIZE <= sequence.plan.first
+                    ours = (index, sequence.plan.prompt_bytes)
+                    assert prompts.setdefault(page, ours) == ours
     table_idxs = [run.table_idx for run in [*runs, *engine._swapped, *filter(None, [engine._newcomer])]]
     assert len(table_idxs) == len(set(table_idxs)) and NO_TABLE_ROW not in table_idxs
     assert sorted(table_idxs + engine._free_table_idxs) == list(range(state.capacity))

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dia_fast.errors import DiaFastError, OutOfPages
-from dia_fast.model.kv_cache import BlockTable, PagePool, PageShape
+from dia_fast.model.kv_cache import MOST_KEPT, BlockTable, PagePool, PageShape
+from tests.helpers.schedules import assert_pages_sound
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,70 @@ def test_every_page_is_free_or_held_once(data: st.DataObject) -> None:
         held = [page for table_row in range(3) for page in held_pages(blocks, table_row)]
         assert len(set(held)) == len(held) == pool.pages - pool.free
         assert all(0 <= page < pool.pages for page in held)
+
+
+@given(st.data())
+def test_shared_pages_are_given_back_once_by_each(data: st.DataObject) -> None:
+    """Rows begin with the pages of a prompt, grow, are released, lose all but their last page, and are repaired."""
+    pool = make_pool(data.draw(st.integers(8, 14)))
+    blocks, rows, prompts = BlockTable(pool, 4, 40, CPU), range(4), {"a": 10, "b": 8, "c": 3}
+    for _ in range(data.draw(st.integers(0, 30))):
+        row = data.draw(st.sampled_from(rows))
+        what = data.draw(st.sampled_from(("begin", "begin", "grow", "release", "release", "keep_last", "repair")))
+        if what == "begin" and not blocks.held(row):
+            key = data.draw(st.sampled_from(list(prompts)))
+            there = pool.kept(key)
+            shared = [page for page in there[: prompts[key] // 4] if pool.holders(page)]
+            if pool.shape.pages(prompts[key]) - len(shared) > pool.free:
+                continue
+            if there:
+                blocks.share(row, key, prompts[key])
+                for page, expected in zip(blocks.held_pages(row), there, strict=True):
+                    assert page == expected or pool.holders(page) == 1
+                    assert pool.all_keys[0, expected, 0, 0, 0] == ord(key)
+                    assert pool.all_values[1, page, 0, 3, 1] == ord(key)
+                    assert pool.all_keys[1, page, 0, 0, 1] == ord(key)
+            else:
+                blocks.grow(row, prompts[key])
+                for page in blocks.held_pages(row):
+                    pool.all_keys[:, page] = pool.all_values[:, page] = ord(key)
+                pool.keep(key, blocks.held_pages(row))
+        elif what == "grow" and blocks.held(row) and pool.free:
+            blocks.grow(row, min(4 * blocks.held(row) + 1, 40))
+        elif what == "release":
+            blocks.release(row)
+        elif what == "keep_last" and blocks.held(row):
+            last = blocks.held_pages(row)[-1]
+            if pool.holders(last) > 1:
+                continue  # the full last page of a prompt: a sequence has another one by then
+            blocks.keep_last(row)
+            assert blocks.held_pages(row) == [last]
+            pool.all_keys[:, last] = pool.all_values[:, last] = -1
+        elif what == "repair" and data.draw(st.integers(0, 3)) == 0:
+            blocks.repair()
+            assert not pool._kept
+        assert_pages_sound(blocks)
+        for key, pages in pool._kept.items():
+            assert all(pool.all_keys[0, page, 0, 0, 0] == ord(str(key)) for page in pages)
+    for row in rows:
+        blocks.release(row)
+    assert pool.free == pool.pages
+    assert len(pool.take(pool.pages)) == pool.pages and not pool._kept
+
+
+def test_few_prompts_are_kept_those_used_last() -> None:
+    pool = make_pool(60)
+    for key in range(MOST_KEPT):
+        pages = pool.take(2)
+        pool.keep(key, pages)
+        pool.give(pages)
+    pool.give(pool.share(0, 2))
+    for key in range(MOST_KEPT, MOST_KEPT + 3):
+        pages = pool.take(1)
+        pool.keep(key, pages)
+        pool.give(pages)
+    assert [key for key in range(MOST_KEPT + 3) if pool.kept(key)] == [0, *range(4, MOST_KEPT + 3)]
+    assert pool.free == 60
 
 
 def test_running_out_says_how_many_are_needed_and_free() -> None:
