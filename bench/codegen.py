@@ -13,8 +13,8 @@ import argparse
 import functools
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,7 +62,9 @@ class Line:
     weight_bits: width of the narrowest load of weights; matrix: matrix instructions by mnemonic; instructions: size of
     the code; in_flight: most bytes of weights on their way per SM or CU; issue: share of the unit's issue slots needed
     to keep up with full bandwidth. weight_bits is 0 for kernels that stream no weights, the last
-    two also where weights cannot be told from activations (gfx1100). weights: of `quantization.WEIGHTS`.
+    two also where weights cannot be told from activations (gfx1100). weights: of `quantization.WEIGHTS`. loads: loads
+    from memory and copies to shared memory by kind. projection: it multiplies by a matrix of weights; the figures of
+    weights that cannot be told of it, as behind asynchronous copies, are `n/a` in the tables.
     all_in_flight: a program requests all of its weights before it needs the first.
     """
 
@@ -83,6 +85,13 @@ class Line:
     issue: float
     weights: str = FLOAT
     all_in_flight: bool = False
+    loads: Mapping[str, int] = field(default_factory=dict)
+    projection: bool = False
+
+    @property
+    def copies(self) -> list[str]:
+        """Kinds of its copies that pass registers by."""
+        return [kind for kind in self.loads if kind in machine_code.COPIES]
 
 
 def read(compiled: ahead.Compiled, target: str) -> Code:
@@ -105,7 +114,9 @@ def line(compiled: ahead.Compiled, target: str, dtype: str, rows: int) -> Line:
     programs = 1
     for extent in compiled.grid:
         programs *= extent
-    loads = code.weight_loads() if compiled.kernel in PROJECTIONS else []
+    projection = compiled.kernel in PROJECTIONS or getattr(compiled.arguments.get("weight_ptr"), "ndim", 0) == 2
+    copied = any(kind in machine_code.COPIES for kind in code.loads())
+    loads = code.weight_loads() if projection and not copied else []
     streams = any(load.hint for load in loads)
     return Line(
         target=target,
@@ -123,8 +134,10 @@ def line(compiled: ahead.Compiled, target: str, dtype: str, rows: int) -> Line:
         instructions=len(code.instructions),
         in_flight=machine_code.bytes_in_flight(code, machine, warps, programs)[0] if streams else 0.0,
         issue=machine_code.issue_share(code, machine) if streams else 0.0,
-        weights=INT8 if compiled.kernel in PROJECTIONS and compiled.arguments.get("scale_ptr") is not None else FLOAT,
+        weights=INT8 if projection and compiled.arguments.get("scale_ptr") is not None else FLOAT,
         all_in_flight=streams and machine_code.outstanding_loads(code)[0] == len(loads),
+        loads=dict(code.loads()),
+        projection=projection,
     )
 
 
@@ -143,7 +156,12 @@ def violations(item: Line) -> list[str]:
         found.append(f"{where}: spills {item.spills}")
     if item.shared > MACHINES[item.target].shared:
         found.append(f"{where}: {item.shared} bytes of shared memory, the device has {MACHINES[item.target].shared}")
-    if f"_{item.kernel}" not in PROJECTIONS:
+    if f"_{item.kernel}" not in PROJECTIONS and not item.projection:
+        return found
+    if item.copies:
+        # A kernel of one's own may: its figures are n/a, and the rules say nothing of it.
+        if f"_{item.kernel}" in PROJECTIONS:
+            found.append(f"{where}: loads by {', '.join(item.copies)}, of which bytes in flight cannot be told")
         return found
     # Without hints, the loads of float32 scales cannot be told from those of weights where all products are float32.
     told = item.weights == FLOAT or item.dtype != "float32" or item.in_flight > 0
@@ -229,16 +247,18 @@ def markdown(lines: Iterable[Line]) -> str:
     groups: dict[tuple[str, str], dict[tuple[object, ...], list[int]]] = {}
     for item in lines:
         matrix = ", ".join(f"{count} {name}" for name, count in item.matrix.items()) or "-"
+        none = "n/a" if item.projection else "-"
         cells = (
             item.kernel, item.programs, item.warps, item.registers, item.spills, item.shared, f"{item.occupancy:.0%}",
-            f"{item.weight_bits} bit" if item.weight_bits else "-", matrix, item.instructions,
-            f"{item.in_flight / 1024:.0f}" if item.in_flight else "-", f"{item.issue:.0%}" if item.issue else "-",
+            f"{item.weight_bits} bit" if item.weight_bits else none, matrix,
+            ", ".join(f"{count} {name}" for name, count in item.loads.items()) or "-", item.instructions,
+            f"{item.in_flight / 1024:.0f}" if item.in_flight else none, f"{item.issue:.0%}" if item.issue else none,
         )  # fmt: skip
         kind = item.dtype if item.weights == FLOAT else f"{item.dtype}, weights in 8 bits"
         groups.setdefault((item.target, kind), {}).setdefault(cells, []).append(item.rows)
     head = (
         "rows", "kernel", "programs", "warps", "registers", "spills", "shared B", "occupancy", "weight load",
-        "matrix instructions", "instructions", "KB in flight per SM", "issue slots",
+        "matrix instructions", "loads from memory", "instructions", "KB in flight per SM", "issue slots",
     )  # fmt: skip
     return "\n".join(
         f"## {target}, {dtype}\n\n"
@@ -276,7 +296,8 @@ def _results(
     """Yield case and values of every launch, in order, then of every two neighbours of a step."""
     for item in lines:
         values = asdict(item)
-        values["matrix"] = ", ".join(f"{count} {name}" for name, count in item.matrix.items())
+        for name in ("matrix", "loads"):
+            values[name] = ", ".join(f"{count} {kind}" for kind, count in values[name].items())
         yield {name: values.pop(name) for name in ("target", "dtype", "rows", "kernel")}, values
     for step in steps:
         for pair in step.pairs:

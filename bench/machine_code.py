@@ -2,7 +2,8 @@
 
 Written for kernels that stream weights. A load is one of weights when it carries the streaming hint (`.EF` in SASS,
 `nt`, `slc` or `TH_LOAD_NT` in AMD's assembly); kernels/dia_kernels/triton/gemv.py gives it to nothing else. Triton
-gives RDNA 3 no hint.
+gives RDNA 3 no hint. What an asynchronous copy brings (`LDGSTS`, TMA) goes to shared memory without passing registers:
+such copies are counted, and their bytes in flight cannot be told.
 """
 
 import re
@@ -12,8 +13,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from dia_fast.diagnostics.roofline.devices import DEVICES
+
 MATRIX = re.compile(r"[HID]MMA|[HIQ]GMMA|UTC\w*MMA|v_mfma|v_smfmac|v_wmma|v_swmmac")
 MULTIPLY_ADD = re.compile(r"v_(dual_)?fmac?_f32")
+COPIES = ("LDGSTS", "UTMALDG", "UBLKCP", "global_load_lds", "buffer_load_lds")  # that pass registers by
 
 
 @dataclass(frozen=True)
@@ -43,22 +47,33 @@ class Machine:
         return self.issue * self.clock / (self.bandwidth / self.units / (16 * self.lanes))
 
 
-# Vendors' data sheets: memory bandwidth, boost clock, multiprocessors; occupancy limits from the programming guides.
+def _machine(key: str, warps: int, registers: int, shared: int, programs: int) -> Machine:
+    """A GPU of the table of `dia-fast plan`, with the limits of occupancy that programming guides tell."""
+    device = DEVICES[key]
+    return Machine(
+        device.name, device.units, device.bandwidth, device.clock, device.warp_size, warps, registers, shared,
+        device.issue, programs,
+    )  # fmt: skip
+
+
 MACHINES = {
-    "sm_80": Machine("A100 80GB", 108, 2.039e12, 1.41e9, 32, 64, 65536, 163 << 10, 4, 32),
-    "sm_86": Machine("RTX 3090", 82, 0.936e12, 1.695e9, 32, 48, 65536, 99 << 10, 4, 16),
-    "sm_89": Machine("RTX 4090", 128, 1.008e12, 2.52e9, 32, 48, 65536, 99 << 10, 4, 24),
-    "sm_90": Machine("H100 SXM", 132, 3.35e12, 1.755e9, 32, 64, 65536, 227 << 10, 4, 32),
-    "sm_100": Machine("B200", 148, 8.0e12, 1.85e9, 32, 64, 65536, 227 << 10, 4, 32),
-    "sm_120": Machine("RTX 5090", 170, 1.792e12, 2.41e9, 32, 48, 65536, 99 << 10, 4, 24),
-    "gfx942": Machine("MI300X", 304, 5.3e12, 2.1e9, 64, 32, 131072, 64 << 10, 1, 32),
-    "gfx1100": Machine("RX 7900 XTX", 48, 0.96e12, 2.5e9, 32, 64, 196608, 64 << 10, 4, 32),
+    "sm_80": _machine("a100", 64, 65536, 163 << 10, 32),
+    "sm_86": _machine("3090", 48, 65536, 99 << 10, 16),
+    "sm_89": _machine("4090", 48, 65536, 99 << 10, 24),
+    "sm_90": _machine("h100", 64, 65536, 227 << 10, 32),
+    "sm_100": _machine("b200", 64, 65536, 227 << 10, 32),
+    "sm_120": _machine("5090", 48, 65536, 99 << 10, 24),
+    "gfx942": _machine("mi300x", 32, 131072, 64 << 10, 32),
+    "gfx1100": _machine("7900xtx", 64, 196608, 64 << 10, 32),
 }
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """opcode with its modifiers; writes, reads: numbers of vector registers; hint: streaming; waits: vmcnt, or -1."""
+    """opcode with its modifiers; writes, reads: numbers of vector registers; hint: streaming; waits: vmcnt, or -1.
+
+    load: the kind of a load from global memory, such as `LDG`, or one of `COPIES`.
+    """
 
     opcode: str
     writes: tuple[int, ...] = ()
@@ -66,6 +81,7 @@ class Instruction:
     bits: int = 0  # of a load from global memory, per lane
     hint: bool = False
     waits: int = -1
+    load: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +109,10 @@ class Code:
         """Matrix instructions by mnemonic."""
         return Counter(i.opcode for i in self.instructions if MATRIX.match(i.opcode))
 
+    def loads(self) -> Counter[str]:
+        """Loads from global memory and copies to shared memory by kind."""
+        return Counter(i.load for i in self.instructions if i.load)
+
     def per_load(self, machine: Machine) -> float:
         """Instructions of the whole kernel, start and end included, per load of weights; on CDNA vector ones only.
 
@@ -110,10 +130,13 @@ _WIDE_READS = (("HMMA.16816", (4, 2, 4)), ("HMMA.1688", (2, 1, 4)))
 def _parse_sass_line(opcode: str, operands: str) -> Instruction:
     parts = operands.split(",")
     registers = [[int(n) for n in _REGISTER.findall(part)] for part in parts]
-    if opcode.startswith("LDG"):
+    kind = opcode.partition(".")[0]
+    if kind in COPIES:
+        return Instruction(opcode, (), tuple(n for part in registers for n in part), load=kind)
+    if kind == "LDG":
         bits = next((int(n) for n in re.findall(r"\.(\d+)", opcode) if n in ("64", "128", "256")), 32)
         first = registers[0][0] if registers[0] else 0
-        return Instruction(opcode, tuple(range(first, first + bits // 32)), (), bits, ".EF" in opcode)
+        return Instruction(opcode, tuple(range(first, first + bits // 32)), (), bits, ".EF" in opcode, load=kind)
     sizes = next((sizes for name, sizes in _WIDE_READS if opcode.startswith(name)), (1,) * 8)
     stores = opcode.startswith(("ST", "RED", "BAR", "BRA", "EXIT"))
     sources = registers if stores else registers[1:]
@@ -139,10 +162,13 @@ def _parse_amd_line(opcode: str, operands: str) -> Instruction:
     if counter or opcode == "s_wait_loadcnt":
         return Instruction(opcode, waits=int(counter.group(1)) if counter else int(operands.strip(), 0))
     if opcode.startswith(("global_load", "buffer_load")):
+        kind = "_".join(opcode.split("_")[:2])
+        if "_lds_" in opcode or re.search(r"\blds\b", operands):
+            return Instruction(opcode, (), _amd_registers(operands), load=f"{kind}_lds")
         target, _, rest = operands.partition(",")
         bits = _AMD_BITS.get(opcode.rpartition("_")[2], 16)
         hint = re.search(r"\bnt\b|\bslc\b|TH_LOAD_NT", rest) is not None
-        return Instruction(opcode, _amd_registers(target), _amd_registers(rest), bits, hint)
+        return Instruction(opcode, _amd_registers(target), _amd_registers(rest), bits, hint, load=kind)
     target, _, rest = operands.partition(",")
     return Instruction(opcode, _amd_registers(target), _amd_registers(rest))
 
@@ -224,7 +250,7 @@ def shared_of_program(code: Code, machine: Machine) -> int:
 
 
 def _nvidia(machine: Machine) -> bool:
-    return not machine.name.startswith(("MI", "RX"))
+    return machine.name.startswith("NVIDIA")
 
 
 def bytes_in_flight(code: Code, machine: Machine, warps: int, programs: int) -> tuple[float, float]:

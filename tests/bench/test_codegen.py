@@ -283,6 +283,77 @@ def test_loads_without_a_hint_count_up_to_the_last_product() -> None:
     assert Code((narrow, hinted, product), 1, 0, 0).weight_loads() == [hinted]
 
 
+OWN_PROJECTION = """
+import sys
+import torch, triton
+import triton.language as tl
+from bench.codegen import line, markdown, violations
+from dia_kernels import aot, launcher
+
+@triton.jit
+def _own(x_ptr, weight_ptr, out_ptr, K: tl.constexpr):
+    m, n, k = tl.arange(0, 16), tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, 64)
+    total = tl.zeros([16, 64], tl.float32)
+    for start in range(0, K, 64):
+        x = tl.load(x_ptr + m[:, None] * K + start + k[None, :])
+        total = tl.dot(x, tl.load(weight_ptr + n[None, :] * K + start + k[:, None]), total)
+    tl.store(out_ptr + m[:, None] * 2048 + n[None, :], total.to(tl.bfloat16))
+
+x, weight, out = (
+    torch.empty(rows, 2048, dtype=torch.bfloat16, device="meta") for rows in (16, 2048, 16)
+)
+for stages in (1, 4):
+    with aot.compiling(sys.argv[1]) as compiled:
+        launcher.run(_own, (32,), x, weight, out, K=2048, num_warps=4, num_stages=stages)
+    found = line(compiled[0], sys.argv[1], "bfloat16", 16)
+    told = "n/a" in markdown([found])
+    print(found.projection, sorted(found.loads), found.weight_bits, told, violations(found), sep="|")
+"""
+
+
+@pytest.mark.parametrize(("target", "plain"), [("sm_80", "LDG"), ("gfx942", "buffer_load")])
+def test_of_asynchronous_copies_nothing_is_claimed(target: str, plain: str, tmp_path: Path) -> None:
+    """A kernel of one's own, told by its argument: with loads through registers it is judged, with copies it is not."""
+    file = tmp_path / "own.py"
+    file.write_text(OWN_PROJECTION)
+    run = in_a_process(tmp_path, str(file), target)
+    assert run.returncode == 0, run.stderr
+    direct, staged = (line.split("|") for line in run.stdout.splitlines())
+    assert direct[0] == staged[0] == "True" and direct[1] == f"['{plain}']" and direct[2] != "0"
+    if target == "sm_80":
+        assert staged == ["True", "['LDGSTS']", "0", "True", "[]"]
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("/*0a10*/ LDGSTS.E.BYPASS.128 [R13], desc[UR6][R2.64] ;", "LDGSTS"),
+        ("/*0a10*/ @P0 UTMALDG.2D [UR8], [UR4], desc[UR6] ;", "UTMALDG"),
+        ("/*0a10*/ LDG.E.128.EF R4, desc[UR6][R2.64] ;", "LDG"),
+        ("\tbuffer_load_dword v1, s[0:3], 0 offen lds\n", "buffer_load_lds"),
+        ("\tglobal_load_lds_dwordx4 v[2:3], off\n", "global_load_lds"),
+        ("\tbuffer_load_dwordx4 v[0:3], v1, s[0:3], 0 offen nt\n", "buffer_load"),
+        ("\tds_read_b128 v[0:3], v1\n", ""),
+    ],
+)
+def test_loads_are_told_by_kind(line: str, kind: str) -> None:
+    from bench import machine_code
+
+    if line.startswith("/*"):
+        [found] = [machine_code._parse_sass_line(*match) for match in machine_code._SASS.findall(line)]
+    else:
+        facts = ".vgpr_count: 1\n.vgpr_spill_count: 0\n.sgpr_spill_count: 0"
+        [found] = machine_code.read_amd(f"{line}.Lfunc_end\n{facts}", 0).instructions
+    assert found.load == kind and bool(found.bits) == (kind in ("LDG", "buffer_load"))
+
+
+def test_a_shipped_projection_of_copies_is_a_violation() -> None:
+    from bench.codegen import violations
+
+    [found] = violations(dataclasses.replace(sound(), loads={"LDGSTS": 8}, weight_bits=0, in_flight=0.0, issue=0.0))
+    assert "loads by LDGSTS" in found
+
+
 def test_instructions_that_change_with_the_rows_are_named() -> None:
     from bench.codegen import mnemonics_differ
 
