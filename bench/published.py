@@ -3,8 +3,9 @@
     python -m bench.published [--check]
 
 A page says where a table comes from by a line in front of it, `<!-- figures: FOLDER/FILE.json -->`; `TABLES` says how
-it is written. A folder is named by the day and the card or processor, and holds what benchmarks wrote with
-`--json`; files without a commit were typed in from older pages, whose runs left none.
+it is written. Figures in sentences are told of in `bench/quoted.py`; they are checked, and not written. A folder is
+named by the day and the card or processor, and holds what benchmarks wrote with `--json`; files without a commit were
+typed in from older pages, whose runs left none.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from bench.quoted import problems
 from bench.tools.results import flat, read
 from dia_fast.errors import DiaFastError, InputError
 
@@ -192,10 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="published", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not current")
     options = parser.parse_args(arguments)
-    old = []
+    old, wrong = [], []
     try:
         for page in pages():
             text = page.read_text(encoding="utf-8")
+            wrong += problems(page.name, text)
             if (new := written(text)) != text:
                 old.append(page.name)
                 if not options.check:
@@ -203,6 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DiaFastError as error:
         print(f"published: {error}", file=sys.stderr)
         return 2
+    if options.check and wrong:
+        print(*wrong, sep="\n", file=sys.stderr)
+        return 1
     if options.check and old:
         print(f"not current: {', '.join(old)}; run python -m bench.published", file=sys.stderr)
         return 1
