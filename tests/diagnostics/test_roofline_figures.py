@@ -36,6 +36,7 @@ def report_lines(target: str = "sm_90", dtype: str = "bfloat16", rows: int = 2) 
             "registers": 100, "spills": 0, "shared": 4096, "occupancy": 0.25, "weight_bits": 128, "matrix": {},
             "instructions": instructions, "in_flight": 65536.0 * min(2, programs / 132),
             "issue": 0.1 if instructions == 887 else 0.22, "weights": FLOAT, "all_in_flight": True,
+            "loads": "", "projection": True,
         }
         for kernel, programs, instructions in kernels
     ]  # fmt: skip
