@@ -194,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="published", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not current")
     options = parser.parse_args(arguments)
-    old, wrong = [], []
+    old: list[str] = []
+    wrong: list[str] = []
     try:
         for page in pages():
             text = page.read_text(encoding="utf-8")
