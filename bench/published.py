@@ -64,6 +64,20 @@ class Across:
             yield _line([name, *(cells.get(head, "") for head in heads)])
 
 
+@dataclass(frozen=True)
+class Facts:
+    """A table with a line for each figure of a run. lines: name, figure, and template of its values."""
+
+    lines: Sequence[tuple[str, str, str]]
+
+    def write(self, results: Sequence[Result]) -> Iterator[str]:
+        """Yield the lines of the table."""
+        figures = {result["figure"]: result for result in results}
+        yield from _head(["figure", "value"])
+        for name, figure, template in self.lines:
+            yield _line([name, _filled(template, figures[figure])])
+
+
 def every(result: Result) -> bool:
     """Choose all results."""
     return True
@@ -74,7 +88,7 @@ def product(name: str, file: str) -> Callable[[Result], bool]:
     return lambda result: result["product"] == name and result["file"] == file
 
 
-TABLES: dict[str, Lines | Across] = {
+TABLES: dict[str, Lines | Across | Facts] = {
     f"{H200}/steps.json": Lines(
         [
             ("version", "{version}"), ("ms per step", "{step_ms:.3f}"), ("steps/s", "{steps_per_second:.0f}"),
@@ -149,6 +163,20 @@ TABLES: dict[str, Lines | Across] = {
         [
             ("listeners", "{listeners:,}"), ("requests", "{requests}"), ("GPUs", "{replicas:,.0f}"),
             ("batch in use", "{fill:.0%}"), ("first byte p50", "{first_p50:.3f} s"), ("p99", "{first_p99:.3f} s"),
+        ]
+    ),
+    f"{AVX512}/serving_http.json": Facts(
+        [
+            ("streams that came to their end", "requests", "{finished}"),
+            ("clients that left", "requests", "{left}"),
+            ("hostile acts", "requests", "{hostile}"),
+            ("requests of schemathesis", "requests", "{schemathesis}"),
+            ("growth of memory in the second half", "memory, MB", "{growth a minute:.1f} MB a minute"),
+            ("memory at the end", "memory, MB", "{last:.0f} MB"),
+            ("sound made a second", "sound per second", "{value} s"),
+            ("first byte, median; most of it in the queue", "first byte, seconds", "{p50:.0f} s"),
+            ("processor seconds a request, 8 at a time", "server, seconds a request", "{cpu:.2f}"),
+            ("the same, of the engine alone", "engine alone, seconds a request", "{cpu:.2f}"),
         ]
     ),
     f"{AVX512}/cpu_products.json": Across(
