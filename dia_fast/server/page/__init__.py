@@ -1,10 +1,12 @@
 """The page at `/`: HTML, CSS and JavaScript as they are read by the browser, without a build step or another host.
 
-`app.js` binds the form to the API, `player.js` plays sound while it arrives, `history.js` keeps what was spoken in the
-browser, `recording.js` makes WAV from files and the microphone, `snippets.js` writes requests as programs. The page
-uses the public API only; `about.json` tells it what this server has.
+`app.js` binds the form to the API, `player.js` plays sound while it arrives, `waveform.js` shows it by wavesurfer.js
+(8.0.1, its licence beside it), `history.js` keeps what was spoken in the browser, `recording.js` makes WAV from files
+and the microphone, `snippets.js` writes requests as programs. The page uses the public API only; `about.json` tells it
+what this server has.
 """
 
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,12 @@ from dia_fast.server.service import Service
 
 FOLDER = Path(__file__).parent
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; media-src blob:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self' 'nonce-NONCE'; img-src 'self'; connect-src 'self'; "
+    "media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Content-Security-Policy of the page: its own files and this server, nothing else."""
+"""Content-Security-Policy of the page: its own files and this server, and the styles that wavesurfer.js brings."""
 
 _HEADERS = {
-    "Content-Security-Policy": POLICY,
     "Referrer-Policy": "no-referrer",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(self)",
     "Cache-Control": "no-cache",
@@ -35,11 +36,13 @@ _HEADERS = {
 
 def add_page(app: FastAPI, service: Service) -> None:
     """`/` and the files below `/page/`."""
-    markup = (FOLDER / "index.html").read_bytes()
+    markup = (FOLDER / "index.html").read_text(encoding="utf-8")
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        return Response(markup, media_type="text/html; charset=utf-8", headers=_HEADERS)
+        nonce = secrets.token_urlsafe(16)
+        headers = {**_HEADERS, "Content-Security-Policy": POLICY.replace("NONCE", nonce)}
+        return Response(markup.replace("NONCE", nonce), media_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/page/about.json", include_in_schema=False)
     async def about() -> JSONResponse:

@@ -1,8 +1,9 @@
 import * as history from "./history.js";
-import { Player, draw } from "./player.js";
+import { Player } from "./player.js";
 import { DEMO, DIA, SOUNDS } from "./presets.js";
 import { dataUrl, decode, fromInt16, microphone, toInt16, wav } from "./recording.js";
 import { encode, snippet } from "./snippets.js";
+import { Waveform } from "./waveform.js";
 
 const $ = (id) => document.getElementById(id);
 const RECORDING = "*recording"; // no voice of a server has an asterisk in its name
@@ -15,6 +16,7 @@ const SLIDERS = [
 ];
 
 const player = new Player();
+const waveform = new Waveform($("wave"), $("app").nonce, (seconds) => player.seek(seconds));
 let about, underWay = null, estimate = 1, recording = null, sound = null;
 
 // Small helpers
@@ -408,7 +410,7 @@ function take(entry) {
 function tick() {
   const width = underWay ? Math.max(player.duration, estimate) : Math.max(player.duration, 0.1);
   const at = player.position;
-  draw($("wave"), player, player.length || underWay ? width : 1);
+  waveform.draw(player, player.length || underWay ? width : 1);
   $("at").textContent = clock(at);
   $("length").textContent = clock(player.duration);
   $("play").disabled = player.length === 0;
@@ -435,11 +437,6 @@ function waveKey(event) {
   else if (event.key === " ") toggle();
   else return;
   event.preventDefault();
-}
-
-function waveClick(event) {
-  const width = underWay ? Math.max(player.duration, estimate) : player.duration;
-  player.seek((event.offsetX / $("wave").clientWidth) * width);
 }
 
 function save(blob, name) {
@@ -590,7 +587,6 @@ function bind() {
   $("reset").addEventListener("click", () => { for (const [name] of SLIDERS) set(name, about.defaults[name]); slid(); });
   $("play").addEventListener("click", toggle);
   $("wave").addEventListener("keydown", waveKey);
-  $("wave").addEventListener("click", waveClick);
   $("format").addEventListener("change", () => remember("format", $("format").value));
   $("download").addEventListener("click", () => download(sound));
   $("code").addEventListener("click", () => { showSnippet(); $("dialog").showModal(); });

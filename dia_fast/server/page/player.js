@@ -4,17 +4,19 @@
  */
 const FIRST_LEAD = 0.15; // seconds of sound before the first start; doubled whenever the sound runs dry
 const LONGEST_LEAD = 3;
-const PEAKS_PER_SECOND = 100;
+export const PEAKS_PER_SECOND = 100;
 
 export class Player {
   constructor() {
     this._context = null;
+    this.sound = 0; // counts them
     this.clear(24000);
   }
 
   /** Forget the sound; what comes next has this rate. */
   clear(rate) {
     this._silence();
+    this.sound++;
     this.rate = rate;
     this.length = 0; // samples
     this._samples = new Float32Array(rate * 8);
@@ -142,27 +144,5 @@ export class Player {
       for (let i = start; i < Math.min(start + size, this.length); i++) peak = Math.max(peak, Math.abs(this._samples[i]));
       this.peaks.push(peak);
     }
-  }
-}
-
-/** Draws the sound of a player: bars, the played ones in another colour. `seconds` is how wide the picture is. */
-export function draw(canvas, player, seconds) {
-  const ratio = window.devicePixelRatio || 1;
-  const width = Math.round(canvas.clientWidth * ratio), height = Math.round(canvas.clientHeight * ratio);
-  if (canvas.width !== width || canvas.height !== height) [canvas.width, canvas.height] = [width, height];
-  const style = getComputedStyle(canvas), pen = canvas.getContext("2d");
-  const step = 4 * ratio, bars = Math.max(1, Math.floor(width / step));
-  const perBar = (seconds * PEAKS_PER_SECOND) / bars, played = (player.position / seconds) * bars;
-  pen.clearRect(0, 0, width, height);
-  for (let bar = 0; bar < bars; bar++) {
-    const first = Math.floor(bar * perBar), last = Math.max(first + 1, Math.floor((bar + 1) * perBar));
-    const known = first < player.peaks.length;
-    let peak = 0;
-    for (let i = first; i < Math.min(last, player.peaks.length); i++) peak = Math.max(peak, player.peaks[i]);
-    const tall = known ? Math.max(3 * ratio, Math.sqrt(peak) * height * 0.94) : 2 * ratio;
-    pen.fillStyle = style.getPropertyValue(!known ? "--line" : bar < played ? "--accent" : "--wave");
-    pen.beginPath();
-    pen.roundRect(bar * step, (height - tall) / 2, 2.5 * ratio, tall, 1.25 * ratio);
-    pen.fill();
   }
 }
