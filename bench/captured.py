@@ -16,6 +16,7 @@ from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import DecodeState, Sizes
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
+from dia_fast.model.quantization import FLOAT, rounded
 
 MAX_TEXT = 1024
 WARM_UP, SPANS = 10, 7  # replays before the first span, and how many are timed
@@ -37,10 +38,16 @@ class Load:
         return max(self.rows // 2, 1)
 
 
-def random_model(dtype: torch.dtype, device: torch.device, ops: ModuleType, layers: int | None = None) -> DiaModel:
+def random_model(
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: ModuleType,
+    layers: int | None = None,
+    weights: str = FLOAT,
+) -> DiaModel:
     """Dia-1.6B with random weights that keep the scale; the code that ends a sentence never wins.
 
-    layers: of the decoder (all 18). The encoder, which no step calls, has one.
+    layers: of the decoder (all 18). The encoder, which no step calls, has one. weights: of `quantization.WEIGHTS`.
     """
     config = DiaConfig()
     config = replace(
@@ -49,15 +56,15 @@ def random_model(dtype: torch.dtype, device: torch.device, ops: ModuleType, laye
         decoder=replace(config.decoder, num_hidden_layers=layers or config.decoder.num_hidden_layers),
     )
     generator = torch.Generator(device).manual_seed(0)
-    weights = {}
+    fused = {}
     for name, shape in fused_shapes(config).items():
         values = torch.randn(shape, generator=generator, device=device)
         values = 1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5
         if name.endswith(("qkv", "cross_q", "cross_kv")):
             values *= 128**-0.25  # scores are not scaled; this keeps the softmax from saturating
-        weights[name] = values.to(dtype)
-    weights["decoder.head"][config.decoder.eos_token_id] = 0
-    return DiaModel(config, ops).load(weights)
+        fused[name] = values.to(dtype)
+    fused["decoder.head"][config.decoder.eos_token_id] = 0
+    return DiaModel(config, ops).load(rounded(fused, config, weights))
 
 
 def state_for(model: DiaModel, load: Load) -> DecodeState:

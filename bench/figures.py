@@ -31,6 +31,7 @@ from dia_kernels.triton import gemv
 OUT = Path(work.__file__).parent / figures.FILE
 Line = dict[str, Any]
 Table = dict[str, dict[str, dict[str, dict[str, list[float]]]]]
+KINDS = [dtype + weights for dtype in figures.DTYPES for weights in ("", figures.IN_8_BITS)]
 
 
 def read(paths: Iterable[Path]) -> tuple[str, list[Line]]:
@@ -42,7 +43,9 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Line]]:
         if report["bench"] != "codegen":
             raise InputError(f"{path} is no report of bench.codegen, but of {report['bench']}")
         versions.setdefault(report["versions"]["triton"], path)
-        steps |= _by_step(line for line in results.flat(report) if "kernel" in line and line["weights"] == FLOAT)
+        lines = [line for line in results.flat(report) if "kernel" in line]
+        kind = figures.IN_8_BITS if any(line["weights"] != FLOAT for line in lines) else ""
+        steps |= _by_step(line | {"kind": line["dtype"] + kind} for line in lines)
     if len(versions) != 1:
         raise ValueError(
             "reports of different versions of Triton: " + ", ".join(f"{k} ({v})" for k, v in versions.items())
@@ -51,22 +54,33 @@ def read(paths: Iterable[Path]) -> tuple[str, list[Line]]:
 
 
 def _by_step(lines: Iterable[Line]) -> dict[tuple[str, str, int], list[Line]]:
-    """By target, dtype and rows, of which each report has all launches or none."""
+    """By target, kind and rows, of which each report has all launches or none."""
     steps: dict[tuple[str, str, int], list[Line]] = defaultdict(list)
     for line in lines:
-        steps[line["target"], line["dtype"], line["rows"]].append(line)
+        steps[line["target"], _kind(line), line["rows"]].append(line)
     return steps
 
 
+def _kind(line: Line) -> str:
+    """The kind of a line: its dtype, if nobody has said that the weights of its step are in 8 bits."""
+    return str(line.get("kind", line["dtype"]))
+
+
 def compact(lines: Iterable[Line]) -> Table:
-    """Return target -> dtype -> launch -> rows that it computes -> the fields of `Figure`."""
+    """Return target -> kind -> launch -> rows that it computes -> the fields of `Figure`.
+
+    A kind is a dtype, or a dtype beside weights in 8 bits, of which projections alone are kept.
+    """
     steps = _by_step(line for line in lines if line["rows"])
     table: Table = {}
     for target in MACHINES:
-        for dtype in figures.DTYPES:
-            found: dict[str, dict[str, list[float]]] = {name: {} for name in work.LAUNCHES}
-            for rows in sorted(count for a, b, count in steps if (a, b) == (target, dtype)):
-                for name, line in name_launches(steps[target, dtype, rows]).items():
+        for kind in KINDS:
+            kept = work.PROJECTIONS if kind.endswith(figures.IN_8_BITS) else work.LAUNCHES
+            found: dict[str, dict[str, list[float]]] = {name: {} for name in kept}
+            for rows in sorted(count for a, b, count in steps if (a, b) == (target, kind)):
+                for name, line in name_launches(steps[target, kind, rows]).items():
+                    if kept is work.PROJECTIONS and name not in kept:
+                        continue
                     found.setdefault(name, {})
                     x_rows = rows // 2 if rows > 1 and name.startswith("cross") else rows
                     key = str(figures.bucket(target, x_rows)) if name in work.PROJECTIONS else "0"
@@ -75,7 +89,7 @@ def compact(lines: Iterable[Line]) -> Table:
                     if key not in found[name] or found[name][key][-1] < figure[-1]:
                         found[name][key] = figure
             if any(found.values()):
-                table.setdefault(target, {})[dtype] = found
+                table.setdefault(target, {})[kind] = found
     return table
 
 
@@ -100,15 +114,14 @@ def name_launches(lines: Sequence[Line]) -> dict[str, Line]:
             found = found + [found[-1]] * (len(names) - len(found))
         named |= dict(zip(names, found, strict=True))
     if not set(named) >= set(work.LAUNCHES):
-        raise ValueError(
-            f"a step of {lines[0]['target']}, {lines[0]['dtype']} has the launches {sorted(by_kernel)} only"
-        )
+        raise ValueError(f"a step of {lines[0]['target']}, {_kind(lines[0])} has the launches {sorted(by_kernel)} only")
     return named
 
 
 def _figure(name: str, line: Line, rows: int) -> list[float]:
     """Return the fields of `Figure`; some of them follow from the shapes of the 1.6B model."""
     machine, size = MACHINES[line["target"]], SIZES[line["dtype"]]
+    weight_size = 1 if line["weights"] != FLOAT else size
     resident = max(1, round(line["occupancy"] * machine.warps / line["warps"]))
     if name not in work.PROJECTIONS:
         splits = {"self_attention": work.SELF_SPLIT, "cross_attention": work.CROSS_SPLIT}
@@ -117,16 +130,19 @@ def _figure(name: str, line: Line, rows: int) -> list[float]:
         return [tokens, line["warps"], resident, 0, line["instructions"]]
     features, width = shapes()[name]
     dtype = getattr(torch, line["dtype"])
-    config = gemv.default_config(work.KERNELS[name], dtype, line["target"], rows=rows, features=features, hidden=width)
+    config = gemv.default_config(
+        work.KERNELS[name], dtype, line["target"], rows=rows, features=features, hidden=width,
+        weight_bits=8 * weight_size,
+    )  # fmt: skip
     sharing = -(-rows // config["BLOCK_R"])  # programs of the same weights, each with some of the rows
     tiles = line["programs"] // sharing
     block = min((1 << power for power in range(3, 9)), key=lambda n: abs(-(-features // n) - tiles))
     if -(-features // block) != tiles:
         raise ValueError(f"{name}: {line['programs']} programs for {features} features is no power of two each")
     busy = min(resident, line["programs"] / machine.units)
-    loads = block * width * size / (16 * machine.lanes)  # by a whole warp, of a program
+    loads = block * width * weight_size / (16 * machine.lanes)  # by a whole warp, of a program
     if line["issue"]:
-        per_load = line["issue"] * machine.slots_per_load
+        per_load = sharing * line["issue"] * machine.slots_per_load
     else:  # weights cannot be told from activations, but the code has no loops
         per_load = sharing * line["instructions"] * line["warps"] / loads
     return [block, line["warps"], resident, round(line["in_flight"] / busy), round(per_load, 1)]
@@ -145,10 +161,10 @@ def updated(path: Path, triton: str, new: Table) -> Table:
     if old["triton"] != triton:
         raise ValueError(f"{path} is of Triton {old['triton']}, the reports are of {triton}: give a report of all rows")
     table: Table = old["figures"]
-    for target, dtypes in new.items():
-        for dtype, names in dtypes.items():
+    for target, kinds in new.items():
+        for kind, names in kinds.items():
             for name, figures_by_rows in names.items():
-                table.setdefault(target, {}).setdefault(dtype, {}).setdefault(name, {}).update(figures_by_rows)
+                table.setdefault(target, {}).setdefault(kind, {}).setdefault(name, {}).update(figures_by_rows)
     return table
 
 
@@ -181,8 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     with replacing(options.out) as temporary:
         temporary.write_text(dump(triton, table), encoding="utf-8")
-    missing = [f"{t} {d}" for t in MACHINES for d in figures.DTYPES if d not in table.get(t, {})]
-    print(f"{options.out}: Triton {triton}, {sum(map(len, table.values()))} pairs of target and dtype")
+    missing = [f"{target} {kind}" for target in MACHINES for kind in KINDS if kind not in table.get(target, {})]
+    print(f"{options.out}: Triton {triton}, {sum(map(len, table.values()))} pairs of target and kind")
     if missing:
         print("not among them: " + ", ".join(missing))
     return 0

@@ -25,6 +25,7 @@ from bench.report import DOCTOR, Report
 from dia_fast.errors import DiaFastError, InputError
 
 CANDIDATES = [str(path) for path in sorted((ROOT / "bench" / "candidates").glob("*.json"))]
+ROWS_AND_WEIGHTS = ("1", "2", "16", "64", "--weights", "float", "int8")
 DISK = 4_000_000_000  # bytes that the random weights need, about
 EXAMPLES = """\
 examples:
@@ -76,7 +77,7 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
         measured("residency", "launches whose programs are resident ahead of time", 30, "bench.residency", *device),
         measured("parity", "tokens and logits in fp32, fp16 and bf16, with graphs and without", 90, "bench.parity",
                  *device, *few),
-        whole_step("rows", "captured steps of 1, 16 and 64 rows", 60, "1", "16", "64"),
+        whole_step("rows", "captured steps of 1, 2, 16 and 64 rows, in 16 bits and in 8", 90, *ROWS_AND_WEIGHTS),
         *weights_part(),
         measured("step", "a decode step beside that of transformers", 75, "bench.decode_step", *device, *model,
                  *against, *step, speed=True),

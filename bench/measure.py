@@ -14,9 +14,8 @@ from dia_fast.engine import Request, generate
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.device import choose_device
 from dia_fast.model.model import DiaModel
-from dia_fast.model.quantization import FLOAT, WEIGHTS, quantized_names
+from dia_fast.model.quantization import FLOAT, WEIGHTS, rounded
 from dia_kernels import get_ops
-from dia_kernels.reference.quantized import quantize
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WARM_UP = 3  # steps at the start of a run that do not count
@@ -115,10 +114,8 @@ def load(options: argparse.Namespace) -> tuple[DiaModel, Any]:
         from bench.tools.pairs import theirs_sharing
 
         theirs = theirs_sharing(model)
-    if names := quantized_names(checkpoint.config, options.weights):
-        model = DiaModel(checkpoint.config, ops).load(
-            {name: quantize(weight) if name in names else weight for name, weight in weights.items()}
-        )
+    if options.weights != FLOAT:
+        model = DiaModel(checkpoint.config, ops).load(rounded(weights, checkpoint.config, options.weights))
     del weights
     return model.pack(progress=True), theirs
 

@@ -1,6 +1,6 @@
 """Find the configs that make a decode step fastest on this GPU, and write them as a DIA_KERNELS_TABLE.
 
-    python -m bench.tune --out table.json [--rows 2 16 64] [--dtype bfloat16] [--budget 300] [--json all.json]
+    python -m bench.tune --out table.json [--rows 2 16 64] [--dtype bfloat16] [--weights int8] [--json all.json]
     DIA_KERNELS_TABLE=table.json dia-fast speak ...
 
 Times the whole step, as a CUDA graph, with one launch of it configured otherwise: what a kernel hides behind its
@@ -31,7 +31,9 @@ from bench.captured import CapturedStep, Load, QuickCapture, random_model, state
 from bench.device import open_device
 from bench.measure import DTYPES
 from bench.tools.results import Results, add_options
+from dia_fast.diagnostics.roofline import work
 from dia_fast.errors import DiaFastError
+from dia_fast.model.quantization import FLOAT, WEIGHTS
 from dia_fast.utils.files import replacing
 from dia_kernels.launcher import architecture
 from dia_kernels.triton import gemv
@@ -64,6 +66,11 @@ class Launch:
         return self.name.partition(" ")[2]
 
     @property
+    def in_8_bits(self) -> bool:
+        """By weights in 8 bits?"""
+        return ("weight_bits", 8) in self.where
+
+    @property
     def family(self) -> Family:
         """The launches of its op and shape, with any number of rows."""
         return self.op, tuple(item for item in self.where if item[0] != "rows")
@@ -73,14 +80,16 @@ class Launch:
         return {"where": dict(self.where), "use": use}
 
 
-def launches(rows: int, dtype: str, only: Sequence[str] | None) -> list[Launch]:
-    """Those of a step."""
+def launches(rows: int, dtype: str, only: Sequence[str] | None, weights: str = FLOAT) -> list[Launch]:
+    """Those of a step. weights: of `quantization.WEIGHTS`."""
     attention = ("rope_attention", "cross_attention")
     found = [Launch(op, op, (("dtype", dtype),)) for op in (*attention, "embed_codes")]
     found.append(Launch("sample", "sample", ()))
-    projections, bits = [], 8 * DTYPES[dtype].itemsize
+    projections = []
     for name in ("gate_up", "down", "qkv", "o", "cross_q", "heads"):
         op, shape = PROJECTIONS[name]
+        narrow = {name, f"cross_{name}"} & set(work.IN_8_BITS[weights])
+        bits = 8 if narrow else 8 * DTYPES[dtype].itemsize
         # The cross projections see conditional rows only.
         seen = [rows] if name not in ("cross_q", "o") else sorted({rows, max(rows // 2, 1)}, reverse=True)
         for count in seen if name != "cross_q" else [max(rows // 2, 1)]:
@@ -93,6 +102,7 @@ def launches(rows: int, dtype: str, only: Sequence[str] | None) -> list[Launch]:
 
 
 ORDERS = ((4, 2), (4, 4), (8, 1), (8, 2), (2, 4))  # SPLIT_K and CHUNKS, which decide a row's bits
+INT8_ORDERS = ((4, 2), (4, 1), (8, 1), (8, 2), (2, 4))  # a chunk has twice the columns
 
 
 def candidates(launch: Launch, orders: Sequence[tuple[int, int]]) -> Iterator[Config]:
@@ -111,7 +121,9 @@ def candidates(launch: Launch, orders: Sequence[tuple[int, int]]) -> Iterator[Co
     if launch.op == "sample":
         yield from ({"DIGIT": digit, "num_warps": warps} for digit in (1, 2, 4) for warps in (1, 2, 4, 8))
         return
-    for (split, chunks), block_n, depth in itertools.product(orders, (8, 16, 32), (1, 2, 4, 8)):
+    # The instruction takes 16 features of weights in 8 bits at a time.
+    blocks = (16, 32, 64) if launch.in_8_bits else (8, 16, 32)
+    for (split, chunks), block_n, depth in itertools.product(orders, blocks, (1, 2, 4, 8)):
         if 32 <= block_n * chunks * depth <= 128:
             order = {"SPLIT_K": split, "num_warps": split, "CHUNKS": chunks}
             yield {"BLOCK_N": block_n, "DEPTH": depth, **order}
@@ -127,9 +139,9 @@ def write_table(path: Path, chosen: Iterable[tuple[Launch, Config]]) -> Path:
     return path
 
 
-def compile_ahead(job: tuple[str, int, str, str]) -> str:
+def compile_ahead(job: tuple[str, int, str, str, str]) -> str:
     """Compile one op of a step under a table for the GPU at hand, into Triton's cache on disk; return what failed."""
-    table, rows, dtype, op = job
+    table, rows, dtype, op, weights = job
     os.environ["DIA_KERNELS_TABLE"] = table
     from dia_fast.diagnostics import launches as steps
     from dia_kernels import launcher as launch
@@ -140,7 +152,7 @@ def compile_ahead(job: tuple[str, int, str, str]) -> str:
     setattr(ops, op, getattr(kernels, op))
     try:
         with launch.listening(lambda run, kernel, grid, args, meta: kernel.warmup(*args, grid=grid, **meta)):
-            steps.decode(rows, DTYPES[dtype], ops)
+            steps.decode(rows, DTYPES[dtype], model=steps.one_layer(DTYPES[dtype], ops, weights=weights))
     except Exception as error:
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     return ""
@@ -156,11 +168,15 @@ class Tuner:
         self.device = open_device(options.device)
         ops = get_ops("triton", self.device.torch)
         self.arch = architecture(self.device.torch)
-        self.model = random_model(DTYPES[options.dtype], self.device.torch, ops, options.layers)
+        self.model = random_model(DTYPES[options.dtype], self.device.torch, ops, options.layers, options.weights)
         self.chosen: list[tuple[Launch, Config]] = []
         self.decided: dict[Family, tuple[int, int]] = {}  # SPLIT_K and CHUNKS
         self.trials: list[dict[str, Any]] = []
         self.deadline = float("inf")
+
+    def launches(self, rows: int) -> list[Launch]:
+        """Those of a step of so many rows that are tuned."""
+        return launches(rows, self.options.dtype, self.options.only, self.options.weights)
 
     def entries(self) -> list[tuple[Launch, Config]]:
         """Return the chosen configs, and behind them the order of each family's sums for all other numbers of rows."""
@@ -175,13 +191,15 @@ class Tuner:
 
     def orders(self, launch: Launch) -> Sequence[tuple[int, int]]:
         """Return the orders to try: one that was decided for this op and shape, with other rows, holds for all."""
-        return [self.decided[launch.family]] if launch.family in self.decided else ORDERS
+        if launch.family in self.decided:
+            return [self.decided[launch.family]]
+        return INT8_ORDERS if launch.in_8_bits else ORDERS
 
     def decide(self, launch: Launch, found: Config | None) -> None:
         """Keep the order of a projection's sums: that of the configuration found, or of the default."""
         if launch.kind == "" and launch.op in gemv.OPS:
             where = dict(launch.where)
-            shape = {name: where[name] for name in ("rows", "features", "hidden")}
+            shape = {name: where[name] for name in ("rows", "features", "hidden", "weight_bits")}
             use = found or gemv.default_config(launch.op, DTYPES[where["dtype"]], self.arch, **shape)
             self.decided.setdefault(launch.family, (use["SPLIT_K"], use["CHUNKS"]))
 
@@ -189,9 +207,9 @@ class Tuner:
         """Compile the configs to be tried, as far as they are known before any is chosen; others compile when tried."""
         jobs = []
         for rows in self.options.rows:
-            for launch in launches(rows, self.options.dtype, self.options.only):
+            for launch in self.launches(rows):
                 for use in candidates(launch, self.orders(launch)):
-                    jobs.append((self.table((launch, use)), rows, self.options.dtype, launch.op))
+                    jobs.append((self.table((launch, use)), rows, self.options.dtype, launch.op, self.options.weights))
         start = time.monotonic()
         failed = [said for said in pool.map(compile_ahead, jobs) if said]
         print(f"{len(jobs)} configurations compiled in {time.monotonic() - start:.0f} s, {len(failed)} failed")
@@ -213,7 +231,7 @@ class Tuner:
 
             best = first = seconds(self.table())
             print(f"{rows} rows: {first * 1e3:.4f} ms a step before they are tuned", flush=True)
-            for launch in launches(rows, self.options.dtype, self.options.only):
+            for launch in self.launches(rows):
                 if (launch.kind, launch.op, launch.where) in done:
                     continue  # alike for all numbers of rows, or met before by another name
                 done.add((launch.kind, launch.op, launch.where))
@@ -276,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=860)
     parser.add_argument("--text", type=int, default=200, help="bytes")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--weights", choices=WEIGHTS, default=FLOAT, help="of the model (%(default)s)")
     parser.add_argument("--layers", type=int, help="of the decoder (default: all)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--margin", type=float, default=0.001, help="what a gain must exceed to count (%(default)s)")

@@ -298,6 +298,16 @@ def test_the_table_of_memory_is_what_info_computes() -> None:
             assert f"{needed['total'] / 1e9:.1f}" == shown, (count, steps)
 
 
+def test_the_table_of_memory_for_cloning_is_what_info_computes() -> None:
+    text = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) cloned" + r" \| ([\d.]+) GB" * 3 + r" \|$", text, re.MULTILINE)
+    assert len(rows) >= 3
+    for count, *cells in rows:
+        for shown, weights in zip(cells, ("float", "int8-mlp", "int8"), strict=True):
+            needed = info.memory_needed(DiaConfig(), 2, batch=int(count), length=1720, text_length=400, weights=weights)
+            assert f"{needed['total'] / 1e9:.1f}" == shown, (count, weights)
+
+
 def test_the_page_on_commands_names_every_command() -> None:
     named = re.findall(r"^\| `dia-fast (\w+)`", (ROOT / "docs" / "command-line.md").read_text(), re.MULTILINE)
     listed = re.findall(r"^    (\w+) {2,}", app.build_parser().format_help(), re.MULTILINE)

@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from bench.suite import costs
 from dia_fast.diagnostics import launches
+from dia_fast.diagnostics.doctor import IN_8_BITS
 from dia_fast.model.config import DiaConfig
+from dia_fast.model.quantization import FLOAT, INT8
 from dia_kernels import reference
+from dia_kernels.reference import PackedWeight
+from dia_kernels.reference.quantized import Int8Weight, quantize
 
 TEXT = 256  # bytes of text that cross-attention reads
 CONTEXTS = (64, 1024, 3072)
@@ -28,7 +32,7 @@ _LEAST_CONTEXT = CONTEXTS[0]
 class Case:
     """One op at one shape. meta: its arguments by name, on the meta device; context: tokens that attention reads.
 
-    headline: whether it is one of the shapes that torch.compile is timed at too.
+    headline: whether it is one of the shapes that torch.compile is timed at too. in_8_bits: by weights in 8 bits.
     """
 
     op: str
@@ -36,10 +40,16 @@ class Case:
     meta: Mapping[str, Any] = field(repr=False)
     context: int = _LEAST_CONTEXT
     headline: bool = False
+    in_8_bits: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.op}-{self.shape}".replace(" ", "-")
+        return f"{self.op}-{self.shape}{IN_8_BITS if self.in_8_bits else ''}".replace(" ", "-")
+
+    @property
+    def subject(self) -> str:
+        """Its name among the verdicts of `dia-fast doctor`."""
+        return self.op + (IN_8_BITS if self.in_8_bits else "")
 
     @property
     def cost(self) -> costs.Cost:
@@ -49,7 +59,8 @@ class Case:
     def memory(self) -> int:
         """Bytes of a set of arguments."""
         tensors = ((name, value) for name, value in self.meta.items() if isinstance(value, Tensor))
-        return sum(self._shape(name, value).numel() * value.itemsize for name, value in tensors)
+        packed = sum(value.nbytes for value in self.meta.values() if isinstance(value, PackedWeight))
+        return packed + sum(self._shape(name, value).numel() * value.itemsize for name, value in tensors)
 
     def call(self, ops: Any, arguments: Mapping[str, Any]) -> Callable[[], Any]:
         """Return the op of an op set on a set of arguments, passed as the model passes them."""
@@ -61,7 +72,10 @@ class Case:
         generator = torch.Generator(device).manual_seed(seed)
         made: dict[str, Any] = {}
         for name, value in self.meta.items():
-            made[name] = self._fill(name, value, device, generator) if isinstance(value, Tensor) else value
+            if isinstance(value, Int8Weight):
+                made[name] = quantize(self._fill(name, value.values.half(), device, generator))
+            else:
+                made[name] = self._fill(name, value, device, generator) if isinstance(value, Tensor) else value
         if "workspace" in made or self.op in ("rope_attention", "cross_attention"):
             rows, width = made["out"].shape
             dim, table = made["k_pages"].shape[3], made["block_table"]
@@ -152,10 +166,16 @@ class _Notes:
 def all_cases(dtype: torch.dtype, rows: tuple[int, ...], quick: bool = False) -> list[Case]:
     """Every op of a decode step for each number of rows, and every op of the encoder, prefill and codec.
 
+    Projections are there twice, the second time by weights in 8 bits.
+
     quick: at an eighth of the width and length of the real ones, one context only.
     """
     found: dict[str, Case] = {}
     for count in rows:
+        for op, arguments in _decode_calls(dtype, count, quick, INT8):
+            if isinstance(arguments.get("weight"), Int8Weight):
+                case = Case(op, _label(op, arguments, _LEAST_CONTEXT), arguments, in_8_bits=True)
+                found.setdefault(case.name, case)
         for op, arguments in _decode_calls(dtype, count, quick):
             contexts = CONTEXTS[:1] if quick or op != "rope_attention" else CONTEXTS
             for context in contexts:
@@ -170,9 +190,11 @@ def all_cases(dtype: torch.dtype, rows: tuple[int, ...], quick: bool = False) ->
     return list(found.values())
 
 
-def _decode_calls(dtype: torch.dtype, rows: int, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _decode_calls(
+    dtype: torch.dtype, rows: int, quick: bool, weights: str = FLOAT
+) -> Iterator[tuple[str, dict[str, Any]]]:
     notes: Any = _Notes()
-    model = launches.one_layer(dtype, notes, small_config() if quick else None)
+    model = launches.one_layer(dtype, notes, small_config() if quick else None, weights)
     launches.decode(rows, dtype, notes, model)
     yield from notes.calls
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dia_kernels.reference import PackedWeight
+
 
 class Cost(NamedTuple):
     """Of one call."""
@@ -28,12 +30,12 @@ def cost(op: str, a: Mapping[str, Any], context: int, text: int = 256) -> Cost:
 
 
 def _size(a: Mapping[str, Any], *names: str) -> int:
-    return sum(a[name].nbytes for name in names if isinstance(a.get(name), Tensor))
+    return sum(a[name].nbytes for name in names if isinstance(a.get(name), Tensor | PackedWeight))
 
 
 def _projection(*names: str) -> Callable[[Mapping[str, Any], int, int], Cost]:
     def of(a: Mapping[str, Any], context: int, text: int) -> Cost:
-        return Cost(_size(a, "x", "norm_weight", "weight", *names), 2 * a["x"].shape[0] * a["weight"].numel())
+        return Cost(_size(a, "x", "norm_weight", "weight", *names), 2 * a["x"].shape[0] * a["weight"].shape.numel())
 
     return of
 
@@ -49,7 +51,7 @@ def _elementwise(operations: int, *names: str) -> Callable[[Mapping[str, Any], i
 
 def _linear_residual(a: Mapping[str, Any], context: int, text: int) -> Cost:
     moved = _size(a, "x", "weight", "constant") + 2 * _size(a, "residual")
-    return Cost(moved, 2 * a["x"].shape[0] * a["weight"].numel())
+    return Cost(moved, 2 * a["x"].shape[0] * a["weight"].shape.numel())
 
 
 def _rope_attention(a: Mapping[str, Any], context: int, text: int) -> Cost:

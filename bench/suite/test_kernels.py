@@ -16,6 +16,8 @@ def obstacle(case: Case, backend: str, session: Session) -> str | None:
     if found is None and backend == "compile":
         if case.op in READ_BACK:
             return "the reference reads lengths on the host, where torch.compile ends its graph"
+        if case.in_8_bits:
+            return "torch.compile is timed on weights that are tensors"
         if not case.headline:
             return "torch.compile takes seconds for each shape: those of one request with guidance are enough"
     return found
@@ -44,7 +46,7 @@ def test_kernel(case: Case, backend: str, session: Session, proceed: Any, judged
     arguments = [case.make(ops, device.torch, 0)]
     if backend != "torch":
         verdicts = backends.compare(ops, lambda chosen: case.call(chosen, arguments[0])())
-        judged(case.name, backend, case.op, verdicts)
+        judged(case.name, backend, case.subject, verdicts)
     cost = case.cost
     wanted = 2 * device.cache_bytes
     copies = copies_for(case, session, wanted, case.call(ops, arguments[0]))
@@ -58,7 +60,7 @@ def test_kernel(case: Case, backend: str, session: Session, proceed: Any, judged
     graph = backend == "triton" or case.op not in READ_BACK
     repeated, captured = backends.captured(device, work) if graph else (work, False)
     facts = {
-        "kind": "kernel", "op": case.op, "shape": case.shape, "backend": backend, "context": case.context,
+        "kind": "kernel", "op": case.subject, "shape": case.shape, "backend": backend, "context": case.context,
         "bytes": cost.bytes, "operations": cost.operations, "rotated_bytes": copies * cost.bytes,
         "cold": copies * cost.bytes >= wanted, "captured": captured,
     }  # fmt: skip

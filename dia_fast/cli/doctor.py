@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report | {"not_checked": limits, "healthy": healthy}, indent=1))
         return 0 if healthy else 1
     for verdict in verdicts:
-        print(f"  {verdict.op:17} {verdict.outcome:9} {verdict.detail}")
+        print(f"  {verdict.op:22} {verdict.outcome:9} {verdict.detail}")
     for limit in limits:
         print(f"not checked: {limit}")
     wrong = "some kernels do not work here; backend='torch' does"

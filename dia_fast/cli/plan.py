@@ -27,6 +27,8 @@ examples:
   dia-fast plan --gpu h100
   eight dialogues at once, each 20 seconds in
     dia-fast plan --gpu 4090 --batch 8 --context 1720
+  what would weights in 8 bits change?
+    dia-fast plan --gpu 4090 --weights int8
   half precision, pictures, and everything as data
     dia-fast plan --gpu a100 --dtype fp16 --plots pictures --json > plan.json
   on a machine with a GPU: is the prediction right?
@@ -61,6 +63,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=[*DTYPES, *DTYPES.values()], default="bf16", metavar="TYPE", help="bf16, fp16 or fp32 (bf16)"
     )
+    parser.add_argument("--weights", help="int8 or int8-mlp: matrices in 8 bits (default: float, all as --dtype)")
     parser.add_argument("--no-guidance", action="store_true", help="one row per dialogue instead of two")
     parser.add_argument("--no-graph", action="store_true", help="launch by launch instead of a CUDA graph")
     parser.add_argument(
@@ -147,6 +150,7 @@ def _workload(args: argparse.Namespace) -> tuple[Any, Any]:
     """`predict.Workload`, every number checked, and the checkpoint if its weights are wanted. Raises DiaFastError."""
     from dia_fast.diagnostics.roofline.predict import Workload
     from dia_fast.engine import MAX_BATCH
+    from dia_fast.model.quantization import FLOAT, check_weights
 
     guided = not args.no_guidance
     requests = 1 if args.batch is None else args.batch
@@ -161,6 +165,7 @@ def _workload(args: argparse.Namespace) -> tuple[Any, Any]:
     if not 1 <= requests <= MAX_BATCH:
         name, given = ("--rows", args.rows) if args.rows is not None else ("--batch", args.batch)
         raise InputError(f"{name} {given}: a step serves 1 to {MAX_BATCH} dialogues at once")
+    check_weights(args.weights)
     config, checkpoint = _model(args)
     for option, value, most in (
         ("--context", args.context, config.decoder.max_position_embeddings),
@@ -169,7 +174,9 @@ def _workload(args: argparse.Namespace) -> tuple[Any, Any]:
         if not 1 <= value <= most:
             raise InputError(f"{option} must be from 1 to {most} for this model, not {value}")
     dtype = DTYPES.get(args.dtype, args.dtype)
-    return Workload(config, dtype, requests, args.context, args.text, guided, not args.no_graph), checkpoint
+    weights = args.weights or (FLOAT if checkpoint is None else checkpoint.weights)
+    workload = Workload(config, dtype, requests, args.context, args.text, guided, not args.no_graph, weights)
+    return workload, checkpoint
 
 
 def _model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -192,18 +199,19 @@ def _flipped(workload: Any) -> Any:
 
 
 def _fit(made: Any) -> list[str]:
-    """A sentence if the weights and what the requests need are more than the device's memory."""
+    """A sentence on the weights and what the requests need, beside the device's memory."""
     from dia_fast.cli.info import memory_needed, readable
     from dia_fast.diagnostics.roofline.predict import SIZES
 
     workload = made.workload
-    needed = memory_needed(
+    parts = memory_needed(
         workload.config, SIZES[workload.dtype], batch=workload.requests, length=workload.context,
-        text_length=workload.text, guided=workload.guided,
-    )["total"]  # fmt: skip
-    if needed <= made.device.memory:
-        return []
-    return [f"it does not fit: {readable(needed)} are needed, the device has {readable(made.device.memory)}"]
+        text_length=workload.text, guided=workload.guided, weights=workload.weights,
+    )  # fmt: skip
+    needed, has = readable(parts["total"]), readable(made.device.memory)
+    if parts["total"] > made.device.memory:
+        return [f"it does not fit: {needed} are needed, the device has {has}"]
+    return [f"memory: {needed}, {readable(parts['weights'])} of it weights; the device has {has}"]
 
 
 def _timer(args: argparse.Namespace) -> Any:

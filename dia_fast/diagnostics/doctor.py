@@ -25,14 +25,17 @@ from dia_fast.model.config import DiaConfig
 from dia_fast.model.device import choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
-from dia_fast.model.quantization import INT8
+from dia_fast.model.quantization import FLOAT, INT8, rounded
 from dia_kernels import reference
 from dia_kernels.ops import triton_obstacle
-from dia_kernels.reference import packed
+from dia_kernels.reference import PackedWeight, packed
+from dia_kernels.reference.quantized import Int8Weight
 
 _NO_KERNELS = ("philox", "sample_weights", "attention_workspace", "PackedWeight")
 STEPS = 86  # of a check of a model: a second
 OPS = tuple(op for op in reference.__all__ if op not in _NO_KERNELS)
+PROJECTIONS = ("rms_norm_linear", "linear_residual", "rms_norm_glu", "codebook_logits")
+IN_8_BITS = " x int8"  # behind the name of an op: by weights in 8 bits
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class ComparingOps:
 
     Allowed for half-precision results: twice the error of the reference itself against fp32, plus one rounding. For
     fp32 results: 1e-5 of the largest, some hundred ulps, which a sum of 8,192 products in another order stays below.
-    Integers have to be equal.
+    Integers have to be equal. By weights in 8 bits kernels round the activations once, as the reference does here.
     """
 
     name = "comparing"
@@ -79,8 +82,8 @@ class ComparingOps:
 
     def _both(self, op: str, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         self.calls[op] = self.calls.get(op, 0) + 1
-        plain = [_copied(value) for value in args], {k: _copied(v) for k, v in named.items()}
-        exact = [_copied(value, widen=True) for value in args], {k: _copied(v, widen=True) for k, v in named.items()}
+        plain = [_copied(value, args[0].dtype) for value in args], {k: _copied(v) for k, v in named.items()}
+        exact = [_widened(value) for value in args], {k: _widened(v) for k, v in named.items()}
         getattr(reference, op)(*plain[0], **plain[1])
         getattr(reference, op)(*exact[0], **exact[1])
         try:
@@ -111,13 +114,27 @@ class ComparingOps:
                 yield Verdict(op, "ok", f"error at most {share:.2f} of what is allowed, {self.calls[op]} calls", share)
 
 
-def _copied(value: Any, widen: bool = False) -> Any:
-    """A copy of what an op may write to; weights, which none does, are copied only to be widened."""
-    if not isinstance(value, Tensor):
-        return value
-    if widen and value.dtype in (torch.float16, torch.bfloat16):
-        return value.float()
-    return value if isinstance(value, nn.Parameter) else value.clone()
+class _Rounding(PackedWeight):
+    """A matrix in 8 bits that is multiplied by activations rounded to a dtype."""
+
+    def __init__(self, weight: Int8Weight, dtype: torch.dtype) -> None:
+        self.weight, self.dtype, self.shape = weight, dtype, weight.shape
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self.weight.linear(x.to(self.dtype))
+
+
+def _copied(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy of what an op may write to; weights, which none does, are not. dtype: of the activations."""
+    if isinstance(value, Int8Weight) and dtype is not None:
+        return _Rounding(value, dtype)
+    return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+
+
+def _widened(value: Any) -> Any:
+    """A copy in float32 of what has fewer bits, weights too."""
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else _copied(value)
 
 
 def _share(got: Tensor, low: Tensor, exact: Tensor) -> float:
@@ -135,19 +152,27 @@ def _share(got: Tensor, low: Tensor, exact: Tensor) -> float:
     return error / (2 * plain + max(rounding, 1e-5 if plain == 0 else 0.0) * largest)
 
 
-def random_model(config: DiaConfig, ops: Any, dtype: torch.dtype, device: torch.device) -> DiaModel:
-    """Random weights of the size that training gives them: unit norms, matrices that keep the scale."""
+def random_model(
+    config: DiaConfig, ops: Any, dtype: torch.dtype, device: torch.device, weights: str = FLOAT
+) -> DiaModel:
+    """Random weights of the size that training gives them: unit norms, matrices that keep the scale.
+
+    weights: of `quantization.WEIGHTS`.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    weights = {}
+    fused = {}
     for name, shape in fused_shapes(config).items():
         values = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
-        weights[name] = (1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5).to(dtype)
-    return DiaModel(config, cast(ModuleType, ops)).load(weights)
+        fused[name] = (1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5).to(dtype)
+    return DiaModel(config, cast(ModuleType, ops)).load(rounded(fused, config, weights))
 
 
 def check_running(kernels: Any, dtype: torch.dtype, device: torch.device, *, full_width: bool) -> list[Verdict]:
-    """Speak a few rows on both op sets; at the width of Dia-1.6B, or with small tensors for an interpreter."""
-    ops = ComparingOps(kernels)
+    """Speak a few rows on both op sets; at the width of Dia-1.6B, or with small tensors for an interpreter.
+
+    Projections are checked twice, the second time by weights in 8 bits.
+    """
+    ops, narrow = ComparingOps(kernels), ComparingOps(kernels)
     config = DiaConfig()
     frames, rows = 300, 40
     if full_width:
@@ -169,11 +194,14 @@ def check_running(kernels: Any, dtype: torch.dtype, device: torch.device, *, ful
         frames, rows = 3, 3
     with suppress(NumericError):  # of an op that leaves no numbers, which its verdict tells
         _speak(random_model(config, ops, dtype, device), frames, rows)
+    with suppress(NumericError):
+        _speak(random_model(config, narrow, dtype, device, INT8), 0, min(rows, 3))
     x = torch.linspace(-9, 9, 3000 if full_width else 40, device=device, dtype=torch.float32).to(dtype).view(1, 2, -1)
     alpha = torch.ones(2, dtype=dtype, device=device)
     ops.snake(x, alpha, torch.empty_like(x))
     ops.snake_residual(x, x, alpha, torch.empty_like(x), torch.empty_like(x))
-    return list(ops.verdicts())
+    projections = [verdict for verdict in narrow.verdicts() if verdict.op in PROJECTIONS]
+    return [*ops.verdicts(), *(replace(verdict, op=verdict.op + IN_8_BITS) for verdict in projections)]
 
 
 def _speak(model: DiaModel, frames: int, steps: int) -> Generation:

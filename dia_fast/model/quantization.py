@@ -1,8 +1,14 @@
 """The matrices of a model that are kept in 8 bits (`dia_kernels.reference.quantized`), by the names of `weights=`."""
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from dia_fast.errors import InputError, shown
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.fused_weights import fused_shapes
+from dia_kernels.reference import PackedWeight
+from dia_kernels.reference.quantized import quantize
 
 FLOAT, INT8, INT8_MLP = "float", "int8", "int8-mlp"
 WEIGHTS = (FLOAT, INT8, INT8_MLP)
@@ -25,6 +31,12 @@ def quantized_names(config: DiaConfig, weights: str) -> tuple[str, ...]:
         return ()
     matrices = [name for name, shape in fused_shapes(config).items() if len(shape) == 2 and not is_table(name)]
     return tuple(name for name in matrices if weights == INT8 or name.rpartition(".")[2] in _MLP)
+
+
+def rounded(fused: Mapping[str, Tensor], config: DiaConfig, weights: str) -> dict[str, Tensor | PackedWeight]:
+    """The fused weights of a model, those of `quantized_names` in 8 bits."""
+    names = set(quantized_names(config, weights))
+    return {name: quantize(weight) if name in names else weight for name, weight in fused.items()}
 
 
 def is_table(fused: str) -> bool:

@@ -65,7 +65,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
     (plugins / "raising.py").write_text(RAISING)
     done = run_suite(
         folder, "--backends", "torch", "triton", "--distrust", "glu", "--", "-p", "raising",
-        "-k", "rms_norm_linear-rows-1 or rms_norm-tokens-64 or glu-tokens-64 or embed_codes",
+        "-k", "rms_norm_linear-rows-1-256-to-256 or rms_norm-tokens-64 or glu-tokens-64 or embed_codes",
         DIA_PLANTED="_rms_norm_linear", PYTHONPATH=os.pathsep.join([str(plugins), *sys.path]),
     )  # fmt: skip
     return folder, done
@@ -80,8 +80,9 @@ def test_a_broken_kernel_is_reported_and_has_no_speed(
     assert ("rms_norm_linear", "torch") in found
     assert ("rms_norm_linear", "triton") not in found
     text = (folder / "suite.md").read_text()
-    [row] = [line for line in text.splitlines() if line.startswith("| rms_norm_linear-rows-1")]
-    assert "**wrong**" in row and "error inf times what is allowed" in text and row in done.stdout
+    rows = [line for line in text.splitlines() if line.startswith("| rms_norm_linear-rows-1")]
+    assert len(rows) == 2 and sum("-x-int8 |" in row for row in rows) == 1
+    assert all("**wrong**" in row and row in done.stdout for row in rows) and "error inf times what is allowed" in text
 
 
 def test_the_others_are_timed_all_the_same(planted: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -202,6 +203,7 @@ def test_every_op_has_cases() -> None:
         ("rope_attention-rows-2-context-3072", (12_582_912 + 821_328) / 1.0634),
         ("cross_attention-rows-1-text-256", (2_097_152 + 75_172) / 1.0318),
         ("rms_norm_glu-rows-2-2048-to-16384", 67_108_864 + 45_056),
+        ("rms_norm_glu-rows-2-2048-to-16384-x-int8", 33_554_432 + 4 * 16384 + 45_056),
         ("linear_residual-rows-2-8192-to-2048", 33_554_432 + 49_152),
         ("codebook_logits-rows-2-2048-to-9252", 37_896_192 + 86_304),
     ],

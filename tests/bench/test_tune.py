@@ -29,7 +29,7 @@ def _no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIA_KERNELS_TABLE", "")
 
 
-def configurations(rows: int) -> list[dict[str, Any]]:
+def configurations(rows: int, weights: str = "float") -> list[dict[str, Any]]:
     """Options of every launch of a step of one layer, in order."""
     seen: list[dict[str, Any]] = []
 
@@ -38,24 +38,25 @@ def configurations(rows: int) -> list[dict[str, Any]]:
         seen.append({"kernel": kernel.fn.__name__, **meta, **tile})
 
     with launch.listening(note):
-        steps.decode(rows, torch.bfloat16)
+        steps.decode(rows, torch.bfloat16, model=steps.one_layer(torch.bfloat16, weights=weights))
     return seen
 
 
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("weights", ["float", "int8", "int8-mlp"])
 def test_every_launch_of_a_step_is_tuned_by_exactly_one_entry(
-    rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = configurations(rows)
+    before = configurations(rows, weights)
     changed = [0] * len(before)
-    for one in tune.launches(rows, "bfloat16", None):
+    for one in tune.launches(rows, "bfloat16", None, weights):
         if one.kind:  # the same launches once more
             continue
         for use in tune.candidates(one, [(8, 2)]):
             monkeypatch.setenv(
                 "DIA_KERNELS_TABLE", str(tune.write_table(tmp_path / f"{one.name}{use}.json", [(one, use)]))
             )
-            after = configurations(rows)
+            after = configurations(rows, weights)
             differ = [index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
             if differ:
                 break
@@ -63,6 +64,17 @@ def test_every_launch_of_a_step_is_tuned_by_exactly_one_entry(
             assert all(after[index][name] == value for name, value in use.items())
             changed[index] += 1
     assert changed == [1] * len(before)
+
+
+def test_the_order_of_sums_in_8_bits_is_that_of_their_own_configs(tuner: tune.Tuner) -> None:
+    tuner.options.weights = "int8"
+    [qkv] = [one for one in tuner.launches(2) if one.name == "qkv"] or tune.launches(2, "bfloat16", ["qkv"], "int8")
+    assert qkv.in_8_bits and tuner.orders(qkv) == tune.INT8_ORDERS
+    tuner.decide(qkv, None)
+    shape = {"rows": 2, "features": 3072, "hidden": 2048, "weight_bits": 8}
+    default = gemv.default_config("rms_norm_linear", torch.bfloat16, tuner.arch, **shape)
+    assert tuner.orders(qkv) == [(default["SPLIT_K"], default["CHUNKS"])]
+    assert all(use["BLOCK_N"] >= 16 for use in tune.candidates(qkv, tune.INT8_ORDERS))
 
 
 def test_what_orders_a_sum_is_decided_once_for_all_numbers_of_rows(tuner: tune.Tuner) -> None:
@@ -116,7 +128,7 @@ def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tune.Tune
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda *_: None)
     options = argparse.Namespace(
-        device="cpu", dtype="bfloat16", layers=None, budget=60.0, rows=[2], only=["gate_up", "down"],
+        device="cpu", dtype="bfloat16", weights="float", layers=None, budget=60.0, rows=[2], only=["gate_up", "down"],
         context=9, text=9, margin=0.001,
     )  # fmt: skip
     yield tune.Tuner(options, tmp_path)

@@ -60,7 +60,7 @@ def test_data_for_programs_agrees_with_itself(plan: Plan) -> None:
     assert found["kind"] == "prediction, not a measurement" and found["codegen"]["dtype"] == "float16"
     assert found["workload"] | {"config": None} == {
         "dtype": "float16", "requests": 3, "rows": 8, "context": 100, "text": 64, "guidance": True, "graph": True,
-        "config": None,
+        "weights": "float", "config": None,
     }  # fmt: skip
     step = found["step"]
     assert step["launches"] == sum(item["times"] for item in found["launches"]) == 147
@@ -72,6 +72,25 @@ def test_data_for_programs_agrees_with_itself(plan: Plan) -> None:
     assert found["step_without_graph"]["seconds"]["low"] > step["seconds"]["low"]
     assert len(found["published"]) == 6 and "measured" not in found
     assert any("run in the graph for 4" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("weights", ["int8", "int8-mlp"])
+def test_weights_in_8_bits_are_predicted_by_their_bytes_and_their_code(
+    weights: str, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, before = plan("--gpu", "h100", "--weights", weights), plan("--gpu", "h100")
+    assert found["workload"]["weights"] == weights and before["workload"]["weights"] == "float"
+    share = found["step"]["streamed_bytes"] / before["step"]["streamed_bytes"]
+    assert share == pytest.approx({"int8": 0.51, "int8-mlp": 0.64}[weights], abs=0.01)
+    assert found["step"]["seconds"]["low"] < before["step"]["seconds"]["low"]
+    for item, other in zip(found["launches"], before["launches"], strict=True):
+        narrow = item["name"] in work.IN_8_BITS[weights]
+        assert (item["weight_bytes"] < other["weight_bytes"]) == narrow
+        if not narrow:  # the same code does the same
+            assert item["parts"]["issue"] == other["parts"]["issue"]
+    assert any(note.startswith("memory: ") for note in found["notes"])
+    assert main(["plan", "--gpu", "h100", "--weights", weights]) == 0
+    assert f"bfloat16, weights {weights}, 1 request" in capsys.readouterr().out
 
 
 def test_rows_count_both_rows_of_a_dialogue(plan: Plan) -> None:
@@ -274,6 +293,24 @@ def test_measuring_times_every_launch_and_whole_steps(requests: int, graph: bool
     assert found["step_contexts"][0] <= 100 <= found["step_contexts"][1] and found["weights"] == "random"
     # Every launch has a graph of its own; the engine captures its steps only where it is asked to.
     assert (timer.captured > len(work.LAUNCHES)) == graph
+
+
+@needs_kernels
+def test_weights_in_8_bits_are_measured(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: set[torch.dtype] = set()
+
+    def note(run: launch.Launcher, kernel: Any, grid: Any, args: Any, meta: Any) -> None:
+        launched.update(item.dtype for item in args if isinstance(item, torch.Tensor))
+        timer.note(run, kernel, grid, args, meta)
+
+    timer = FakeTimer()
+    monkeypatch.setattr(measure, "gpu_timer", lambda device: timer)
+    with launch.listening(note):
+        found = measure.measure(Workload(TINY, "float32", 1, 60, 20, weights="int8"), timer, rounds=1)
+        assert torch.int8 in launched and found["weights"] == "random"
+        stored = plan("--measure", "--model", str(make_model(tmp_path / "model")), "--weights", "int8-mlp",
+                      "--context", "60", "--text", "20")  # fmt: skip
+    assert stored["workload"]["weights"] == "int8-mlp"
 
 
 @needs_kernels

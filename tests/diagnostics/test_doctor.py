@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from dia_fast.checkpoint.loading import open_checkpoint
 from dia_fast.diagnostics import doctor
 from dia_kernels import reference
+from dia_kernels.reference.quantized import Int8Weight
 from tests.helpers.front import make_codec, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +42,10 @@ def kernels(**broken: object) -> SimpleNamespace:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sound_kernels_are_all_found_sound(dtype: torch.dtype) -> None:
     verdicts = doctor.check_running(kernels(), dtype, CPU, full_width=False)
-    assert [verdict.op for verdict in verdicts] == list(doctor.OPS)
+    assert [verdict.op for verdict in verdicts] == [
+        *doctor.OPS,
+        *(f"{op} x int8" for op in doctor.OPS if op in doctor.PROJECTIONS),
+    ]
     assert {verdict.outcome for verdict in verdicts} == {"ok"}
 
 
@@ -52,8 +57,21 @@ def test_a_kernel_that_computes_something_else_is_named(op: str, dtype: torch.dt
         return out.mul_(1.05)
 
     verdicts = doctor.check_running(kernels(**{op: slightly_off}), dtype, CPU, full_width=False)
-    assert {verdict.op for verdict in verdicts if verdict.outcome == "wrong"} == {op}
+    expected = {op, f"{op} x int8"} if op in doctor.PROJECTIONS else {op}
+    assert {verdict.op for verdict in verdicts if verdict.outcome == "wrong"} == expected
     assert not all(verdict.healthy for verdict in verdicts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", doctor.PROJECTIONS)
+def test_a_kernel_that_is_wrong_by_weights_in_8_bits_alone_is_named(op: str, dtype: torch.dtype) -> None:
+    def without_scales(*args: Any, **named: Any) -> torch.Tensor:
+        wrong = [Int8Weight(a.values, a.scales.roll(1)) if isinstance(a, Int8Weight) else a for a in args]
+        out: torch.Tensor = getattr(reference, op)(*wrong, **named)
+        return out
+
+    verdicts = doctor.check_running(kernels(**{op: without_scales}), dtype, CPU, full_width=False)
+    assert {verdict.op for verdict in verdicts if verdict.outcome == "wrong"} == {f"{op} x int8"}
 
 
 def test_a_kernel_that_draws_another_code_is_named() -> None:

@@ -23,7 +23,9 @@ def table() -> dict[str, Any]:
     return found
 
 
-def report_lines(target: str = "sm_90", dtype: str = "bfloat16", rows: int = 2) -> list[dict[str, Any]]:
+def report_lines(
+    target: str = "sm_90", dtype: str = "bfloat16", rows: int = 2, kind: str = "bfloat16"
+) -> list[dict[str, Any]]:
     """A step as `bench.codegen` reports it: o and cross_o are alike, so the second is left out."""
     kernels = [
         ("embed_codes", 1, 469), ("rms_norm_linear", 192, 501), ("rope_attention", 200, 1413),
@@ -37,6 +39,7 @@ def report_lines(target: str = "sm_90", dtype: str = "bfloat16", rows: int = 2) 
             "instructions": instructions, "in_flight": 65536.0 * min(2, programs / 132),
             "issue": 0.1 if instructions == 887 else 0.22, "weights": FLOAT, "all_in_flight": True,
             "loads": "", "projection": True,
+            "kind": kind,
         }
         for kernel, programs, instructions in kernels
     ]  # fmt: skip
@@ -48,7 +51,7 @@ def write_report(path: Path, triton: str, lines: list[dict[str, Any]], bench: st
     head = results.header(bench, [], torch.device("cpu"))
     head["versions"]["triton"] = triton
     rows = [
-        {"case": case, "values": {k: v for k, v in line.items() if k not in case and k != "matrix"}}
+        {"case": case, "values": {k: v for k, v in line.items() if k not in case and k not in ("matrix", "kind")}}
         for case, line in zip(pairs, lines, strict=True)
     ]
     path.write_text(results.dump(head | {"status": 0, "results": rows}))
@@ -58,9 +61,10 @@ def test_every_target_is_there_and_the_file_is_small() -> None:
     assert set(table()["figures"]) == set(MACHINES)
     assert (Path(figures.__file__).parent / figures.FILE).stat().st_size < 100_000
     for dtypes in table()["figures"].values():
-        assert "bfloat16" in dtypes
-        for names in dtypes.values():
-            assert set(names) == {*work.LAUNCHES, *FIRST}
+        assert {"bfloat16", "bfloat16 x int8"} <= set(dtypes)
+        for kind, names in dtypes.items():
+            narrow = kind.endswith(figures.IN_8_BITS)
+            assert set(names) == (set(work.PROJECTIONS) if narrow else {*work.LAUNCHES, *FIRST})
 
 
 def test_rows_per_program_follow_the_default_config() -> None:
@@ -73,9 +77,11 @@ def test_rows_per_program_follow_the_default_config() -> None:
             for name in work.PROJECTIONS:
                 for count, values in names[name].items():
                     op, (features, hidden) = work.KERNELS[name], shapes()[name]
+                    narrow = dtype.endswith(figures.IN_8_BITS)
                     config = gemv.default_config(
-                        op, getattr(torch, dtype), target, rows=int(count), features=features, hidden=hidden
-                    )
+                        op, getattr(torch, dtype.removesuffix(figures.IN_8_BITS)), target, rows=int(count),
+                        features=features, hidden=hidden, weight_bits=8 if narrow else None,
+                    )  # fmt: skip
                     assert values[0] == config["BLOCK_N"], (target, dtype, name, count)
                     blocks = -(-int(count) // config["BLOCK_R"])
                     assert int(count) == config["BLOCK_R"] * blocks == figures.bucket(target, int(count))
@@ -109,6 +115,35 @@ def test_what_was_not_compiled_has_a_stand_in_that_is_named(monkeypatch: pytest.
     found = figures.load("sm_90", "float16")
     assert (found.target, found.dtype) == ("sm_89", "float16")
     assert found.stand_in == "no kernels were compiled for sm_90 in float16; figures of sm_89 stand in"
+
+
+def test_a_report_of_weights_in_8_bits_becomes_figures_of_its_projections() -> None:
+    kernels = {work.KERNELS[name] for name in work.PROJECTIONS}
+    lines = [
+        line | {"weights": "int8", "issue": 2 * line["issue"]} if line["kernel"] in kernels else line
+        for line in report_lines(kind="bfloat16 x int8")
+    ]
+    made = maker.compact(lines)["sm_90"]
+    assert set(made) == {"bfloat16 x int8"} and set(made["bfloat16 x int8"]) == set(work.PROJECTIONS)
+    per_load = 0.44 * MACHINES["sm_90"].slots_per_load
+    assert made["bfloat16 x int8"]["qkv"] == {"8": [16, 8, 2, 65536, round(per_load, 1)]}
+    shared = maker.compact([line | {"rows": 64, "programs": 2 * line["programs"]} for line in lines])["sm_90"]
+    assert shared["bfloat16 x int8"]["qkv"]["64"][-1] == round(2 * per_load, 1), "twice the programs"
+
+
+def test_figures_in_8_bits_stand_in_for_none_in_16(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, mixed = (figures.load("sm_90", "bfloat16", weights) for weights in ("float", "int8-mlp"))
+    assert mixed.find("qkv", 2) == whole.find("qkv", 2) and mixed.find("gate_up", 2) != whole.find("gate_up", 2)
+    assert mixed.find("gate_up", 2) == figures.load("sm_90", "bfloat16", "int8").find("gate_up", 2)
+    beside = figures.load("gfx942", "float32", "int8").stand_in
+    assert (
+        beside == "no kernels were compiled for gfx942 in float32 x int8; figures of gfx942 in bfloat16 x int8 stand in"
+    )
+    less = table()
+    del less["figures"]["sm_90"]["bfloat16 x int8"]
+    monkeypatch.setattr(figures, "_read", lambda: less)
+    assert "sm_90 in bfloat16 x int8; figures of sm_89 stand in" in figures.load("sm_90", "bfloat16", "int8").stand_in
+    assert figures.load("sm_90", "bfloat16").stand_in == ""
 
 
 def test_a_report_becomes_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,4 +235,4 @@ def test_reports_that_do_not_fit_are_refused(
 
 
 def test_report_lines_have_the_fields_of_the_codegen_report() -> None:
-    assert set(report_lines()[0]) == set(Line.__dataclass_fields__)
+    assert set(report_lines()[0]) == {*Line.__dataclass_fields__, "kind"}

@@ -10,9 +10,11 @@ from importlib import resources
 from typing import Any
 
 from dia_fast.diagnostics.roofline import work
+from dia_fast.model.quantization import FLOAT
 
 FILE = "codegen.json"
 DTYPES = ("bfloat16", "float16", "float32")
+IN_8_BITS = " x int8"  # behind the dtype: figures of projections by weights in 8 bits
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,17 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of one target and dtype. stand_in: a sentence if they are not of the target that was asked for, or ""."""
+    """Figures of one target and dtype.
+
+    stand_in: a sentence if they are not of the target that was asked for, or ""; in_8_bits: launches by such weights.
+    """
 
     target: str
     dtype: str
     triton: str
     lines: dict[str, dict[int, Figure]]
     stand_in: str = ""
+    in_8_bits: tuple[str, ...] = ()
 
     def find(self, name: str, rows: int) -> Figure:
         """The launch `name` with so many rows of x: compiled code depends on them only by the power of two above.
@@ -51,7 +57,11 @@ class Figures:
         if name not in work.PROJECTIONS:
             return next(iter(self.lines[name].values()))
         wanted = self.bucket(rows)
-        kin = [other for other in work.PROJECTIONS if (other in work.NORMED) == (name in work.NORMED)]
+        kin = [
+            other
+            for other in work.PROJECTIONS
+            if (other in work.NORMED, other in self.in_8_bits) == (name in work.NORMED, name in self.in_8_bits)
+        ]
         own = self.lines[name]
         for candidate in (name, *kin):
             found = self.lines[candidate]
@@ -69,26 +79,38 @@ def bucket(target: str, rows: int) -> int:
     return max(least, 1 << (rows - 1).bit_length())
 
 
-def load(target: str, dtype: str, *, first_generation: bool = False) -> Figures:
+def load(target: str, dtype: str, weights: str = FLOAT, *, first_generation: bool = False) -> Figures:
     """Figures for a target such as sm_90 and a dtype such as bfloat16, or in that dtype of the target nearest to it.
 
-    first_generation: those of the code that runs Dia-1.6B of April 2025.
+    weights: of `quantization.WEIGHTS`. first_generation: those of the code that runs Dia-1.6B of April 2025.
     """
-    table = _read()
-    known = [name for name, dtypes in table["figures"].items() if dtype in dtypes]
-    found, why = target, ""
-    if target not in known:
-        found = _nearest(target, known)
-        why = f"no kernels were compiled for {target} in {dtype}; figures of {found} stand in"
-    lines = {
-        name: {int(rows): Figure(*values) for rows, values in rows_of.items()}
-        for name, rows_of in table["figures"][found][dtype].items()
-    }
+    table, in_8_bits = _read(), work.IN_8_BITS[weights]
+    found, lines = _lines(table["figures"], target, dtype)
+    why = "" if found == target else f"no kernels were compiled for {target} in {dtype}; figures of {found} stand in"
+    if in_8_bits:
+        kind, wanted = dtype + IN_8_BITS, dtype + IN_8_BITS
+        if not any(kind in kinds and _family(name) == _family(target) for name, kinds in table["figures"].items()):
+            kind = "bfloat16" + IN_8_BITS
+        other, narrow = _lines(table["figures"], target, kind)
+        lines |= {name: narrow[name] for name in in_8_bits}
+        if (other, kind) != (target, wanted):
+            other += "" if kind == wanted else f" in {kind}"
+            why = f"no kernels were compiled for {target} in {wanted}; figures of {other} stand in"
     for name in [name for name in lines if name.endswith(work.FIRST)]:
-        other = lines.pop(name)
+        donor = lines.pop(name)
         if first_generation:
-            lines[name.removesuffix(work.FIRST)] = other
-    return Figures(found, dtype, table["triton"], lines, why)
+            lines[name.removesuffix(work.FIRST)] = donor
+    return Figures(found, dtype, table["triton"], lines, why, in_8_bits)
+
+
+def _lines(table: dict[str, Any], target: str, kind: str) -> tuple[str, dict[str, dict[int, Figure]]]:
+    """The target of the figures of a kind, the same or the nearest that has it, and the figures."""
+    known = [name for name, kinds in table.items() if kind in kinds]
+    found = target if target in known else _nearest(target, known)
+    return found, {
+        name: {int(rows): Figure(*values) for rows, values in rows_of.items()}
+        for name, rows_of in table[found][kind].items()
+    }
 
 
 def _nearest(target: str, known: list[str]) -> str:

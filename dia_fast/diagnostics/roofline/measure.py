@@ -8,9 +8,10 @@ once follow every few down projections, which fill the cache and whose time is t
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from dia_fast.checkpoint.loading import Checkpoint
 from dia_fast.diagnostics.roofline.predict import Workload
@@ -22,7 +23,9 @@ from dia_fast.model.decode_state import DecodeState, Sizes, cross_pages, self_pa
 from dia_fast.model.device import choose_ops
 from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.model import DiaModel
+from dia_fast.model.quantization import rounded
 from dia_kernels import launcher as launch
+from dia_kernels.reference.quantized import Int8Weight
 
 ROUNDS = 9  # of which the median counts
 STEPS = 4  # of the engine, per round
@@ -115,15 +118,17 @@ def _model(workload: Workload, dtype: torch.dtype, device: torch.device, checkpo
     config = workload.config
     if checkpoint is None:
         generator = torch.Generator(device).manual_seed(0)
-        weights = {}
+        plain = {}
         for name, shape in fused_shapes(config).items():
             weight = torch.ones(shape, dtype=dtype, device=device)
             if len(shape) > 1:
                 weight.normal_(0, shape[-1] ** -0.5, generator=generator)
-            weights[name] = weight
+            plain[name] = weight
+        weights = rounded(plain, config, workload.weights)
     else:
-        weights = checkpoint.load(dtype, device)
-    weights["decoder.head"][config.decoder.eos_token_id] = 0
+        weights = checkpoint.load_as(workload.weights, dtype, device)
+    head = weights["decoder.head"]
+    (head.values if isinstance(head, Int8Weight) else cast(Tensor, head))[config.decoder.eos_token_id] = 0
     return DiaModel(config, choose_ops("triton", device)).load(weights)
 
 

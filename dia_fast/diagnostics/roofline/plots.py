@@ -9,6 +9,7 @@ from dia_fast.diagnostics.plotting import save_figure
 from dia_fast.diagnostics.roofline.predict import SIZES, STEPS_PER_SECOND, Prediction, predict
 from dia_fast.diagnostics.roofline.report import LABEL
 from dia_fast.engine.decode_graphs import BUCKETS
+from dia_fast.model.quantization import FLOAT
 
 CONTEXTS = (1, 64, 128, 256, 512, 1024, 1536, 2048, 2560, 3072)
 
@@ -19,7 +20,8 @@ def save(made: Prediction, folder: Path, measured: Mapping[str, Any] | None = No
     Raises InputError if matplotlib is missing or the folder cannot be written.
     """
     workload = made.workload
-    note = f"{LABEL}: {made.device.name}, {workload.dtype}; bands reach from a best to a worst case"
+    kind = workload.dtype + ("" if workload.weights == FLOAT else f", weights {workload.weights}")
+    note = f"{LABEL}: {made.device.name}, {kind}; bands reach from a best to a worst case"
     paths = []
     for name, title, draw in (
         ("roofline", "What each launch can reach", lambda axes: _roofline(axes, made)),

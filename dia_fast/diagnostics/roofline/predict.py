@@ -25,6 +25,7 @@ from dia_fast.diagnostics.roofline.work import Step, Work
 from dia_fast.engine.decode_graphs import BUCKETS
 from dia_fast.generation.inputs import FRAMES_PER_SECOND
 from dia_fast.model.config import DiaConfig
+from dia_fast.model.quantization import FLOAT
 
 STEPS_PER_SECOND = FRAMES_PER_SECOND  # of realtime: a step makes one frame of the codec
 IN_FRONT = {
@@ -44,6 +45,7 @@ class Workload:
         context: Tokens of sound of each.
         text: Bytes of text of each.
         graph: A CUDA graph of the step, in which requests are padded to the next size that the engine captures.
+        weights: Of `quantization.WEIGHTS`.
     """
 
     config: DiaConfig
@@ -53,6 +55,7 @@ class Workload:
     text: int
     guided: bool = True
     graph: bool = True
+    weights: str = FLOAT
 
     @property
     def step(self) -> Step:
@@ -63,7 +66,7 @@ class Workload:
         decoder, encoder = self.config.decoder, self.config.encoder
         return Step(
             self.requests, self.context, self.text, SIZES[self.dtype], self.guided, padded,
-            decoder.max_position_embeddings + 1, encoder.max_position_embeddings,
+            decoder.max_position_embeddings + 1, encoder.max_position_embeddings, weights=self.weights,
         )  # fmt: skip
 
 
@@ -136,7 +139,7 @@ def predict(device: Device, workload: Workload, compiled: Figures | None = None)
         compiled: Figures of the kernels; by default those of the default configs.
     """
     first, step = workload.config.first_generation, workload.step
-    found = compiled or load(device.target, workload.dtype, first_generation=first)
+    found = compiled or load(device.target, workload.dtype, workload.weights, first_generation=first)
     decoder = workload.config.decoder
     tiles = counted.Tiles(
         block=lambda name, rows: found.find(name, rows).block,
@@ -211,7 +214,7 @@ def _parts(
         waves, per_unit = float(ceil(item.active / occupancy)), float(ceil(item.active / device.units))
     else:
         waves, per_unit = max(1.0, item.active / occupancy), max(1.0, item.active / device.units)
-    trips, instructions = _per_program(item, figure, device, size)
+    trips, instructions = _per_program(item, figure, device)
     other = assumed.OTHER_FROM_MEMORY.value(worst) * item.other
     memory = (item.streamed + other) / (device.bandwidth * assumed.MEMORY_SHARE.value(worst, target))
     slow = max(trips, 1.0) / assumed.IN_FLIGHT.value(worst, target) if trips else 0.0
@@ -232,11 +235,11 @@ def _parts(
     }
 
 
-def _per_program(item: Work, figure: Figure, device: Device, size: int) -> tuple[float, float]:
+def _per_program(item: Work, figure: Figure, device: Device) -> tuple[float, float]:
     """Latencies that a program's loads of weights or of K and V take, 0 if unknown, and its warp instructions."""
     if not item.features:
         return float(item.name in counted.ATTENTIONS), figure.instructions * figure.warps
-    bytes_of_program = figure.block * item.width * size
+    bytes_of_program = figure.block * item.width * item.weight_size
     loads = bytes_of_program / (16 * device.warp_size)
     trips = bytes_of_program / figure.in_flight if figure.in_flight else 0.0
     return trips, loads * figure.instructions

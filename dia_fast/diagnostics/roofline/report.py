@@ -8,6 +8,7 @@ from dia_fast.diagnostics.roofline.assumptions import ASSUMPTIONS, STATEMENTS, A
 from dia_fast.diagnostics.roofline.predict import STEPS_PER_SECOND, Prediction, Range, Workload
 from dia_fast.diagnostics.roofline.published import Comparison
 from dia_fast.diagnostics.roofline.work import KERNELS, LAUNCHES
+from dia_fast.model.quantization import FLOAT
 
 LABEL = "prediction, not a measurement"
 PARTS = {
@@ -89,7 +90,7 @@ def _workload(workload: Workload) -> dict[str, Any]:
     return {
         "dtype": workload.dtype, "requests": workload.requests, "rows": workload.step.rows,
         "context": workload.context, "text": workload.text, "guidance": workload.guided, "graph": workload.graph,
-        "config": asdict(workload.config),
+        "weights": workload.weights, "config": asdict(workload.config),
     }  # fmt: skip
 
 
@@ -142,8 +143,9 @@ def span(found: Range, factor: float = 1.0, digits: int = 2) -> str:
 
 def _asked(workload: Workload) -> str:
     rows = workload.step.rows
+    weights = "" if workload.weights == FLOAT else f", weights {workload.weights}"
     return (
-        f"{workload.dtype}, {workload.requests} request{'s' if workload.requests > 1 else ''} "
+        f"{workload.dtype}{weights}, {workload.requests} request{'s' if workload.requests > 1 else ''} "
         f"({rows} row{'s' if rows > 1 else ''}, {'guidance' if workload.guided else 'no guidance'}), "
         f"{workload.context} tokens of context, {workload.text} bytes of text; "
         f"{'CUDA graph' if workload.graph else 'launch by launch'}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dia_fast.model.config import DiaConfig
 from dia_fast.model.decode_state import cross_pages, self_pages
+from dia_fast.model.quantization import FLOAT, INT8, INT8_MLP
 
 LAUNCHES = (
     "embed", "qkv", "self_attention", "o", "cross_q", "cross_attention", "cross_o", "gate_up", "down", "heads", "sample"
@@ -23,6 +24,7 @@ FIRST = " of the first generation"  # after the name of a launch that the first 
 NORMED = ("qkv", "cross_q", "gate_up", "heads")
 PROJECTIONS = ("qkv", "o", "cross_q", "cross_o", "gate_up", "down", "heads")
 ATTENTIONS = ("self_attention", "cross_attention")
+IN_8_BITS = {FLOAT: (), INT8: PROJECTIONS, INT8_MLP: ("gate_up", "down", "heads")}  # launches, by `weights`
 SELF_SPLIT, CROSS_SPLIT = 64, 256  # tokens that the two attentions ask for; `split` says what they get
 
 
@@ -33,7 +35,7 @@ class Step:
     requests: in use, each at `context` tokens of sound, the one being written included, and with `text` bytes of text;
     padded: requests with padding; capacity, text_capacity: tokens that the block tables have room for. mixes: whether
     the sampler reads both branches' logits, as it does unless the guidance scale is 1. forced: whether the codes of the
-    row are prescribed, as those of the first ones are.
+    row are prescribed, as those of the first ones are. weights: of `quantization.WEIGHTS`.
     """
 
     requests: int
@@ -46,6 +48,7 @@ class Step:
     text_capacity: int
     mixes: bool = True
     prompt_codes: bool = False
+    weights: str = FLOAT
 
     @property
     def branches(self) -> int:
@@ -75,7 +78,7 @@ class Work:
     """One launch: bytes, useful floating-point operations, programs and how many of them find something to do.
 
     times: launches like it in a step; rows: of x; features, width: of the weights, 0 without any; split: tokens per
-    program, 0 outside attention; splits: programs that share a row and kv head.
+    program, 0 outside attention; splits: programs that share a row and kv head; weight_size: bytes of a weight.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Work:
     width: int = 0
     split: int = 0
     splits: int = 1
+    weight_size: int = 0
 
     @property
     def moved(self) -> int:
@@ -139,7 +143,10 @@ def launches(config: DiaConfig, step: Step, tiles: Tiles) -> list[Work]:
 
 
 def _projection(name: str, features: int, width: int, times: int, step: Step, tiles: Tiles) -> Work:
-    """`x @ weight.T`: every program reads all of x, the normed ones the norm's weights too."""
+    """`x @ weight.T`: every program reads all of x, the normed ones the norm's weights too.
+
+    Weights in 8 bits are a byte each, and four for the scale of each feature.
+    """
     size, rows = step.itemsize, step.padded if name.startswith("cross") else step.rows
     programs = -(-features // tiles.block(name, rows))
     x = rows * width * size
@@ -152,9 +159,10 @@ def _projection(name: str, features: int, width: int, times: int, step: Step, ti
         # The residual is read and written; rows without an input get a constant instead of a product.
         constant = features * size if step.rows > rows else 0
         other, again = x + 2 * step.rows * features * size + constant, (programs - 1) * x
+    weight_size, scales = (1, 4 * features) if name in IN_8_BITS[step.weights] else (size, 0)
     return Work(
-        name, KERNELS[name], times, rows, features * width * size, 0, other, again,
-        2 * rows * features * width, programs, programs, features, width,
+        name, KERNELS[name], times, rows, features * width * weight_size + scales, 0, other, again,
+        2 * rows * features * width, programs, programs, features, width, weight_size=weight_size,
     )  # fmt: skip
 
 
