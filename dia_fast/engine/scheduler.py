@@ -577,7 +577,13 @@ class Engine(OneProcess):
         """Take pages for the next step of every running sequence, the first in line first; the last one makes way."""
         if self._view is not None and self._steps < self._grow_at:
             return
-        for sequence in sorted(self._running, key=lambda sequence: sequence.order):
+        held, size = self.state.blocks.held, self.state.pool.shape.page_size
+        due = [
+            sequence
+            for sequence in self._running
+            if held(sequence.table_idx) * size <= min(self._step_of(sequence), sequence.plan.end)
+        ]
+        for sequence in sorted(due, key=lambda sequence: sequence.order):
             while sequence.state is State.RUNNING:
                 try:
                     steps = min(self._step_of(sequence), sequence.plan.end) + 1
@@ -589,10 +595,8 @@ class Engine(OneProcess):
                     else:
                         self._make_way(sequence, error)
         self._peak = max(self._peak, self._bytes(self.state.pool.free, self.state.cross_pool.free))
-        size = self.state.pool.shape.page_size
         self._grow_at = min(
-            (self.state.blocks.held(other.table_idx) * size - other.step + other.since for other in self._running),
-            default=0.0,
+            (held(other.table_idx) * size - other.step + other.since for other in self._running), default=0.0
         )
 
     def _make_way(self, sequence: Sequence, error: OutOfPages) -> None:
@@ -652,10 +656,9 @@ class Engine(OneProcess):
     def _hear(self, report: Report) -> None:
         """Read a report on the sequences that still run."""
         config = self.model.config
-        wrong, finished = bool(report.status.any()), report.finished.tolist()
-        recent, steps = report.recent, report.step.tolist()
-        frame = max(config.delay_pattern) + 2
-        for batch_idx, sequence in enumerate(report.sequences):
+        wrong, frame = bool(report.status.any()), max(config.delay_pattern) + 2
+        parts = zip(report.sequences, report.recent, report.step.tolist(), report.finished.tolist(), strict=True)
+        for batch_idx, (sequence, recent, step, finished) in enumerate(parts):
             if sequence.state is not State.RUNNING:
                 continue
             if wrong and report.status[batch_idx].any():
@@ -665,10 +668,11 @@ class Engine(OneProcess):
                     self._end(sequence, "failed", failure)
                     continue
             before = sequence.received
-            sequence.receive(recent[batch_idx], steps[batch_idx])
-            if before < sequence.plan.first + frame <= steps[batch_idx]:
-                self._emit("first_frame", sequence)
-            if finished[batch_idx]:
+            if step > before:
+                sequence.receive(recent, step)
+                if before < sequence.plan.first + frame <= step:
+                    self._emit("first_frame", sequence)
+            if finished:
                 self._finish(sequence, int(report.eos_step[batch_idx]))
 
     # Leaving

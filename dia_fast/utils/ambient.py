@@ -34,7 +34,27 @@ def isolated(*, grad: bool = False) -> Iterator[None]:
         grad: Leave gradients as the caller has them. By default none are recorded.
     """
     forks.check_threads()
-    with memory_errors(), contextlib.ExitStack() as stack:
+    with memory_errors(), _exact_products():
+        if _is_usual():  # in every decode step: spared the price of a stack
+            with contextlib.nullcontext() if grad or not torch.is_grad_enabled() else torch.no_grad():
+                yield
+        else:
+            with _unusual(grad):
+                yield
+
+
+def _is_usual() -> bool:
+    """Tell if nothing but gradients may have to be set."""
+    return not (
+        torch.is_inference_mode_enabled()
+        or any(torch.is_autocast_enabled(device) for device in _DEVICES)
+        or torch.get_default_device().type != "cpu"
+    )
+
+
+@contextlib.contextmanager
+def _unusual(grad: bool) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
             if grad:  # leaving inference mode would switch gradients on, which inference mode had off
@@ -46,7 +66,6 @@ def isolated(*, grad: bool = False) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.enter_context(_exact_products())
         yield
 
 
