@@ -30,6 +30,7 @@ from dia_fast.generation.inputs import (
     Texts,
     check_codec,
     checked_delayed_codes,
+    choose_codec_dtype,
     engine_limits,
     ids_of,
     is_list,
@@ -81,6 +82,7 @@ class Dia(OneProcess):
         memory: As in `from_pretrained`.
         background: As in `from_pretrained`.
         hooks: As in `from_pretrained`.
+        codec_dtype: As in `from_pretrained`.
     """
 
     def __init__(
@@ -92,13 +94,15 @@ class Dia(OneProcess):
         memory: Memory = None,
         background: bool = False,
         hooks: Hooks | None = None,
+        codec_dtype: torch.dtype | str | None = None,
     ) -> None:
         check_codec(codec)
+        kind = choose_codec_dtype(codec_dtype, codec, model.device)
         if hooks is not None and not isinstance(hooks, Hooks):
             raise InputError(f"hooks must be a dia_fast.engine.Hooks or None, not {shown(hooks)}")
         self.model = model
         self._codec = codec
-        self._load_codec: dict[str, Any] = {"device": model.device, "ops": model.ops}
+        self._load_codec: dict[str, Any] = {"device": model.device, "ops": model.ops, "dtype": kind}
         self.defaults = SamplingParams()
         self._engine: Engine | None = None
         self._prompt_codes: dict[bytes, Tensor] = {}
@@ -130,6 +134,7 @@ class Dia(OneProcess):
         memory: Memory = None,
         background: bool = False,
         hooks: Hooks | None = None,
+        codec_dtype: torch.dtype | str | None = None,
         weights: str | None = None,
         pack: bool | str = True,
         revision: str | None = None,
@@ -154,6 +159,9 @@ class Dia(OneProcess):
             background: Make the steps in a thread of their own, so that a stream goes on, up to 10 s ahead, while what
                 it gave is played.
             hooks: Functions of the caller's that are called in every decode step (docs/research.md).
+            codec_dtype: `"fp32"`, the default, computes sound in float32 throughout, never in TF32. `"fp16"` is for
+                serving on a GPU: operands of convolutions in float16, sums and activations in float32, an error some
+                68 dB below the signal.
             weights: `"int8"` keeps the matrices in 8 bits, rounded while they load, `"int8-mlp"` those of the MLPs and
                 the heads, `"float"` none; by default what the checkpoint holds (docs/weights.md).
             pack: On a CPU, lay weights in 8 and 16 bits out for the product that this processor is fast with, or for
@@ -171,6 +179,7 @@ class Dia(OneProcess):
         check_codec(codec)
         engine_limits(max_batch, memory)
         place = choose_device(device)
+        choose_codec_dtype(codec_dtype, codec, place)
         kind = choose_dtype(dtype, place)
         check_weights(weights)
         check_product(pack, kind, place)
@@ -185,7 +194,8 @@ class Dia(OneProcess):
             from dia_fast.audio.codec import codec_for
 
             codec = codec_for(name_or_path, codec)
-        dia = cls(model, codec, max_batch=max_batch, memory=memory, background=background, hooks=hooks)
+        limits: dict[str, Any] = {"max_batch": max_batch, "memory": memory, "background": background, "hooks": hooks}
+        dia = cls(model, codec, codec_dtype=codec_dtype, **limits)
         dia.defaults = checkpoint.defaults
         dia._load_codec["local_files_only"] = local_files_only
         return dia

@@ -115,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None and not args.dry_run:
         raise InputError(f"no model: name one with --model, as in --model {OFFICIAL_MODEL}, or --model demo")
     made_with = {"model": args.model, "codec": args.codec, "revision": args.revision, "dtype": args.dtype}
+    if args.codec_dtype is not None:
+        made_with["codec_dtype"] = args.codec_dtype
     usual, identity = params_from(args, SamplingParams()), ""
     if args.model:
         identity = identity_of(located(args.model)) + identity_of(args.codec)
@@ -201,6 +203,7 @@ def _load(options: Mapping[str, Any], default_threads: int | None = None) -> "Di
         weights=options["weights"],
         backend=options["backend"],
         codec=options["codec"],
+        codec_dtype=options["codec_dtype"],
         revision=options["revision"],
         local_files_only=options["offline"],
         max_batch=options["batch_size"],
@@ -214,7 +217,7 @@ def _on_ray(args: argparse.Namespace, bar: "ItemBar") -> "Callable[[Sequence[Ite
     """Make the function that speaks items on the actors of a cluster, which get nothing but the model's options."""
     from dia_fast.jobs.ray_pool import PoolOptions, speak_on_ray
 
-    names = "model device dtype weights backend codec revision offline batch_size memory threads".split()
+    names = "model device dtype weights backend codec codec_dtype revision offline batch_size memory threads".split()
     load = partial(_load, {name: getattr(args, name) for name in names}, max(1, int(args.cpus_per_actor)))
     options = PoolOptions(args.ray, args.actors, args.cpus_per_actor, args.gpus_per_actor)
 

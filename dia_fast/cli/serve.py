@@ -248,6 +248,7 @@ def _load(args: argparse.Namespace, model: str, max_batch: int) -> "Dia":
         weights=args.weights,
         backend=args.backend,
         codec=args.codec,
+        codec_dtype=args.codec_dtype,
         revision=args.revision,
         local_files_only=args.offline,
         max_batch=max_batch,

@@ -145,6 +145,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="codec (default: the folder codec in MODEL if it has one, else descript/dac_44khz)",
     )
+    model.add_argument("--codec-dtype", help="of the codec, fp32 or fp16, which is for GPUs (default: fp32)")
     model.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     model.add_argument("--offline", action="store_true", help="use only what has been downloaded before")
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: the GPU if there is one)")
@@ -381,6 +382,7 @@ def _speak(args: argparse.Namespace, text: str, output: Path) -> int:
         weights=args.weights,
         backend=args.backend,
         codec=args.codec,
+        codec_dtype=args.codec_dtype,
         revision=args.revision,
         local_files_only=args.offline,
         max_batch=at_once(args, text),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dia_fast.engine import MAX_BATCH, Request
 from dia_fast.engine.request import AnyRequest
@@ -24,6 +25,7 @@ from dia_fast.generation.sampling_params import (
     random_seed,
 )
 from dia_fast.model.config import DecoderConfig, DiaConfig
+from dia_fast.model.device import DTYPES
 from dia_fast.text.tokenizer import SHORT_SECONDS, encode_text
 from dia_fast.utils.ambient import isolated
 from dia_fast.utils.progress import StepBar
@@ -54,6 +56,43 @@ def check_codec(codec: object) -> None:
 
     if not isinstance(codec, Codec):
         raise InputError(f"codec must be the name or path of one, a loaded Codec, or None, not {shown(codec)}")
+
+
+def choose_codec_dtype(dtype: torch.dtype | str | None, codec: object, device: torch.device) -> torch.dtype:
+    """Resolve the `codec_dtype` of `Dia`; None is that of a loaded codec, or float32.
+
+    Raises:
+        InputError: For one that is not offered, that is not the loaded codec's, or that the device cannot compute in.
+    """
+    loaded = None if codec is None or isinstance(codec, str | os.PathLike) else getattr(codec, "dtype", None)
+    if dtype is None:
+        return loaded or torch.float32
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.float32, torch.float16):
+        raise InputError(
+            f"codec_dtype {shown(dtype)} is not supported; use float32 or float16 (fp32, fp16). bfloat16 would lose 20 "
+            "dB of the sound"
+        )
+    if loaded is not None and loaded != chosen:
+        raise InputError(f"codec_dtype is {chosen}, and the codec was loaded in {loaded}: load it in the one you want")
+    if chosen == torch.float16:
+        if str(codec).startswith("descript"):
+            raise InputError("codec_dtype: the dac package's own codec computes in float32 alone; name another codec")
+        _try_convolutions(chosen, device)
+    return chosen
+
+
+def _try_convolutions(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise InputError where torch has no convolutions in a dtype, as on CPUs before torch 2.3."""
+    x = torch.zeros(1, 2, 8, dtype=dtype, device=device)
+    weight = torch.zeros(2, 2, 3, dtype=dtype, device=device)
+    try:
+        functional.conv1d(x, weight)
+        functional.conv_transpose1d(x, weight, stride=2)
+    except RuntimeError as error:
+        raise InputError(
+            f"codec_dtype: torch {torch.__version__} cannot convolve in {dtype} on {device.type} ({error}); use fp32"
+        ) from error
 
 
 def is_list(text: Texts) -> bool:

@@ -1,6 +1,7 @@
 """The codec itself: lengths, exact decoding in pieces, what it refuses, and the random one."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -56,7 +57,28 @@ def test_half_precision(codec: Codec, dtype: torch.dtype) -> None:
     whole, rough = codec.decode(codes), half.decode(codes)
     assert rough.dtype == torch.float32
     assert_same_sound(rough, whole, half)  # weights and layers rounded
-    assert half.encode(torch.randn(100)).shape == (13, 3)
+    samples = torch.randn(100)
+    assert torch.equal(half.encode(samples), codec.encode(samples))  # a recording has the same codes
+
+
+def test_the_error_of_half_precision_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """Operands and weights are each rounded to 11 bits: together not far more than rounding the weights alone."""
+    codes = random_codes(400)
+    wide, half = random_codec(SMALL), random_codec(SMALL, dtype=torch.float16)
+    rounded = random_codec(SMALL)
+    for parameter in rounded.network.decoder.parameters():
+        parameter.copy_(parameter.half())
+    exact = wide.decode(codes).double()
+    brief = random_codec(SMALL, dtype=torch.bfloat16)
+    errors = {
+        name: float((codec.decode(codes) - exact).norm())
+        for name, codec in (("half", half), ("weights", rounded), ("bfloat16", brief))
+    }
+    decibels = {name: -20 * math.log10(error / float(exact.norm())) for name, error in errors.items()}
+    with capsys.disabled():
+        print("\nbelow the signal, dB:", {name: round(value, 1) for name, value in decibels.items()})
+    assert 0 < errors["half"] <= 3 * errors["weights"]
+    assert errors["bfloat16"] >= 4 * errors["half"]  # 3 bits fewer: why it is not offered
 
 
 def test_no_frames_are_no_sound(codec: Codec) -> None:

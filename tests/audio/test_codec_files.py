@@ -54,7 +54,7 @@ def test_the_transformers_layout_round_trips(codec: Codec, folder: Path) -> None
     loaded = load_codec(folder)
     assert loaded.config == SMALL
     assert same_tensors(codec, loaded)
-    assert load_codec(str(folder), dtype=torch.bfloat16).network.encoder.conv1.weight.dtype == torch.bfloat16
+    assert load_codec(str(folder), dtype=torch.bfloat16).network.decoder.conv1.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("spelling", ["old", "parametrization", "folded"])

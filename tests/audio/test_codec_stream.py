@@ -234,7 +234,16 @@ def test_half_precision_streams_are_the_half_precision_whole() -> None:
     made, expected = listen(codec, codes, 9), whole(random_codec(NARROW), codes)
     error = (codec.decode(codes) - expected).abs().max()
     assert (made - expected).abs().max() <= 4 * rounding_of(codec)
-    assert error <= (codec.network.decode(codes.T[None])[0, 0].float() - expected).abs().max()
+    narrow = codec.network.decoder(codec.network.quantizer.decode(codes.T[None]).half())  # all of it in float16
+    assert error <= (narrow[0, 0].float() - expected).abs().max()
+
+
+def test_the_codebooks_table_is_there_before_any_thread_decodes() -> None:
+    codec = random_codec(NARROW)
+    made = codec.network.quantizer._table_of
+    codec.decode(random_codes(5, NARROW))
+    listen(codec, random_codes(5, NARROW), 5)
+    assert made is not None and codec.network.quantizer._table_of is made
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 3), (6, 7), (5, 4), (5, 61)])

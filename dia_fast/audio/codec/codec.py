@@ -36,20 +36,24 @@ _HELP = (
 class Codec(OneProcess):
     """A neural audio codec on one device. Made by `load_codec` or `random_codec`.
 
-    In float32 it computes in float32 throughout, never in TF32: the mode for comparisons. Weights in float16 are the
-    mode for serving on a GPU: operands of convolutions in float16, all else in float32; its error is some 68 dB below
-    the signal.
+    In float32 it computes in float32 throughout, never in TF32: the mode for comparisons. Float16 is the mode for
+    serving on a GPU: operands of the decoder's convolutions in float16, all else in float32, the encoder too, so that a
+    recording has the same codes; its error is some 68 dB below the signal.
 
     Args:
         network: Has `encode`, `decode` and `tensors` as `DacNetwork` does.
         config: Of the network.
         device: Of its weights.
-        dtype: Of its weights.
+        dtype: Of its weights; of a `DacNetwork` in 16 bits those of the decoder alone.
     """
 
     @isolated()
     def __init__(self, network: Any, config: CodecConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.network = network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        narrow = dtype in (torch.float16, torch.bfloat16) and isinstance(network, DacNetwork)
+        self.network = network.to(device=device, dtype=torch.float32 if narrow else dtype).eval().requires_grad_(False)
+        if isinstance(network, DacNetwork):
+            network.decoder.to(dtype)
+            network.quantizer.finalize()
         self.config = config
         self.device = device
         self.dtype = dtype
@@ -61,6 +65,10 @@ class Codec(OneProcess):
     def _renew(self) -> None:
         self._making = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def _input_dtype(self) -> torch.dtype:
+        return self.network.encoder.conv1.weight.dtype if isinstance(self.network, DacNetwork) else self.dtype
 
     @property
     def sample_rate(self) -> int:
@@ -122,9 +130,9 @@ class Codec(OneProcess):
             raise InputError(f"samples: expected mono, shape [n] with n >= 1, got {list(wave.shape)}")
         if not wave.isfinite().all():
             raise InputError(f"samples: sample {int((~wave.isfinite()).nonzero()[0, 0])} is not a finite number")
-        wave = functional.pad(wave.to(self.device, self.dtype), (0, -len(wave) % self.hop_length))
+        wave = functional.pad(wave.to(self.device, self._input_dtype), (0, -len(wave) % self.hop_length))
         if not wave.isfinite().all():
-            raise InputError(f"samples: some are too large for {self.dtype}; full scale is from -1 to 1")
+            raise InputError(f"samples: some are too large for {self._input_dtype}; full scale is from -1 to 1")
         return self.network.encode(wave[None, None])[0].T.contiguous()
 
     @isolated()

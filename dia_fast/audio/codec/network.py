@@ -188,21 +188,28 @@ class Quantizer(nn.Module):
 
     def gather_sum(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """Ids `[batch, frames, codebooks]` int64 -> `[batch, hidden, frames]`: for each frame a sum of table rows."""
-        table = self._table()
+        table = self.finalize()
         size = len(table) // len(self.quantizers)
         ids = codes + torch.arange(0, len(table), size, dtype=torch.int64, device=codes.device)
         z = functional.embedding_bag(ids.flatten(0, 1), table, mode="sum")
         return z.unflatten(0, codes.shape[:2]).transpose(1, 2).to(dtype).contiguous()
 
-    def _table(self) -> Tensor:
-        """The vectors that the codebooks add, `[codebooks * size, hidden]`, in fp32 or wider; follows the weights."""
+    def finalize(self) -> Tensor:
+        """Compute what the codebooks add, `[codebooks * size, hidden]` in fp32 or wider, where the weights are new.
+
+        Call it before threads decode on streams of their own: none of them has to compute it then. Nobody gets a table
+        that another stream still writes.
+        """
         stages = list(cast("Iterable[Codebook]", self.quantizers))
         weights = [(s.codebook.weight, s.out_proj.weight, cast("Tensor", s.out_proj.bias)) for s in stages]
         key = [(part.data_ptr(), part.device, part.dtype, part._version) for parts in weights for part in parts]
         if self._table_of is None or self._table_of[0] != key:
             wide = torch.float64 if weights[0][0].dtype == torch.float64 else torch.float32
             parts = [functional.linear(c.to(wide), w[..., 0].to(wide), b.to(wide)) for c, w, b in weights]
-            self._table_of = key, torch.cat(parts)
+            table = torch.cat(parts)
+            if table.device.type == "cuda":
+                torch.cuda.current_stream(table.device).synchronize()
+            self._table_of = key, table
         return self._table_of[1]
 
 

@@ -112,8 +112,9 @@ class DescriptCodec(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DescriptCodec":
         super()._apply(fn, recurse)
-        weight = next(self.network.parameters())
+        weight = self.network.decoder.conv1.weight
         self.codec.device, self.codec.dtype = weight.device, weight.dtype
+        self.network.quantizer.finalize()
         return self
 
     def preprocess(self, audio_data: Tensor, sample_rate: int | None = None) -> Tensor:
@@ -127,7 +128,7 @@ class DescriptCodec(nn.Module):
         """Samples `[batch, 1, n]`, as `preprocess` leaves them. n_quantizers: the first codebooks alone."""
         if audio_data.dim() != 3 or audio_data.shape[1] != 1:
             raise InputError(f"audio_data must have shape [batch, 1, n], not {list(audio_data.shape)}")
-        wave = self.preprocess(audio_data).to(self.codec.device, self.codec.dtype)
+        wave = self.preprocess(audio_data).to(self.codec.device, self.network.encoder.conv1.weight.dtype)
         left = torch.cat([self.network.encoder(item[None]) for item in wave])
         z, ids, latents = torch.zeros_like(left), [], []
         loss = torch.zeros((), device=left.device, dtype=left.dtype)
