@@ -75,7 +75,7 @@ def stages(work: Path, output: Path, spoken: Path | None = None, turns: int = TU
         Stage("codec", work / "codec", (where,), {"plan": asdict(codec_plan), "config": asdict(codec.CONFIG)},
               lambda: python("codec", where, work / "codec", *options(WHERE["codec"])), (work / "codec.state",)),
         Stage("codes", work / "codes.pt", (where, work / "codec"), {},
-              lambda: python("codes", where, work / "codec", work / "codes.pt")),
+              lambda: python("codes", where, work / "codec", work / "codes.pt"), (work / "codes.part",)),
         Stage("untrained", work / "untrained", (), {"config": asdict(model.CONFIG), "seed": SEED},
               lambda: python("model", work / "untrained", *options({"seed": SEED}))),
         Stage("model", work / "model", (work / "codes.pt", work / "untrained"), {"plan": asdict(plan)},

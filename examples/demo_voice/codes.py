@@ -22,6 +22,7 @@ from examples.demo_voice.turns import RATE, SOFT, Turn, load_turns, of_training,
 
 AROUND = 16  # frames of silence that a turn is coded amid
 KEPT = 3  # of these, on both sides, that belong to it
+SAVE = 200  # turns between states that a stopped run goes on from
 # Of speech to learn from: a factor of time and pitch, and parts of a frame by which it begins later.
 VARIANTS = ((1.0, 0.0), (1.0, 0.5), (1.07, 0.25), (0.94, 0.75))
 
@@ -75,16 +76,26 @@ def encoded(turn: Turn, codec: Codec, late: float = 0.0) -> TurnCodes:
 
 
 def write(turns: list[tuple[Turn, float]], codec: Codec, output: Path) -> None:
-    """Code all turns, which begin so late in a frame, and write them, and the codes of silence, as one file."""
-    coded = [encoded(turn, codec, late) for turn, late in tqdm(turns, unit="turn", dynamic_ncols=True, mininterval=30)]
+    """Code all turns, which begin so late in a frame, and write them, and the codes of silence, as one file.
+
+    What a run that was stopped had coded lies beside it, in `OUTPUT.part`; it goes on from there.
+    """
+    part = output.with_suffix(".part")
+    made: list[Tensor] = torch.load(part, weights_only=True) if part.is_file() else []
+    left = turns[len(made) :]
+    for turn, late in tqdm(left, unit="turn", dynamic_ncols=True, mininterval=30):
+        made.append(encoded(turn, codec, late).codes)
+        if len(made) % SAVE == 0:
+            save(made, part)
     held = {
-        "codes": torch.cat([turn.codes for turn in coded]),
-        "frames": torch.tensor([len(turn.codes) for turn in coded]),
+        "codes": torch.cat(made),
+        "frames": torch.tensor(list(map(len, made))),
         "silence": silence_of(codec),
-        "voices": [turn.voice for turn in coded],
-        "texts": [turn.text for turn in coded],
+        "voices": [turn.voice for turn, _ in turns],
+        "texts": [turn.text for turn, _ in turns],
     }
     save(held, output)
+    part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[list[TurnCodes], Tensor]:

@@ -196,6 +196,30 @@ def test_a_turn_has_the_codes_that_it_has_in_a_dialogue(small_codec: Codec, tmp_
     assert torch.equal(whole[gap + 9 + gap // 2], silence)
 
 
+def test_codes_go_on_where_they_were_stopped(
+    small_codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [(Turn("af_heart", f"Turn {number}.", spoken(0.1 + number / 20)), 0.0) for number in range(7)]
+    codes.write(said, small_codec, tmp_path / "whole.pt")
+    monkeypatch.setattr(codes, "SAVE", 2)
+    done, encoded = list[str](), codes.encoded
+
+    def stopped(turn: Turn, codec: Codec, late: float = 0.0) -> codes.TurnCodes:
+        done.append(turn.text)
+        if len(done) == 6:
+            raise KeyboardInterrupt
+        return encoded(turn, codec, late)
+
+    monkeypatch.setattr(codes, "encoded", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        codes.write(said, small_codec, tmp_path / "again.pt")
+    codes.write(said, small_codec, tmp_path / "again.pt")
+    assert [text[5] for text in done] == list("012345456")
+    whole, again = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "again"))
+    assert torch.equal(whole["codes"], again["codes"]) and whole["texts"] == again["texts"]
+    assert not (tmp_path / "again.part").exists()
+
+
 def spoken(*lengths: float, pause: float = 0.2) -> np.ndarray:
     """Tones of so many seconds with pauses between them."""
     quiet = np.zeros(int(pause * RATE), np.float32)
