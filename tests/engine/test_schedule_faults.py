@@ -88,10 +88,9 @@ def test_ctrl_c_comes_through_and_the_engine_can_be_used_again(monkeypatch: pyte
             monkeypatch.setattr(target, name, real)
             raise KeyboardInterrupt
 
-        if place == "prefill":
-            handles[0].cancel()
-            handles[2].cancel()
-            handles[2] = engine.submit(numbered_request(5))
+        handles[0].cancel()  # for a newcomer, which takes pages and has a prompt
+        handles[2].cancel()
+        handles[2] = engine.submit(numbered_request(5))
         monkeypatch.setattr(target, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_to_end(engine)
