@@ -244,7 +244,7 @@ class Engine(OneProcess):
         It rests while every request has the frames that are wanted of it, see `Handle.want`.
         """
         with self._door:
-            if self._driven:
+            if self._driver is not None and self._driver.is_alive():
                 return
             self._stop = threading.Event()
             inputs = (weakref.ref(self), self._wake, self._stop)
@@ -255,14 +255,13 @@ class Engine(OneProcess):
 
     def stop(self) -> None:
         """End the thread of `start`, after the step that it makes. Requests go on when somebody waits for them."""
-        driver = self._driver
-        self._stop.set()
-        self._wake.set()
-        if driver is not None:
-            self._finalizer.detach()
-            if driver is not threading.current_thread():
-                driver.join()
-        self._driver = None
+        with self._door:  # another caller's `start` is over, or has not begun
+            driver, self._driver = self._driver, None
+            self._stop.set()
+            self._wake.set()
+            if driver is not None:
+                self._finalizer.detach()
+        _join(driver)
 
     def _wake_up(self) -> None:
         self._wake.set()
@@ -745,5 +744,10 @@ def _drive(engine: "weakref.ref[Engine]", wake: threading.Event, stop: threading
 def _end(driver: threading.Thread, wake: threading.Event, stop: threading.Event) -> None:
     stop.set()
     wake.set()
-    if driver is not threading.current_thread():
-        driver.join(timeout=10)
+    _join(driver, timeout=10)
+
+
+def _join(driver: threading.Thread | None, timeout: float | None = None) -> None:
+    """Wait for the end of a thread, unless it never began (an interruption) or is the caller's own."""
+    if driver is not None and driver.is_alive() and driver is not threading.current_thread():
+        driver.join(timeout)

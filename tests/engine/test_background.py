@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dia_fast import Dia, InputError
 from dia_fast.engine import DeadlineExceeded, Engine, Request
@@ -167,3 +168,51 @@ def test_asyncio_streams_need_nothing_of_the_loops_own_threads(dia: Dia, backgro
         assert asyncio.run(main()) == [
             len(audio.samples) for audio in dia.generate([TEXT] * 6, seed=list(range(6)), max_new_tokens=40)
         ]
+
+
+def test_stop_waits_for_a_start_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, start = made(), threading.Thread.start
+
+    def slowly(thread: threading.Thread) -> None:
+        if thread.name == "dia-fast-engine":
+            stopping.append(pool.submit(engine.stop))
+            time.sleep(0.05)
+        start(thread)
+
+    stopping: list[Any] = []
+    with ThreadPoolExecutor() as pool:
+        pool.submit(int).result()  # its thread is there
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", slowly)
+            engine.start()
+        stopping[0].result(timeout=60)
+        engine.stop()
+        assert_same(engine.submit(request(0)).result(timeout=60), alone_cheaply(request(0), ends=False))
+
+
+def interrupted_once(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> None:
+    """Interrupt a call between the making of a thread and its beginning."""
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            call()
+
+
+def test_a_thread_that_never_began_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = made()
+    interrupted_once(monkeypatch, engine.start)
+    engine.stop()
+    interrupted_once(monkeypatch, engine.start)
+    engine.start()
+    handle = engine.submit(request(0))
+    until(lambda: handle.has(10))  # nobody but the thread makes steps
+    engine.close()
+
+
+def test_the_codecs_thread_that_never_began_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = make_dia(tmp_path).codec
+    codes = torch.zeros(30, codec.config.n_codebooks, dtype=torch.int64)
+    interrupted_once(monkeypatch, lambda: codec.stream().decode_span(codes, 0, 30))
+    with ThreadPoolExecutor() as pool:
+        samples = pool.submit(lambda: codec.stream().decode_span(codes, 0, 30)).result(timeout=60)
+    torch.testing.assert_close(samples, codec.decode(codes).cpu().flatten(), rtol=0, atol=1e-6)

@@ -83,7 +83,7 @@ def run(body: str, folder: Path, threads: int = 2) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,  # a hang; a busy machine takes a minute
     )
     assert done.returncode == 0, done.stderr
 

@@ -158,7 +158,7 @@ class Stage(OneProcess):
     def put(self, job: _Job) -> None:
         """Hand a job to the thread, which is started if there is none."""
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or not self._thread.is_alive():  # an interruption kept it from its beginning
                 inputs = (weakref.ref(self), self._jobs)
                 self._thread = threading.Thread(target=_work, args=inputs, name="dia-fast-codec", daemon=True)
                 weakref.finalize(self, _end, self._thread, self._jobs)
@@ -303,7 +303,7 @@ def _work(stage: "weakref.ref[Stage]", jobs: "SimpleQueue[_Job | None]") -> None
 
 def _end(thread: threading.Thread, jobs: "SimpleQueue[_Job | None]") -> None:
     jobs.put(None)
-    if thread is not threading.current_thread():
+    if thread.is_alive() and thread is not threading.current_thread():
         thread.join(timeout=10)
 
 
