@@ -18,8 +18,8 @@ from bench.style import save_figure
 from bench.tools.results import flat, read
 from dia_fast.errors import DiaFastError, InputError
 
-BACKENDS = {"torch": "C5", "compile": "C1", "triton": "C0"}
-MARKS = {"torch": "s", "compile": "^", "triton": "o"}
+BACKENDS = {"torch": "C5", "compile": "C1", "triton": "C0", "own": "C2"}
+MARKS = {"torch": "s", "compile": "^", "triton": "o", "own": "D"}
 Benchmark = Mapping[str, Any]
 
 

@@ -2,12 +2,16 @@
 
     python -m bench.tune --out table.json [--rows 2 16 64] [--dtype bfloat16] [--weights int8] [--json all.json]
     DIA_KERNELS_TABLE=table.json dia-fast speak ...
+    python -m bench.tune --target sm_90 --out candidates.json --only qkv --json judged.json     # no GPU is needed
 
 Times the whole step, as a CUDA graph, with one launch of it configured otherwise: what a kernel hides behind its
 neighbours counts, what it takes alone does not. Launches are tuned one after another, each on what was best for those
 before it. Worker processes compile ahead. SPLIT_K and CHUNKS order the sum of a projection; what is best for the first
 number of rows holds for all others, those that are not tuned included, or a row's bits would depend on its company.
 What does not depend on the number of rows is tuned for the first one only.
+
+With `--target` nothing is timed: the candidates are compiled for that GPU and judged by their machine code
+(`bench/offline.py`). That tells which are worth a try, not which is fastest.
 """
 
 import argparse
@@ -30,11 +34,13 @@ import torch
 from bench.captured import CapturedStep, Load, QuickCapture, random_model, state_for
 from bench.device import open_device
 from bench.measure import DTYPES
+from bench.tools.own_ops import add_ops_option, chosen_ops
 from bench.tools.results import Results, add_options
 from dia_fast.diagnostics.roofline import work
 from dia_fast.errors import DiaFastError
 from dia_fast.model.quantization import FLOAT, WEIGHTS
 from dia_fast.utils.files import replacing
+from dia_kernels import aot
 from dia_kernels.launcher import architecture
 from dia_kernels.triton import gemv
 
@@ -139,22 +145,32 @@ def write_table(path: Path, chosen: Iterable[tuple[Launch, Config]]) -> Path:
     return path
 
 
-def compile_ahead(job: tuple[str, int, str, str, str]) -> str:
-    """Compile one op of a step under a table for the GPU at hand, into Triton's cache on disk; return what failed."""
-    table, rows, dtype, op, weights = job
-    os.environ["DIA_KERNELS_TABLE"] = table
-    from dia_fast.diagnostics import launches as steps
-    from dia_kernels import launcher as launch
-    from dia_kernels import triton as kernels
-
+def only_op(op: str, own: str | None) -> SimpleNamespace:
+    """Return an op set in which the others do nothing. own: the place that `--ops` names."""
+    kernels = chosen_ops(own)
     ops = SimpleNamespace(**{name: lambda *args, **named: None for name in kernels.__all__}, name="triton")
     ops.attention_workspace = kernels.attention_workspace
     setattr(ops, op, getattr(kernels, op))
+    return ops
+
+
+def told(error: Exception) -> str:
+    """Return an error in a line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def compile_ahead(job: tuple[str, int, str, str, str, str | None]) -> str:
+    """Compile one op of a step under a table for the GPU at hand, into Triton's cache on disk; return what failed."""
+    table, rows, dtype, op, weights, own = job
+    os.environ["DIA_KERNELS_TABLE"] = table
+    from dia_fast.diagnostics import launches as steps
+    from dia_kernels import launcher as launch
+
     try:
         with launch.listening(lambda run, kernel, grid, args, meta: kernel.warmup(*args, grid=grid, **meta)):
-            steps.decode(rows, DTYPES[dtype], model=steps.one_layer(DTYPES[dtype], ops, weights=weights))
+            steps.decode(rows, DTYPES[dtype], model=steps.one_layer(DTYPES[dtype], only_op(op, own), weights=weights))
     except Exception as error:
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return told(error)
     return ""
 
 
@@ -162,11 +178,13 @@ class Tuner:
     """Tunes the launches of a step for one number of rows after another."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        from dia_kernels import get_ops
+        from dia_kernels import get_ops, with_ops
 
         self.options, self.folder, self.numbers = options, folder, itertools.count()
         self.device = open_device(options.device)
         ops = get_ops("triton", self.device.torch)
+        if options.ops:
+            ops = with_ops(ops, options.ops)
         self.arch = architecture(self.device.torch)
         self.model = random_model(DTYPES[options.dtype], self.device.torch, ops, options.layers, options.weights)
         self.chosen: list[tuple[Launch, Config]] = []
@@ -209,7 +227,8 @@ class Tuner:
         for rows in self.options.rows:
             for launch in self.launches(rows):
                 for use in candidates(launch, self.orders(launch)):
-                    jobs.append((self.table((launch, use)), rows, self.options.dtype, launch.op, self.options.weights))
+                    use_of = self.table((launch, use)), rows, self.options.dtype, launch.op
+                    jobs.append((*use_of, self.options.weights, self.options.ops))
         start = time.monotonic()
         failed = [said for said in pool.map(compile_ahead, jobs) if said]
         print(f"{len(jobs)} configurations compiled in {time.monotonic() - start:.0f} s, {len(failed)} failed")
@@ -265,7 +284,7 @@ class Tuner:
             try:
                 trial["seconds"] = taken = seconds(self.table((launch, use)))
             except Exception as error:
-                trial["failed"] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+                trial["failed"] = told(error)
                 if self.device.gpu:
                     torch.cuda.synchronize()
                 continue
@@ -286,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="file for the table")
+    add_ops_option(parser)
     add_options(parser)
     parser.add_argument("--rows", type=int, nargs="+", default=[2], help="of the step: 1, or twice the requests")
     parser.add_argument(
@@ -303,7 +323,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile; 0 leaves it to the trials"
     )
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and end")
+    parser.add_argument("--target", choices=aot.TARGETS, help="judge candidates by their machine code for that GPU")
     options = parser.parse_args(arguments)
+    if options.target:
+        from bench import offline
+
+        return offline.run(parser, options, arguments)
     with tempfile.TemporaryDirectory(prefix="dia-fast-") as folder:
         try:
             tuner = Tuner(options, Path(folder))

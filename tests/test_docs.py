@@ -192,7 +192,10 @@ def run(line: str, folder: Path, *, real: bool) -> None:
 def options_of(module: str) -> set[str]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
-        importlib.import_module(module).main(["--help"])
+        found = importlib.import_module(module)
+        if not hasattr(found, "main"):  # a package that runs
+            found = importlib.import_module(f"{module}.__main__")
+        found.main(["--help"])
     assert ended.value.code == 0
     return set(re.findall(r"--[a-z-]+", printed.getvalue()))
 

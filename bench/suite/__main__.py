@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.suite import backends, table
+from bench.tools.own_ops import add_ops_option, chosen_ops
 from bench.tools.results import Results, add_options
 from dia_fast.errors import DiaFastError, InputError
 from dia_fast.model.device import choose_device, choose_dtype
@@ -21,6 +22,7 @@ examples:
   python -m bench.suite --device cuda --dtype bf16 --out before
   python -m bench.suite --out after --compare before/suite.json --fail-at 10
   python -m bench.suite --backends triton -- -k "rope_attention and context-1024"
+  python -m bench.suite --ops examples.own_glu --backends torch triton -- -k glu
 
 exit status: 0 everything was measured; 1 a backend computes something else, raises, or is slower than allowed; 2 wrong
 options
@@ -46,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--distrust", nargs="+", default=[], metavar="OP", help='kernels, or "model", known to be wrong'
     )
+    add_ops_option(parser)
     add_options(parser)
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     return parser
@@ -53,14 +56,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def pytest_arguments(options: argparse.Namespace, saved: Path, verdicts: Path) -> list[str]:
     """Return the command. saved, verdicts: files that pytest is to write."""
+    timed = [*options.backends, *([backends.OWN] if options.ops else [])]
     given = [
         str(FOLDER), "-q", "--no-header", "-p", "no:cacheprovider",
         f"--benchmark-json={saved}", "--benchmark-storage=.", "--benchmark-columns=median,iqr,min,rounds",
-        "--benchmark-sort=name", f"--bench-backends={','.join(options.backends)}", f"--bench-verdicts={verdicts}",
+        "--benchmark-sort=name", f"--bench-backends={','.join(timed)}", f"--bench-verdicts={verdicts}",
         f"--bench-limit={options.limit}", f"--bench-distrust={','.join(options.distrust)}", "--no-summary",
         "--benchmark-quiet", "-c", CONFIG,
     ]  # fmt: skip
-    for name in ("device", "dtype"):
+    for name in ("device", "dtype", "ops"):
         if getattr(options, name):
             given.append(f"--bench-{name}={getattr(options, name)}")
     if options.quick:
@@ -79,6 +83,7 @@ def run(options: argparse.Namespace, results: Results) -> int:
     if options.fail_at is not None and not options.compare:
         raise InputError("--fail-at needs --compare with an earlier run")
     choose_dtype(options.dtype, choose_device(options.device))  # what pytest would say takes longer to read
+    chosen_ops(options.ops)
     before = earlier(options.compare) if options.compare else None
     try:
         options.out.mkdir(parents=True, exist_ok=True)

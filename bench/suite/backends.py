@@ -12,10 +12,11 @@ import torch
 
 from bench.device import Device
 from dia_fast.diagnostics.doctor import ComparingOps, Verdict
-from dia_kernels import get_ops, reference
+from dia_kernels import get_ops, reference, with_ops
 from dia_kernels.ops import triton_obstacle
 
 BACKENDS = ("torch", "compile", "triton")
+OWN = "own"  # the ops that `--ops` names, in the place of shipped ones
 
 
 class CompiledOps:
@@ -40,9 +41,16 @@ class CompiledOps:
         return self._compiled[op]
 
 
-def op_set(backend: str, device: torch.device) -> Any:
-    """Return the ops of a backend that has no obstacle."""
+def op_set(backend: str, device: torch.device, own: str | None = None) -> Any:
+    """Return the ops of a backend that has no obstacle. own: the place that `--ops` names."""
+    if backend == OWN:
+        return with_ops(get_ops("auto", device), own)
     return CompiledOps() if backend == "compile" else get_ops(backend, device)
+
+
+def is_shipped(op: str, device: torch.device, own: str | None) -> bool:
+    """Tell whether `--ops` leaves an op as it is."""
+    return getattr(op_set(OWN, device, own), op) is getattr(get_ops("auto", device), op)
 
 
 def obstacle(backend: str, device: torch.device) -> str | None:

@@ -38,6 +38,7 @@ class Session:
     deadline: float
     peaks: Peaks
     distrusted: frozenset[str] = frozenset()
+    own: str | None = None
     verdicts: list[dict[str, Any]] = field(default_factory=list)
 
     def note(self, group: str, backend: str, outcome: str, detail: str) -> None:
@@ -53,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-dtype", default=None)
     group.addoption("--bench-quick", action="store_true")
     group.addoption("--bench-backends", default=",".join(backends.BACKENDS))
+    group.addoption("--bench-ops", default=None, help="module, or module:name, of the backend own")
     group.addoption("--bench-limit", type=float, default=float("inf"), help="seconds; what is left then is skipped")
     group.addoption("--bench-distrust", default="", help="kernels, or model, that are known to be wrong on triton")
     group.addoption("--bench-verdicts", type=Path, help="file for what was checked, skipped and found wrong")
@@ -75,6 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
         time.monotonic() + option("--bench-limit"),
         Peaks(1.0, 1.0),
         frozenset(filter(None, option("--bench-distrust").split(","))),
+        option("--bench-ops"),
     )
 
 

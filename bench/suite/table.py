@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bench.suite.backends import BACKENDS, OWN
 from bench.tools.results import Scalar
 from dia_fast.utils.files import replacing
 
@@ -35,7 +36,7 @@ def markdown(run: Run) -> str:
     names = list(dict.fromkeys([*groups, *(group for group, _ in without)]))
     backends = [
         name
-        for name in ("torch", "compile", "triton")
+        for name in (*BACKENDS, OWN)
         if any(name in group for group in groups.values()) or any(name == backend for _, backend in without)
     ]
     heads = [f"{name}, µs (spread) | {name}, share of bandwidth, compute" for name in backends]

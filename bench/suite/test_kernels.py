@@ -13,6 +13,8 @@ READ_BACK = ("rope_attention", "cross_attention", "ragged_attention", "rope", "s
 
 def obstacle(case: Case, backend: str, session: Session) -> str | None:
     found = backends.obstacle(backend, session.device.torch)
+    if backend == backends.OWN and backends.is_shipped(case.op, session.device.torch, session.own):
+        return "the shipped op: --ops names no other one"
     if found is None and backend == "compile":
         if case.op in READ_BACK:
             return "the reference reads lengths on the host, where torch.compile ends its graph"
@@ -42,7 +44,7 @@ def copies_for(case: Case, session: Session, wanted: int, call: Callable[[], Any
 def test_kernel(case: Case, backend: str, session: Session, proceed: Any, judged: Any, measure: Any) -> None:
     proceed(case.name, backend, obstacle(case, backend, session))
     device = session.device
-    ops = backends.op_set(backend, device.torch)
+    ops = backends.op_set(backend, device.torch, session.own)
     arguments = [case.make(ops, device.torch, 0)]
     if backend != "torch":
         verdicts = backends.compare(ops, lambda chosen: case.call(chosen, arguments[0])())
@@ -57,7 +59,7 @@ def test_kernel(case: Case, backend: str, session: Session, proceed: Any, judged
         for call in calls:
             call()
 
-    graph = backend == "triton" or case.op not in READ_BACK
+    graph = backend in ("triton", backends.OWN) or case.op not in READ_BACK
     repeated, captured = backends.captured(device, work) if graph else (work, False)
     facts = {
         "kind": "kernel", "op": case.subject, "shape": case.shape, "backend": backend, "context": case.context,

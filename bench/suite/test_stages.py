@@ -31,13 +31,13 @@ def test_stage(
 ) -> None:
     proceed(stage.name, backend, obstacle(stage, backend, session))
     device = session.device
-    ops = backends.op_set(backend, device.torch)
+    ops = backends.op_set(backend, device.torch, session.own)
     work = models.work(stage, ops)
     if backend != "torch":
         judged(stage.name, backend, "model", backends.compare(ops, work.call))
     call = partial(work.call, ops)
     # Only a decode step runs as a graph in the engine, and only on kernels: the references read lengths on the host.
-    graph = backend == "triton" and stage.kind == "step"
+    graph = backend in ("triton", backends.OWN) and stage.kind == "step"
     repeated, captured = backends.captured(device, call) if graph else (call, False)
     facts = {
         "kind": stage.kind, "size": stage.size, "requests": stage.requests, "backend": backend, "bytes": work.bytes,

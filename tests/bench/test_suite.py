@@ -71,6 +71,32 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
     return folder, done
 
 
+OWN = """
+from dia_kernels import reference
+
+def glu(x, out):
+    return reference.glu(x, out)
+
+def rms_norm(x, weight, eps, out):
+    return reference.rms_norm(x, weight, eps, out).mul_(1.5)
+"""
+
+
+def test_ops_of_ones_own_are_timed_beside_the_shipped_ones(tmp_path: Path) -> None:
+    """Wrong ones have no speed, and those that are shipped are not timed twice."""
+    (tmp_path / "own_ops_of_mine.py").write_text(OWN)
+    done = run_suite(
+        tmp_path, "--backends", "torch", "--ops", "own_ops_of_mine", "--",
+        "-k", "rms_norm-tokens-64 or glu-tokens-64 or rope-tokens-64",
+        PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    times = measured(tmp_path)
+    assert ("glu", "own") in times and ("glu", "torch") in times and ("rope", "torch") in times
+    assert ("rms_norm", "own") not in times and ("rope", "own") not in times
+    assert "own, µs" in done.stdout and "the shipped op: --ops names no other one" in done.stdout
+
+
 def test_a_broken_kernel_is_reported_and_has_no_speed(
     planted: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:

@@ -6,6 +6,8 @@ Times need a GPU; here they come from a function, and steps run on the torch ops
 import argparse
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench import ablation, captured, tune
+from bench import ablation, captured, offline, tune
 from bench.captured import CapturedStep, Load
 from bench.device import Device
+from bench.tools import results
 from dia_fast.diagnostics import launches as steps
 from dia_kernels import get_ops
 from dia_kernels import launcher as launch
 from dia_kernels.triton import gemv
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = [1, 2, 16, 64]
 
 
@@ -129,7 +133,7 @@ def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tune.Tune
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda *_: None)
     options = argparse.Namespace(
         device="cpu", dtype="bfloat16", weights="float", layers=None, budget=60.0, rows=[2], only=["gate_up", "down"],
-        context=9, text=9, margin=0.001,
+        context=9, text=9, margin=0.001, ops=None,
     )  # fmt: skip
     yield tune.Tuner(options, tmp_path)
 
@@ -151,6 +155,73 @@ def test_a_gain_below_the_margin_is_noise(tuner: tune.Tuner) -> None:
     tuner.options.margin = 0.2
     tuner.run()
     assert tuner.chosen == []
+
+
+def in_a_process(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python where Triton compiles: this process may interpret kernels."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DIA_KERNELS_TABLE")}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_candidates_are_judged_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    out, report = tmp_path / "table.json", tmp_path / "report.json"
+    run = in_a_process(
+        "-m", "bench.tune", "--target", "sm_90", "--out", str(out), "--only", "cross_q ahead", "--workers", "1",
+        "--json", str(report), "--ops", "examples.own_glu",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 5 and lines[0].startswith("2 rows, cross_q ahead: default: ")
+    assert all("KB in flight" in line for line in lines[:4]) and "4 configs, 0 out" in lines[4]
+    found = results.flat(results.read(report))
+    assert [one["use"] for one in found] == ["default", "X_AHEAD=1", "X_AHEAD=2", "X_AHEAD=4"]
+    assert all(one["in_flight"] > 40 << 10 and 0 < one["issue"] < 0.6 and not one["problems"] for one in found)
+    launch.read_table(str(out))
+
+
+JUDGE = """
+import sys
+from pathlib import Path
+from bench import offline, tune
+
+[one] = tune.launches(2, "bfloat16", ["qkv"])
+for use in ({"BLOCK_N": 7}, {"NOTHING": 3}, {"BLOCK_N": 8, "DEPTH": 1}):
+    table = str(tune.write_table(Path(sys.argv[1]) / f"{len(str(use))}.json", [(one, use)]))
+    print(offline._told(offline.judge(offline.Job("sm_90", "bfloat16", 2, one, use, table))))
+"""
+
+
+def test_a_bad_candidate_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "judge.py"
+    file.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{JUDGE}")
+    run = in_a_process(str(file), str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    odd, unknown, thin = run.stdout.splitlines()
+    assert odd.startswith("2 rows, qkv: BLOCK_N=7: out: ") and unknown.startswith("2 rows, qkv: NOTHING=3: out: ")
+    assert "KB of weights in flight per SM, 40.0 needed" in thin
+
+
+def test_the_best_of_sound_candidates_stands_before_the_default() -> None:
+    from bench.codegen import Line
+
+    qkv, down = tune.launches(2, "bfloat16", ["qkv", "down"])[::-1]
+
+    def judged(one: tune.Launch, use: dict[str, int] | None, flight: float, issue: float, *problems: str) -> Any:
+        made = Line(
+            "sm_90", "bfloat16", 2, "rms_norm_linear", 132, 8, 128, 0, 0, 0.25, 128, {"HMMA": 1}, 500, flight, issue
+        )
+        return offline.Judged(offline.Job("sm_90", "bfloat16", 2, one, use, ""), problems, made)
+
+    found = [
+        judged(qkv, None, 5e4, 0.3), judged(qkv, {"DEPTH": 2}, 9e4, 0.3, "spills 8"),
+        judged(qkv, {"DEPTH": 4}, 8e4, 0.3), judged(qkv, {"DEPTH": 8}, 8e4, 0.2),
+        judged(down, None, 8e4, 0.2), judged(down, {"DEPTH": 8}, 8e4, 0.2),
+    ]  # fmt: skip
+    assert offline.best(found) == [(qkv, {"DEPTH": 8})]
+    found[4] = judged(down, None, 8e4, 0.2, "spills 4")
+    assert offline.best(found) == [(qkv, {"DEPTH": 8}), (down, {"DEPTH": 8})]
 
 
 def test_no_gpu_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
