@@ -108,7 +108,7 @@ def _meant(compiled: Sequence[aot.Compiled], launch: Launch) -> aot.Compiled:
     where = dict(launch.where)
     for item in compiled:
         weight = item.arguments.get("weight_ptr")
-        if "features" not in where or (
+        if weight is None or (
             tuple(weight.shape) == (where["features"], where["hidden"])
             and item.arguments["x_ptr"].shape[0] == where["rows"]
         ):

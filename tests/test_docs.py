@@ -182,7 +182,7 @@ def run(line: str, folder: Path, *, real: bool) -> None:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert what == "." or re.fullmatch(r"\.\[(\w+)\]", what)[1] in extras, line  # type: ignore[index]
         case ["python", "-m", module, *rest]:
-            assert {word for word in rest if word.startswith("--")} <= options_of(module), line
+            assert {word for word in rest if word.startswith("--") and word != "--"} <= options_of(module), line
         case ["git", "clone", *_] | ["cd", _] | [".venv/bin/pytest", *_]:
             pass
         case _:

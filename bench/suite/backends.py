@@ -44,6 +44,7 @@ class CompiledOps:
 def op_set(backend: str, device: torch.device, own: str | None = None) -> Any:
     """Return the ops of a backend that has no obstacle. own: the place that `--ops` names."""
     if backend == OWN:
+        assert own is not None
         return with_ops(get_ops("auto", device), own)
     return CompiledOps() if backend == "compile" else get_ops(backend, device)
 
