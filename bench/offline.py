@@ -49,7 +49,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Judged:
-    """What came of a job. problems: rules that it breaks, or why it did not compile; line: None if it did not."""
+    """The result of a job. problems: rules that it breaks, or why it did not compile; line: None if it did not."""
 
     job: Job
     problems: tuple[str, ...]
