@@ -55,7 +55,10 @@ def check_address(address: str) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except (OSError, OverflowError) as error:
             raise InputError(f"no Ray cluster answers at {address} ({error}): {advice}") from error
+    silent = f"what answers at {address} is no Ray cluster, or does not respond: {advice}"
     if address.startswith("ray://"):
+        if not _serves_clients(f"{host}:{port}"):
+            raise InputError(silent)
         return
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "health-check"]
     if address != "auto":
@@ -63,10 +66,24 @@ def check_address(address: str) -> None:
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=_CONNECT_SECONDS)
     except subprocess.TimeoutExpired:
-        raise InputError(f"what answers at {address} is no Ray cluster, or does not respond: {advice}") from None
+        raise InputError(silent) from None
     if found.returncode:
         last = (found.stderr.strip() or found.stdout.strip() or "no answer").splitlines()[-1]
         raise InputError(f"no Ray cluster answers at {address} ({last}): {advice}")
+
+
+def _serves_clients(target: str) -> bool:
+    """Tell if gRPC is spoken at an address, which Ray's client takes half a minute to find out."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return True  # with certificates that are Ray's affair
+    import grpc
+
+    with grpc.insecure_channel(target) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(_CONNECT_SECONDS - 2)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
 
 
 def first_line(error: Exception) -> str:

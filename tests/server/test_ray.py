@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from dia_fast.cli import app
+from dia_fast.errors import InputError
+from dia_fast.utils.ray import check_address
 from tests.server.serving import LONG, Server, serving
 
 pytest.importorskip("ray", reason="needs the extra ray: make test-ray")
@@ -100,6 +102,16 @@ def test_an_address_where_nobody_is(capfd: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()
     assert main(["serve", "--ray", "127.0.0.1:1"]) == 2
     assert "no Ray cluster answers at 127.0.0.1:1" in capfd.readouterr().err
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_somebody_else_is_silent(scheme: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"{scheme}127.0.0.1:{other.getsockname()[1]}"
+        start = time.monotonic()
+        with pytest.raises(InputError, match=f"what answers at {address} is no Ray cluster"):
+            check_address(address)
     assert time.monotonic() - start < 15
 
 
