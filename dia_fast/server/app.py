@@ -104,7 +104,7 @@ def _operations(app: FastAPI, service: Service) -> None:
 
     def models() -> ModelList:
         names = (service.options.served_name, *ALIASES)
-        return ModelList(data=[Model(id=name, created=service.created) for name in names])
+        return ModelList(data=[Model(id=name, created=service.options.started) for name in names])
 
     @app.get("/v1/models", tags=["models"])
     async def list_models() -> ModelList:
@@ -121,7 +121,7 @@ def _operations(app: FastAPI, service: Service) -> None:
     async def one_model(name: str) -> Model:
         """One of `/v1/models`."""
         service.check_model(name)
-        return Model(id=name, created=service.created)
+        return Model(id=name, created=service.options.started)
 
 
 _SOUND = {"schema": {"type": "string", "format": "binary"}}

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Options:
         max_body: Largest request body in bytes.
         request_timeout: Seconds until the first byte of sound.
         slow_seconds: Most seconds of sound that are made ahead of a reader.
+        started: Unix time, in seconds, from which the models and the voices of every server are; all replicas tell it.
 
     Raises:
         InputError: A combination that cannot work or is not safe.
@@ -51,6 +53,7 @@ class Options:
     preload: tuple[str, ...] = ()
     compat: bool = False
     slow_seconds: float = 10.0
+    started: int = field(default_factory=lambda: int(time.time()), compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:

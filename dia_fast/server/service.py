@@ -5,7 +5,6 @@ import base64
 import binascii
 import logging
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,8 +55,7 @@ class Service:
         self._stop: Callable[[], None] = lambda: None
         self.state: State = "loading"
         self.failure: Exception | None = None
-        self.created = int(time.time())
-        self.metrics, self.voices = Metrics(), Voices(options.voices)
+        self.metrics, self.voices = Metrics(), Voices(options.voices, options.started)
         self.active: set[Speech] = set()
         workers = max(1, min(4, (os.cpu_count() or 2) // 2))
         self._sound = ThreadPoolExecutor(workers, "dia-fast-sound")

@@ -4,9 +4,8 @@ import json
 import logging
 import tempfile
 import threading
-import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +57,7 @@ class ServedVoice:
     seed: int | None = None
     temperature: float | None = None
     speaker: str = "[S1]"
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int = 0
 
 
 class Voices:
@@ -69,14 +68,15 @@ class Voices:
 
     Args:
         folder: Where recordings are; None for none.
+        created: Unix time in seconds, of the voices of every server.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, created: int = 0) -> None:
         named = [ServedVoice("dialogue", "builtin"), ServedVoice("S1", "builtin")]
         named.append(ServedVoice("S2", "builtin", speaker="[S2]"))
         # A seed of its own makes a name sound alike for the same text, and mostly alike for others.
         named += [ServedVoice(name, "seed", seed=1 + index) for index, name in enumerate(OPENAI_VOICES)]
-        self._builtin = {voice.name: voice for voice in named}
+        self._builtin = {voice.name: replace(voice, created=created) for voice in named}
         self.folder = folder
         self._recorded: dict[str, ServedVoice] = {}
         self._aliases: dict[str, str] = {}

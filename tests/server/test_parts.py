@@ -1,6 +1,8 @@
 """The parts of the server that need no process."""
 
 import asyncio
+import pickle
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -281,3 +283,13 @@ def test_encoders_work_side_by_side() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(one, range(8)))) == 1
+
+
+def test_replicas_tell_the_same_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets a copy of the options, and is made at its own time."""
+    options = Options()
+    monkeypatch.setattr(time, "time", lambda: options.started + 100.0)
+    for copy in (options, pickle.loads(pickle.dumps(options))):
+        service = Service(copy, lambda: Dia.from_pretrained("demo"))
+        assert service.options.started == options.started > 0
+        assert {voice.created for voice in service.voices.all()} == {options.started}
