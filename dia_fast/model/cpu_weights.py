@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dia_fast.errors import InputError, shown
+from dia_fast.utils.heap import give_back
 from dia_kernels.reference import PackedWeight, packed
 from dia_kernels.reference.quantized import Int8Weight
 
@@ -152,7 +153,8 @@ def try_product(
 def pack_matrices(model: nn.Module, product: bool | str, show_progress: bool) -> bool:
     """Replace every matrix that is multiplied by its layout for a product (see `choose`); has any changed?
 
-    A matrix is let go as soon as it is replaced, so that memory stays at one copy and what is in work.
+    A matrix is let go as soon as it is replaced, and the memory given back to the system, so that it stays at one copy
+    and what is in work.
     """
     from tqdm import tqdm
 
@@ -176,7 +178,9 @@ def pack_matrices(model: nn.Module, product: bool | str, show_progress: bool) ->
         tqdm(total=len(places), desc="packing weights", disable=None if show_progress else True, leave=False) as bar,
     ):
         for replaced in pool.map(replace, places):
-            changed |= replaced
+            if replaced:
+                changed = True
+                give_back()
             bar.update()
     return changed
 

@@ -1,6 +1,9 @@
 """Weights in 8 bits: what rounding does to them, what comes out of their products, and models that hold them."""
 
 import copy
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -211,3 +214,31 @@ def test_from_pretrained_rounds_while_it_loads() -> None:
     for wrong in ("int4", 8, True, "", "INT8"):
         with pytest.raises(InputError, match="weights .* is unknown; use one of float, int8, int8-mlp"):
             Dia.from_pretrained("demo", device="cpu", codec=None, weights=wrong)  # type: ignore[arg-type]
+
+
+ONE_COPY = """
+from pathlib import Path
+import torch
+from torch import nn
+from dia_fast.model.cpu_weights import pack_matrices
+from dia_kernels.reference.quantized import Int8Weight
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+
+model = nn.Module()
+for index in range(16):
+    setattr(model, str(index), Int8Weight(torch.ones(2048, 2048, dtype=torch.int8), torch.ones(2048)))
+before = resident()
+assert pack_matrices(model, True, False)
+print((resident() - before) / (16 << 22))
+"""
+
+
+@pytest.mark.skipif(not packed.runs_here("fbgemm-int8"), reason="this processor has no product to pack for")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps what was freed, or does not")
+def test_packed_matrices_take_the_place_of_those_that_were_loaded() -> None:
+    """Of small ones malloc keeps what was freed, unless it is asked to give it back: they would be there twice."""
+    done = subprocess.run([sys.executable, "-c", ONE_COPY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.5
