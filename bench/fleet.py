@@ -467,7 +467,7 @@ def compare(options: argparse.Namespace, results: Results) -> None:
     dia = Dia.from_pretrained("demo")
     delay, rate = max(dia.config.delay_pattern), dia.codec.frames_per_second
     first = round(0.1 * rate) + dia.codec.decode_context_frames + delay
-    base = Times(((1, 1e-3),), 0, 0, options.batch, first, rate, delay)
+    base = Times(((options.batch, 1e-3),), 0, 0, options.batch, first, rate, delay)  # times are measured later
     print("| replicas | load | first byte p50 | simulated | p99 | simulated | batch in use | simulated |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     for replicas in options.replicas:

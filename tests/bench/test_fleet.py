@@ -155,3 +155,13 @@ def test_times_are_read_and_checked(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(InputError, match="must be a JSON object"):
         read_times(path)
+
+
+@pytest.mark.parametrize("batch", ["1", "4"])
+def test_measuring_comes_as_far_as_the_servers(batch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def serving(*given: object) -> None:
+        raise ConnectionError("here a server would start")
+
+    monkeypatch.setattr(fleet, "serving", serving)
+    with pytest.raises(ConnectionError, match="here a server"):
+        fleet.main(["--measure", "--replicas", "1", "--batch", batch])
