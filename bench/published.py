@@ -179,6 +179,13 @@ TABLES: dict[str, Lines | Across | Facts] = {
             ("the same, of the engine alone", "engine alone, seconds a request", "{cpu:.2f}"),
         ]
     ),
+    f"{AVX512}/resident_memory.json": Lines(
+        [
+            ("weights", "`{weights}`"), ("torch imported, MB", "{imported_bytes:mega}"),
+            ("model loaded", "{loaded_bytes:mega}"), ("most while loading", "{loading_peak_bytes:mega}"),
+            ("most after 9 steps", "{peak_bytes:mega}"),
+        ]
+    ),
     f"{AVX512}/cpu_products.json": Across(
         "rows",
         "{rows}",
