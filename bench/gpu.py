@@ -72,7 +72,7 @@ def all_parts(options: argparse.Namespace, folder: Path, weights: Path) -> list[
         part("doctor", "every kernel against its reference", 90, "dia_fast", "doctor", *device, "--json",
              output=DOCTOR),
         whole_step("baseline", "a captured step of one guided request, by the default configs", 60, "2"),
-        whole_step("candidates", "configs that were never measured, beside the default ones", 60, "2", "--table",
+        whole_step("candidates", "configs that were never measured, beside the default ones", 90, "2", "16", "64", "--table",
                    *CANDIDATES),
         measured("residency", "launches whose programs are resident ahead of time", 30, "bench.residency", *device),
         measured("parity", "tokens and logits in fp32, fp16 and bf16, with graphs and without", 90, "bench.parity",

@@ -1,18 +1,23 @@
 """Run compiled kernels of a decode step in any order of warps, to find races and results that depend on it.
 
     python -m bench.ordering                         # small shapes, seconds; no GPU is needed
+    python -m bench.ordering --table table.json      # the projections of 16 rows by a table of configs as well
 
 `bench.tools.resident` runs the PTX of all programs of a launch together. Results are compared with the torch reference:
 no further from it in float32 than twice the error of the reference in the kernel's dtype plus one rounding. Launches
 that begin early must not touch what the launches in front may still write before they have waited for them, and some
-program of each must wait. The exit code is 1 if anything is wrong.
+program of each must wait. What a table of configs makes of a projection must have the bits that the default configs
+make of it. The exit code is 1 if anything is wrong.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +27,11 @@ from torch import Tensor
 from bench import ptx
 from bench.tools.resident import Launch
 from bench.tools.results import Results, add_options
-from dia_fast.errors import DiaFastError
+from dia_fast.errors import DiaFastError, InputError
 from dia_kernels import aot as ahead
 from dia_kernels import reference
 from dia_kernels import triton as kernels
+from dia_kernels.launcher import read_table
 from dia_kernels.triton.paged_attention import AttentionWorkspace, attention_workspace
 
 TARGETS = tuple(target for target in ahead.TARGETS if target.startswith("sm_"))
@@ -73,8 +79,8 @@ def _workspace(t: Mapping[str, Tensor]) -> AttentionWorkspace:
     return AttentionWorkspace(t["partials"], t["stats"], t["arrivals"])
 
 
-def _projections(rows: int) -> Iterator[Case]:
-    hidden, features = 64, 48
+def projections(rows: int, hidden: int = 64, features: int = 48) -> Iterator[Case]:
+    """Yield every projection. features: a multiple of six."""
     x, norm = torch.randn(rows, hidden).to(DTYPE), (1 + torch.rand(hidden) / 2).to(DTYPE)
     weight = (torch.randn(features, hidden) / 8).to(DTYPE)
 
@@ -134,7 +140,7 @@ def cases() -> Iterator[Case]:
             yield _attention((5, 130, -1) if kind == "rope" else (5, 270, 0), kind, kv_ready)
         yield _attention((-1, -1) if kind == "rope" else (0, 0), kind, True)
     for rows in (2, 16):
-        yield from _projections(rows)
+        yield from projections(rows)
     yield from _ends()
 
 
@@ -151,8 +157,10 @@ def compiled_for(case: Case, target: str) -> ahead.Compiled:
     return found
 
 
-def problems(case: Case, target: str, seed: int = 0, edit: Callable[[str], str] = lambda text: text) -> list[str]:
-    """Return the faults of a case, a sentence each. edit: changes the PTX before it is run."""
+def executed(
+    case: Case, target: str, seed: int = 0, edit: Callable[[str], str] = lambda text: text
+) -> tuple[dict[str, Tensor], Launch, bool]:
+    """Run a case; return its tensors, the launch, and whether it begins early. edit: changes the PTX before that."""
     compiled = compiled_for(case, target)
     order = list(case.tensors)
     tensors = {name: tensor.clone() for name, tensor in case.tensors.items()}
@@ -171,11 +179,61 @@ def problems(case: Case, target: str, seed: int = 0, edit: Callable[[str], str] 
         [*parameters, 0, 0], memory, {n + 1: name for n, name in enumerate(order)}, front, seed,
     )  # fmt: skip
     launch.run()
+    return tensors, launch, begins_early
+
+
+def problems(case: Case, target: str, seed: int = 0, edit: Callable[[str], str] = lambda text: text) -> list[str]:
+    """Return the faults of a case, a sentence each. edit: changes the PTX before it is run."""
+    tensors, launch, begins_early = executed(case, target, seed, edit)
     allowed = REPEATED.get(case.name.partition(",")[0])
     found = sorted(race for race in launch.races if not allowed or not race.endswith(allowed))
     if begins_early and not launch.waiting():
         found.append("no program waits for the launch in front")
     return [f"{case.name} on {target}: {problem}" for problem in found + _differences(case, tensors)]
+
+
+def other_bits(case: Case, target: str, table: Path) -> list[str]:
+    """Return the races of a projection under a table of configs, and results with other bits than by the default."""
+    case = cancelling(case)
+    expected = executed(case, target)[0]
+    with configured(table):
+        got, launch, _ = executed(case, target)
+    allowed = REPEATED.get(case.name.partition(",")[0])
+    found = sorted(race for race in launch.races if not allowed or not race.endswith(allowed))
+    found += [
+        f"{name} has other bits than by the default configs"
+        for name, tensor in got.items()
+        if not torch.equal(_bits(tensor), _bits(expected[name]))
+    ]
+    return [f"{case.name} on {target}: {problem}" for problem in found]
+
+
+def cancelling(case: Case) -> Case:
+    """Return a projection whose sums are exactly 0: all that comes out is rounding, which any other order changes."""
+    t = {name: tensor.clone() for name, tensor in case.tensors.items()}
+    half = t["x"].shape[1] // 2
+    t["x"][:, half:] = -t["x"][:, :half]
+    for name in {"norm", "weight"} & set(t):
+        t[name][..., half:] = t[name][..., :half]
+    if "residual" in t:
+        t["residual"].zero_()
+    return replace(case, tensors=t)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.int16)
+
+
+@contextmanager
+def configured(table: Path | None) -> Iterator[None]:
+    """Let launches take their configs from a table, or with None from no table."""
+    before = os.environ.pop("DIA_KERNELS_TABLE", None)
+    os.environ.update({} if table is None else {"DIA_KERNELS_TABLE": str(table.absolute())})
+    try:
+        yield
+    finally:
+        os.environ.pop("DIA_KERNELS_TABLE", None)
+        os.environ.update({} if before is None else {"DIA_KERNELS_TABLE": before})
 
 
 def _differences(case: Case, got: Mapping[str, Tensor]) -> list[str]:
@@ -204,9 +262,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.ordering", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=("sm_90",), choices=TARGETS, help="default: sm_90")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="orders to try (default: %(default)s)")
+    parser.add_argument("--table", type=Path, help="configs to run the projections by, beside the default ones")
     add_options(parser)
     options = parser.parse_args(argv)
     try:
+        if options.table is not None:
+            _check(options.table)
         results = Results(parser, options, argv)
     except DiaFastError as error:
         print(f"ordering: {error}", file=sys.stderr)
@@ -218,8 +279,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{case.name} on {target}: {'wrong' if found else 'right, no race'}", flush=True)
             results.add({"case": case.name, "target": target}, {"orders": options.seeds, "problems": len(found)})
             wrong += found
+        for case in () if options.table is None else projections(16, 1040, 96):
+            found = other_bits(case, target, options.table)
+            print(f"{case.name} on {target} by the table: {'wrong' if found else 'the same bits, no race'}", flush=True)
+            results.add({"case": f"{case.name}, by the table", "target": target}, {"problems": len(found)})
+            wrong += found
     print(*wrong, f"{len(wrong)} problems", sep="\n", file=sys.stderr)
     return results.end(1 if wrong else 0)
+
+
+def _check(path: Path) -> None:
+    try:
+        read_table(str(path))
+    except ValueError as error:
+        raise InputError(f"--table: {error}") from None
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ step was measured (`bench/published`), the time and the error of the middle of i
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from bench import codegen, figures
+from bench.ordering import configured
 from bench.published import FOLDER, H200
 from bench.tools.results import Results, add_options, flat, read
 from dia_fast.diagnostics.roofline import devices
@@ -31,7 +30,7 @@ DEFAULT = "default"
 
 def compiled(target: str, table: Path | None) -> Figures:
     """Return the figures of the kernels in bf16, by a table of configs in front of the default ones."""
-    with _table(table):
+    with configured(table):
         lines = [
             asdict(line)
             for line in codegen.report([target], [2 * count for count in REQUESTS], ["bfloat16"])
@@ -45,20 +44,6 @@ def compiled(target: str, table: Path | None) -> Figures:
 def _figure(values: Sequence[float]) -> Figure:
     block, warps, resident, in_flight, instructions = values
     return Figure(int(block), int(warps), int(resident), int(in_flight), instructions)
-
-
-@contextmanager
-def _table(path: Path | None) -> Iterator[None]:
-    """Let launches take their configs from a table."""
-    before = os.environ.pop("DIA_KERNELS_TABLE", None)
-    if path is not None:
-        os.environ["DIA_KERNELS_TABLE"] = str(path)
-    try:
-        yield
-    finally:
-        os.environ.pop("DIA_KERNELS_TABLE", None)
-        if before is not None:
-            os.environ["DIA_KERNELS_TABLE"] = before
 
 
 def measured() -> dict[tuple[str, int], float]:

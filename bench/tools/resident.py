@@ -185,11 +185,20 @@ class _Warp(ptx.Program):
         super().matrix(store, parts, operands)
 
     def note_matrix(self, store: bool, parts: list[str], operands: list[str]) -> None:
-        base, _, offset = (part.strip() for part in operands[0 if store else 1].strip("[] ").partition("+"))
-        rows = (self.get(base, 32).astype(np.int64) + int(offset or 0)) // 2
-        count = 8 * len(ptx._names(operands[1 if store else 0]))
-        at = (rows[:count, None] + np.arange(8)).ravel()
-        self.note(self.program.words, "shared memory", at, np.ones(at.size, bool) if store else None)
+        """As `note`, for the words of `ldmatrix` and `stmatrix`: 8 rows of 8 for each register."""
+        rows = self.place_of(operands[0 if store else 1], 32) // 2
+        names = ptx._names(operands[1 if store else 0])
+        if not store:
+            at = (rows[: 8 * len(names), None] + np.arange(8)).ravel()
+            self.note(self.program.words, "shared memory", at, None)
+            return
+        if "trans" in parts:
+            raise NotImplementedError(".".join(parts))
+        row, column = np.arange(32) // 4, 2 * (np.arange(32) % 4)
+        for n, name in enumerate(names):
+            where = rows[8 * n + row][:, None] + column[:, None] + np.arange(2)
+            value = self.get(name, 32).copy().view(np.uint16).reshape(-1, 2)
+            self.note(self.program.words, "shared memory", where.ravel(), (self.shared[where] != value).ravel())
 
     def copy(self, opcode: str, operands: list[str], active: Bits) -> None:
         """Begin copies of 16 bytes or less a thread, close a group of them, or wait until so many groups are left."""

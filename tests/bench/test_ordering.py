@@ -99,3 +99,34 @@ def test_programs_that_wait_for_one_another_and_copies_through_shared_memory() -
     assert "warps wait for ever" in found["nobody arrives"]
     assert "reads shared memory unordered with another warp" in found["copies not awaited"]
     assert "shared memory unordered with another warp" in found["no barriers"]
+
+
+STAGED = """
+import json, sys
+from pathlib import Path
+import torch
+from bench.ordering import other_bits, projections
+
+torch.manual_seed(0)
+named = {case.name.partition(",")[0]: case for case in projections(12, 528, 96)}
+table, found = Path(sys.argv[1]), {}
+for op, label, use in (
+    ("rms_norm_glu", "staged", {"STAGES": 3, "BLOCK_N": 32}),
+    ("linear_residual", "staged", {"STAGES": 4, "BLOCK_N": 32}),
+    ("codebook_logits", "another order", {"STAGES": 3, "CHUNKS": 1}),  # results in float32 show it
+):
+    path = table / f"{op}.json"
+    path.write_text(json.dumps({op: [{"use": use}]}))
+    found[f"{op} {label}"] = other_bits(named[op], "sm_90", path)
+print(json.dumps(found))
+"""
+
+
+def test_projections_through_shared_memory_have_the_bits_of_those_in_registers(tmp_path: Path) -> None:
+    done = in_a_process("-c", STAGED, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for name, problems in json.loads(done.stdout).items():
+        if name.endswith("staged"):
+            assert problems == [], name
+        else:
+            assert len(problems) == 1 and "has other bits" in problems[0], (name, problems)

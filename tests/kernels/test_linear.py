@@ -342,6 +342,21 @@ def test_how_much_of_x_is_read_at_once_changes_no_bit(
         assert torch.equal(run(inputs, Kernels), expected)
 
 
+@each_op
+@each_dtype
+def test_tiles_that_come_through_shared_memory_change_no_bit(
+    op: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make(19, 2 * 256 + 48, 18, dtype, extra=1)
+    run = OPS[op][0]
+    expected = run(inputs, Kernels)
+    for stages, features in ((1, 16), (3, 32)):
+        table = tmp_path / f"{stages}.json"
+        table.write_text(json.dumps({op: [{"use": {"STAGES": stages, "BLOCK_N": features}}]}))
+        monkeypatch.setenv("DIA_KERNELS_TABLE", str(table))
+        assert torch.equal(run(inputs, Kernels), expected)
+
+
 @pytest.mark.parametrize("arch", ["interpreter", "sm_80", "sm_90", "sm_120", "gfx942", "gfx950", "gfx1100"])
 @pytest.mark.parametrize(
     ("op", "features", "hidden"),
@@ -355,7 +370,7 @@ def test_order_of_accumulation_does_not_depend_on_the_rows(
     arch: str, op: str, features: int, hidden: int, dtype: torch.dtype
 ) -> None:
     """The constants that fix a row's bits are the same for every number of rows; the others may follow it."""
-    free = {"BLOCK_R", "BLOCK_N", "DEPTH", "X_AHEAD"}
+    free = {"BLOCK_R", "BLOCK_N", "DEPTH", "X_AHEAD", "STAGES"}
     fixed = set()
     for rows in range(1, 65):
         config = gemv.default_config(op, dtype, arch, rows=rows, features=features, hidden=hidden)

@@ -156,7 +156,7 @@ def test_wrong_weights_are_named() -> None:
 @pytest.mark.parametrize("op", OPS)
 @each_dtype
 def test_order_of_accumulation_does_not_depend_on_the_rows(arch: str, op: str, dtype: torch.dtype, hidden: int) -> None:
-    free = {"BLOCK_R", "BLOCK_N", "DEPTH", "X_AHEAD"}
+    free = {"BLOCK_R", "BLOCK_N", "DEPTH", "X_AHEAD", "STAGES"}
     fixed = set()
     for rows in range(1, 65):
         config = gemv.default_config(op, dtype, arch, rows=rows, features=2048, hidden=hidden, weight_bits=8)

@@ -22,6 +22,11 @@ rounding is as large, relative to the operand, as that of the reference. Not so 
 or lose bits below 2^-14: there the operand is `x / rms(x) * norm`, as in the reference, for a second pass over x. So it
 is on AMD, too, whose compiler otherwise holds all of x in registers, and spills at 64 rows.
 
+*Through shared memory* (`STAGES`). With many rows every program reads all of x, which is more than its weights. Wider
+programs read it less often, but have no registers for weights on their way. There a loop takes a chunk at a time, of x
+and of the weights, which the compiler copies asynchronously `STAGES` chunks ahead. Products and sums are made in the
+same order as in registers: the bits are the same.
+
 *Weights in 8 bits* (`scale_ptr`). A load is 16 of them: on NVIDIA the columns that meet in an instruction are those
 of four neighbouring bytes of each lane, so that they are widened where they lie. Widening is exact, and costs an
 instruction a weight; the scale of a channel multiplies its sum, in float32. The weights are the first operand of the
@@ -166,12 +171,14 @@ def prefetch(
     STREAM: tl.constexpr = ".cg" if T.AMD else ""
     columns = layout.tile_columns(T.VECTOR, T)
     weights = weight_ptr + (weight_rows.to(tl.int64) * K + columns)
-    w_tiles = (_load(weights, columns, K, EVEN_K, "evict_first", STREAM),)
-    for step in tl.static_range(1, DEPTH):
-        if step < STEPS:
-            first = step * STEP
-            w_tiles = w_tiles + (_load(weights + first, columns + first, K, EVEN_K, "evict_first", STREAM),)  # type: ignore
-    if T.FENCE:
+    w_tiles = (weights,)
+    if T.STAGES == 0:
+        w_tiles = (_load(weights, columns, K, EVEN_K, "evict_first", STREAM),)
+        for step in tl.static_range(1, DEPTH):
+            if step < STEPS:
+                first = step * STEP
+                w_tiles = w_tiles + (_load(weights + first, columns + first, K, EVEN_K, "evict_first", STREAM),)  # type: ignore
+    if T.FENCE and T.STAGES == 0:
         tl.debug_barrier()
     if T.USE_PDL:
         # Weights never change, so they may be read while the previous kernel still runs; nothing else may.
@@ -192,6 +199,44 @@ def _norm_scale(squares, inputs, columns, EPS: tl.constexpr, K: tl.constexpr, T:
     # x is read again afterwards rather than kept: it is in the nearest cache, and registers are what limits DEPTH.
     tl.debug_barrier()
     return scale
+
+
+@triton.jit
+def _sum_staged(
+    inputs,  # a pointer to each row of x, as `tile_rows(BLOCK_R, T)` lays them out
+    norm_ptr,
+    weights,  # likewise for the weights
+    squares,  # as `project` has them
+    scale,
+    K: tl.constexpr,
+    NORM: tl.constexpr,  # 0: none; 1: x * norm, and the sum of squares; 2: x * scale * norm
+    T: tl.constexpr,
+):
+    """Sums of products and of squares, chunk by chunk through shared memory, in the order of `project`."""
+    tl.static_assert(T.X_VECTOR == T.VECTOR, "STAGES: x and weights must be of one width")
+    CHUNK: tl.constexpr = T.K_LANES * T.VECTOR
+    STEP: tl.constexpr = T.SPLIT_K * T.CHUNKS * CHUNK
+    STEPS: tl.constexpr = (K + STEP - 1) // STEP
+    EVEN_K: tl.constexpr = K % STEP == 0
+    columns = layout.chunk_columns(T)
+    norm_rows = layout.tile_rows(T.ROW_LANES, T) * 0
+    acc = tl.full((T.SPLIT_K, T.BLOCK_R, T.BLOCK_N), 0.0, tl.float32)
+    for at in tl.range(0, STEPS * T.CHUNKS, num_stages=T.STAGES):
+        here = at // T.CHUNKS * STEP + at % T.CHUNKS * CHUNK + columns
+        w = _load(weights + here, here, K, EVEN_K, "evict_first", "")
+        x = _load(inputs + here, here, K, EVEN_K, "evict_last", "")
+        if NORM:
+            norm = _load(norm_ptr + (norm_rows + here), here, K, EVEN_K, "evict_last", "").to(tl.float32)
+            wide = x.to(tl.float32)
+            if NORM == 1:
+                squares += layout.in_chunk(tl.sum(wide * wide, 5, keep_dims=True), at % T.CHUNKS, T)
+                x = _round(wide * norm, x.dtype, T.AMD)
+            else:
+                x = _round(wide * scale * norm, x.dtype, T.AMD)
+        x = layout.operand(x, T.BLOCK_R, T.VECTOR, 1, T)
+        w = layout.operand(w, T.BLOCK_N, T.VECTOR, 1, T)
+        acc = _multiply(x, w, acc, T)
+    return acc, squares
 
 
 @triton.jit
@@ -232,55 +277,64 @@ def project(
         if SCALE_FIRST:
             scale = _norm_scale(squares, inputs, columns, EPS, K, T)
 
-    x_tiles = (_load(inputs, columns, K, EVEN_K, "evict_last", ""),)
-    if HAS_NORM and X_AHEAD > 1:
-        norm_tiles = (_load(norms, columns, K, EVEN_K, "evict_last", ""),)
-    for step in tl.static_range(1, X_AHEAD):
-        if step < STEPS:
-            first = step * STEP
-            x_tiles = x_tiles + (_load(inputs + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
+    if T.STAGES > 0:
+        if not HAS_NORM:
+            squares, scale = 0.0, 0.0
+        elif not SCALE_FIRST:
+            scale = 0.0
+        NORM: tl.constexpr = (2 if SCALE_FIRST else 1) if HAS_NORM else 0
+        rows_of_x, rows_of_w = x_ptr + x_rows * K, weight_ptr + weight_rows.to(tl.int64) * K
+        acc, squares = _sum_staged(rows_of_x, norm_ptr, rows_of_w, squares, scale, K, NORM, T)
+    else:
+        x_tiles = (_load(inputs, columns, K, EVEN_K, "evict_last", ""),)
+        if HAS_NORM and X_AHEAD > 1:
+            norm_tiles = (_load(norms, columns, K, EVEN_K, "evict_last", ""),)
+        for step in tl.static_range(1, X_AHEAD):
+            if step < STEPS:
+                first = step * STEP
+                x_tiles = x_tiles + (_load(inputs + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
+                if HAS_NORM:
+                    norm_tiles = norm_tiles + (_load(norms + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
+        zero = 0.0
+        if X_AHEAD > 1:
+            zero = _zero_behind_loads(x_ptr, T.USE_PDL)
+        ROWS: tl.constexpr = T.BLOCK_N if T.W_FIRST else T.BLOCK_R
+        acc = tl.full((T.SPLIT_K, ROWS, T.BLOCK_N + T.BLOCK_R - ROWS), zero, tl.float32)
+        for step in tl.static_range(STEPS):
+            x = x_tiles[0]
+            x_tiles = x_tiles[1:]  # type: ignore[assignment]
+            if X_AHEAD == 1 and step + 1 < STEPS:
+                ahead = (step + 1) * STEP
+                x_tiles = (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)
             if HAS_NORM:
-                norm_tiles = norm_tiles + (_load(norms + first, columns + first, K, EVEN_K, "evict_last", ""),)  # type: ignore
-    zero = 0.0
-    if X_AHEAD > 1:
-        zero = _zero_behind_loads(x_ptr, T.USE_PDL)
-    ROWS: tl.constexpr = T.BLOCK_N if T.W_FIRST else T.BLOCK_R
-    acc = tl.full((T.SPLIT_K, ROWS, T.BLOCK_N + T.BLOCK_R - ROWS), zero, tl.float32)
-    for step in tl.static_range(STEPS):
-        x = x_tiles[0]
-        x_tiles = x_tiles[1:]  # type: ignore[assignment]
-        if X_AHEAD == 1 and step + 1 < STEPS:
-            ahead = (step + 1) * STEP
-            x_tiles = (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)
-        if HAS_NORM:
-            if X_AHEAD > 1:
-                norm = norm_tiles[0].to(tl.float32)
-                norm_tiles = norm_tiles[1:]  # type: ignore[assignment]
-            else:
-                norm = _load(norms + step * STEP, columns + step * STEP, K, EVEN_K, "evict_last", "").to(tl.float32)
-            wide = x.to(tl.float32)
-            if SCALE_FIRST:
-                x = _round(wide * scale * norm, x.dtype, T.AMD)
-            else:
-                squares += tl.sum(wide * wide, 5, keep_dims=True)
-                x = _round(wide * norm, x.dtype, T.AMD)
-        x = layout.operand(x, T.BLOCK_R, T.X_VECTOR, T)
-        w = layout.operand(_widen(w_tiles[0], x.dtype, T), T.BLOCK_N, T.VECTOR, T)
-        acc = _multiply(x, w, acc, T)
-        w_tiles = w_tiles[1:]
-        if X_AHEAD > 1 and step + X_AHEAD < STEPS:
-            ahead = (step + X_AHEAD) * STEP
-            x_tiles = x_tiles + (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)  # type: ignore
-            if HAS_NORM:
-                norm_tiles = norm_tiles + (_load(norms + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)  # type: ignore
-        if step + T.DEPTH < STEPS:
-            ahead = (step + T.DEPTH) * STEP
-            w_tiles = w_tiles + (_load(weights + ahead, w_columns + ahead, K, EVEN_K, "evict_first", STREAM),)
-        if T.FENCE and (step + T.DEPTH < STEPS or (X_AHEAD > 1 and step + X_AHEAD < STEPS)):
-            tl.debug_barrier()
-        if X_AHEAD == 0 and step + 1 < STEPS:
-            ahead = (step + 1) * STEP
-            x_tiles = (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)
+                if X_AHEAD > 1:
+                    norm = norm_tiles[0].to(tl.float32)
+                    norm_tiles = norm_tiles[1:]  # type: ignore[assignment]
+                else:
+                    norm = _load(norms + step * STEP, columns + step * STEP, K, EVEN_K, "evict_last", "").to(tl.float32)
+                wide = x.to(tl.float32)
+                if SCALE_FIRST:
+                    x = _round(wide * scale * norm, x.dtype, T.AMD)
+                else:
+                    squares += tl.sum(wide * wide, 5, keep_dims=True)
+                    x = _round(wide * norm, x.dtype, T.AMD)
+            x = layout.operand(x, T.BLOCK_R, T.X_VECTOR, T.CHUNKS, T)
+            w = layout.operand(_widen(w_tiles[0], x.dtype, T), T.BLOCK_N, T.VECTOR, T.CHUNKS, T)
+            acc = _multiply(x, w, acc, T)
+            w_tiles = w_tiles[1:]
+            if X_AHEAD > 1 and step + X_AHEAD < STEPS:
+                ahead = (step + X_AHEAD) * STEP
+                x_tiles = x_tiles + (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)  # type: ignore
+                if HAS_NORM:
+                    norm_tiles = norm_tiles + (_load(norms + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)  # type: ignore
+            if step + T.DEPTH < STEPS:
+                ahead = (step + T.DEPTH) * STEP
+                w_tiles = w_tiles + (_load(weights + ahead, w_columns + ahead, K, EVEN_K, "evict_first", STREAM),)
+            if T.FENCE and (step + T.DEPTH < STEPS or (X_AHEAD > 1 and step + X_AHEAD < STEPS)):
+                tl.debug_barrier()
+            if X_AHEAD == 0 and step + 1 < STEPS:
+                ahead = (step + 1) * STEP
+                x_tiles = (_load(inputs + ahead, columns + ahead, K, EVEN_K, "evict_last", ""),)
     total = tl.trans(tl.sum(acc, 0)) if T.W_FIRST else tl.sum(acc, 0)
     if HAS_NORM and not SCALE_FIRST:
         scale = tl.rsqrt(layout.sum_columns(squares, T) / K + EPS)
@@ -326,8 +380,8 @@ def default_config(
 
     Entries were chosen from the machine code: no spills, and two programs an SM up to 16 rows, so that the next
     launch's weights are on their way while this one ends. Those that name a shape were measured on an H200, for one
-    guided request; o and cross_o took what was measured for cross_q. `BLOCK_R`, `BLOCK_N`, `DEPTH` and `X_AHEAD` alone
-    may follow the rows: the rest fixes a row's bits.
+    guided request; o and cross_o took what was measured for cross_q. `BLOCK_R`, `BLOCK_N`, `DEPTH`, `X_AHEAD` and
+    `STAGES` alone may follow the rows: the rest fixes a row's bits.
     """
     weight_bits = weight_bits or 8 * dtype.itemsize
     path = launch.default_table(arch)
@@ -338,7 +392,7 @@ def default_config(
         raise ValueError(f"{path}: {op}: no entry for {rows} rows of {dtype}, {features} features, hidden {hidden}")
     vectors = {"VECTOR": 128 // weight_bits, "X_VECTOR": 16 // dtype.itemsize}
     common = {**vectors, "num_warps": use["SPLIT_K"], "num_stages": 1}
-    return {**use, **common, **lanes(dtype, arch, weight_bits)}
+    return {"STAGES": 0, **use, **common, **lanes(dtype, arch, weight_bits)}
 
 
 OPS = ("rms_norm_linear", "linear_residual", "rms_norm_glu", "codebook_logits")

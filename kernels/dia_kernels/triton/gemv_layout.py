@@ -71,6 +71,7 @@ class Tile(NamedTuple):
     USE_PDL: int  # 1: programmatic dependent launch
     W_FIRST: int  # 1: the weights are the first operand of the matrix instruction, x is the second
     PTX: int  # 1: weights in 8 bits are widened by NVIDIA's own instructions
+    STAGES: int  # chunks on their way through shared memory at a time; 0: weights stay in registers
 
 
 # Triton gives lanes, then warps, then registers to the axes of a tile: from the last one, up to 3.6 from the first.
@@ -107,26 +108,39 @@ def tile_columns(VECTOR: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
+def chunk_columns(T: tl.constexpr):
+    """Column within its step of every element of the first chunk of each warp, where x and weights are as wide."""
+    lane = _axis(T.SPLIT_K, 2) * T.CHUNKS * T.K_LANES + _axis(T.K_LANES, 0 if T.K_INNER else 1)
+    return lane * T.VECTOR + tl.arange(0, T.VECTOR)[None, None, None, None, None, :]
+
+
+@triton.jit
+def in_chunk(tile, chunk, T: tl.constexpr):
+    """A tile of one chunk as the one numbered `chunk` of a step; the others are zero."""
+    return tl.where(_axis(T.CHUNKS, 4) == chunk, tile, 0.0)
+
+
+@triton.jit
 def tile_rows(ROWS: tl.constexpr, T: tl.constexpr):
     """Row of every element of a tile of `ROWS` rows."""
     return _axis(ROWS // T.ROW_LANES, 3) * T.ROW_LANES + _axis(T.ROW_LANES, 1 if T.K_INNER else 0)
 
 
 @triton.jit
-def operand(tile, ROWS: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):
+def operand(tile, ROWS: tl.constexpr, VECTOR: tl.constexpr, CHUNKS: tl.constexpr, T: tl.constexpr):
     """`[SPLIT_K, ROWS, columns]` of a loaded tile, the columns in the order in which the lanes feed the instruction."""
     groups: tl.constexpr = ROWS // T.ROW_LANES
     inner: tl.constexpr = T.K_LANES if T.K_INNER else T.ROW_LANES
     outer: tl.constexpr = T.ROW_LANES if T.K_INNER else T.K_LANES
     pieces: tl.constexpr = VECTOR // T.INSTR_VECTOR
-    chunks: tl.constexpr = T.CHUNKS * (T.VECTOR // VECTOR)
+    chunks: tl.constexpr = CHUNKS * (T.VECTOR // VECTOR)
     if _FROM_FIRST:
         tile = tl.reshape(tile, (inner, outer, T.SPLIT_K, groups, chunks, pieces, T.INSTR_VECTOR))
         tile = tl.permute(tile, (2, 3, 1, 4, 5, 0, 6) if T.K_INNER else (2, 3, 0, 4, 5, 1, 6))
     else:
         tile = tl.reshape(tile, (chunks, groups, T.SPLIT_K, outer, inner, pieces, T.INSTR_VECTOR))
         tile = tl.permute(tile, (2, 1, 3, 0, 5, 4, 6) if T.K_INNER else (2, 1, 4, 0, 5, 3, 6))
-    return tl.reshape(tile, (T.SPLIT_K, ROWS, T.CHUNKS * T.K_LANES * T.VECTOR))
+    return tl.reshape(tile, (T.SPLIT_K, ROWS, CHUNKS * T.K_LANES * T.VECTOR))
 
 
 @triton.jit
