@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent / "published"
 PLACE = re.compile(r"(?P<mark><!-- figures: (?P<files>[^>]+) -->\n)(?P<table>(?:\|[^\n]*\n)+)")
 
 Result = Mapping[str, Any]
-PREDICTED = "2026-11-29-predicted"
+PREDICTED, COMPILERS = "2026-11-29-predicted", "2026-11-29-compilers"
 H200, ZEN3, AVX512 = "2026-11-28-h200", "2026-11-28-amd-epyc-zen3", "2026-11-29-amd-epyc-avx512-bf16"
 
 
@@ -112,6 +112,13 @@ TABLES: dict[str, Lines | Across | Facts] = {
         [
             ("machine", "{machine}"), ("requests", "{requests}"), ("dia-fast, ms", "{wall_min_ms:short}"),
             ("transformers, ms", "{transformers_wall_min_ms:short}"), ("ratio", "{of_the_least:.1f}"),
+        ]
+    ),
+    f"{COMPILERS}/3.6.0-float16.json": Lines(
+        [
+            ("Triton", "{triton}"), ("target", "{target}"), ("dtype", "{dtype}"), ("kernels", "{kernels}"),
+            ("that spill", "{spilling}"), ("most registers", "{registers}"), ("most shared memory, bytes", "{shared}"),
+            ("rules broken", "{violations}"),
         ]
     ),
     f"{PREDICTED}/steps.json": Lines(

@@ -67,7 +67,9 @@ def test_every_file_is_read_and_quoted() -> None:
     there = {str(path.relative_to(FOLDER)) for path in FOLDER.glob("*/*.json")}
     assert there == quoted and {*TABLES} <= quoted
     for name in there:
-        assert read(FOLDER / name)["status"] == 0, name
+        run = read(FOLDER / name)
+        # A run of codegen is complete with 1, too: it says that rules are broken, and the page says which.
+        assert run["status"] == 0 or (run["bench"], run["status"]) == ("codegen", 1), name
         assert re.match(r"\d{4}-\d\d-\d\d-[a-z0-9-]+/", name), name
 
 
