@@ -202,10 +202,23 @@ def _norm_scale(squares, inputs, columns, EPS: tl.constexpr, K: tl.constexpr, T:
 
 
 @triton.jit
+def _normed(x, norm, squares, scale, SCALE_FIRST: tl.constexpr, T: tl.constexpr):
+    """A tile of x as the operand of the product, and the squares with its own."""
+    wide = x.to(tl.float32)
+    if SCALE_FIRST:
+        x = _round(wide * scale * norm, x.dtype, T.AMD)
+    else:
+        squares += tl.sum(wide * wide, 5, keep_dims=True)
+        x = _round(wide * norm, x.dtype, T.AMD)
+    return x, squares
+
+
+@triton.jit
 def _sum_staged(
     inputs,  # a pointer to each row of x, as `tile_rows(BLOCK_R, T)` lays them out
     norm_ptr,
-    weights,  # likewise for the weights
+    weight_ptr,
+    weight_rows,  # as for `project`
     squares,  # as `project` has them
     scale,
     K: tl.constexpr,
@@ -219,6 +232,7 @@ def _sum_staged(
     STEPS: tl.constexpr = (K + STEP - 1) // STEP
     EVEN_K: tl.constexpr = K % STEP == 0
     columns = layout.chunk_columns(T)
+    weights = weight_ptr + weight_rows.to(tl.int64) * K
     norm_rows = layout.tile_rows(T.ROW_LANES, T) * 0
     acc = tl.full((T.SPLIT_K, T.BLOCK_R, T.BLOCK_N), 0.0, tl.float32)
     for at in tl.range(0, STEPS * T.CHUNKS, num_stages=T.STAGES):
@@ -270,6 +284,7 @@ def project(
 
     if scale_ptr is not None and not T.AMD:
         scales = _scales(scale_ptr, features, x_ptr, T)
+    squares, scale = 0.0, 0.0
     if HAS_NORM:
         # Every row lane reads the weights of the norm: the same lanes as x, so that nothing has to move.
         norms = norm_ptr + (layout.tile_rows(T.ROW_LANES, T) * 0 + columns)
@@ -278,13 +293,8 @@ def project(
             scale = _norm_scale(squares, inputs, columns, EPS, K, T)
 
     if T.STAGES > 0:
-        if not HAS_NORM:
-            squares, scale = 0.0, 0.0
-        elif not SCALE_FIRST:
-            scale = 0.0
         NORM: tl.constexpr = (2 if SCALE_FIRST else 1) if HAS_NORM else 0
-        rows_of_x, rows_of_w = x_ptr + x_rows * K, weight_ptr + weight_rows.to(tl.int64) * K
-        acc, squares = _sum_staged(rows_of_x, norm_ptr, rows_of_w, squares, scale, K, NORM, T)
+        acc, squares = _sum_staged(x_ptr + x_rows * K, norm_ptr, weight_ptr, weight_rows, squares, scale, K, NORM, T)
     else:
         x_tiles = (_load(inputs, columns, K, EVEN_K, "evict_last", ""),)
         if HAS_NORM and X_AHEAD > 1:
@@ -312,12 +322,7 @@ def project(
                     norm_tiles = norm_tiles[1:]  # type: ignore[assignment]
                 else:
                     norm = _load(norms + step * STEP, columns + step * STEP, K, EVEN_K, "evict_last", "").to(tl.float32)
-                wide = x.to(tl.float32)
-                if SCALE_FIRST:
-                    x = _round(wide * scale * norm, x.dtype, T.AMD)
-                else:
-                    squares += tl.sum(wide * wide, 5, keep_dims=True)
-                    x = _round(wide * norm, x.dtype, T.AMD)
+                x, squares = _normed(x, norm, squares, scale, SCALE_FIRST, T)
             x = layout.operand(x, T.BLOCK_R, T.X_VECTOR, T.CHUNKS, T)
             w = layout.operand(_widen(w_tiles[0], x.dtype, T), T.BLOCK_N, T.VECTOR, T.CHUNKS, T)
             acc = _multiply(x, w, acc, T)
