@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,16 +60,33 @@ def check_address(address: str) -> None:
         if not _serves_clients(f"{host}:{port}"):
             raise InputError(silent)
         return
+    found = _health(address, os.environ, silent)
+    if _asks_for_a_token(found):
+        # Ray takes the token of its default place for a cluster that it finds by itself, its health check does not.
+        if address == "auto" and "RAY_AUTH_MODE" not in os.environ:
+            found = _health(address, os.environ | {"RAY_AUTH_MODE": "token"}, silent)
+        if _asks_for_a_token(found):
+            raise InputError(
+                f"the Ray cluster at {address} asks for a token: set RAY_AUTH_MODE=token, and give Ray the cluster's "
+                "token in RAY_AUTH_TOKEN, in a file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token"
+            )
+    if found.returncode:
+        last = (found.stderr.strip() or found.stdout.strip() or "no answer").splitlines()[-1]
+        raise InputError(f"no Ray cluster answers at {address} ({last}): {advice}")
+
+
+def _health(address: str, environment: Mapping[str, str], silent: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "health-check"]
     if address != "auto":
         command += ["--address", address]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=_CONNECT_SECONDS)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_CONNECT_SECONDS)
     except subprocess.TimeoutExpired:
         raise InputError(silent) from None
-    if found.returncode:
-        last = (found.stderr.strip() or found.stdout.strip() or "no answer").splitlines()[-1]
-        raise InputError(f"no Ray cluster answers at {address} ({last}): {advice}")
+
+
+def _asks_for_a_token(found: "subprocess.CompletedProcess[str]") -> bool:
+    return bool(found.returncode) and "AuthenticationError" in found.stderr
 
 
 def _serves_clients(target: str) -> bool:

@@ -1,8 +1,10 @@
 """`dia-fast batch --ray` on a cluster of this machine: killed anywhere, it ends with the bytes of a run without Ray."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -150,6 +152,45 @@ def test_a_model_that_cannot_be_loaded_is_told(home: Path) -> None:
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 2 and "dia-fast: error:" in said and "safetensors" in said
     assert left(begun) == []
+
+
+def kill_all_of(home: Path, after: float) -> None:
+    """Kill the processes that have this home; those of Ray that write a title lose their environment."""
+    titled = of_ray(after)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process in titled or process.environ().get("HOME") == str(home):
+                process.kill()
+
+
+def test_a_cluster_with_a_token(home: Path) -> None:
+    (home / ".ray").mkdir()
+    (home / ".ray/auth_token").write_text("0123456789abcdef" * 2)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "HOME": str(home),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    }
+    connect = "import sys; from dia_fast.utils.ray import cluster\nwith cluster(sys.argv[1]): print('connected')"
+
+    def run(*words: str, **more: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", *words]
+        return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=120)
+
+    ray = "from ray.scripts.scripts import main; main()"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    begun = time.time()
+    head = run(
+        ray, "start", "--head", "--port", address.rpartition(":")[2], "--num-cpus=1", "--include-dashboard=false"
+    )
+    assert head.returncode == 0, head.stderr
+    try:
+        for words, more in ((address, {"RAY_AUTH_MODE": "token"}), ("auto", {})):
+            found = run(connect, words, **more)
+            assert found.stdout == "connected\n", found.stderr
+        assert f"the Ray cluster at {address} asks for a token: set RAY_AUTH_MODE=token" in run(connect, address).stderr
+    finally:
+        kill_all_of(home, begun)
 
 
 def test_no_process_of_ray_is_left(begun: float) -> None:

@@ -1,8 +1,10 @@
 """The items of each actor, and those whose actor was lost: with a stand-in for Ray."""
 
 import random
+import socket
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,6 +198,29 @@ def test_an_address_that_is_none(address: str) -> None:
 def test_nobody_at_the_address() -> None:
     with pytest.raises(InputError, match=r"no Ray cluster answers at 127\.0\.0\.1:1 .*ray start --head"):
         check_address("127.0.0.1:1")
+
+
+def test_a_cluster_that_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str | None] = []
+
+    def health(command: list[str], env: Mapping[str, str], **_: Any) -> "subprocess.CompletedProcess[str]":
+        modes.append(env.get("RAY_AUTH_MODE"))
+        refused = modes[-1] != "token" or "--address" in command
+        error = "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: missing" if refused else ""
+        return subprocess.CompletedProcess(command, int(refused), "", error)
+
+    monkeypatch.setattr(subprocess, "run", health)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    check_address("auto")  # as ray.init: a cluster that is found is given the token that this user has
+    assert modes == [None, "token"]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"{address} asks for a token: set RAY_AUTH_MODE=token"):
+            check_address(address)
+        assert modes[2:] == [None], "a token is not sent to an address that was only named"
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        with pytest.raises(InputError, match="asks for a token"):
+            check_address(address)
 
 
 def test_what_kept_an_actor_from_loading_is_told_as_its_own_error() -> None:
