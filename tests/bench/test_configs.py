@@ -96,5 +96,6 @@ def test_candidates_change_something_and_keep_a_row_s_bits_whatever_the_rows(pat
                 launcher._configuration(op, default, dtype, arch, str(path), rows=rows, weight_bits=16, **shape)
                 for rows in range(1, 65)
             ]
-            assert found[0] != default(dtype, arch, rows=1, **shape)
+            rows = where.get("rows", {}).get("min", 1)
+            assert found[rows - 1] != default(dtype, arch, rows=rows, **shape)
             assert len({(use["SPLIT_K"], use["CHUNKS"], use["num_warps"]) for use in found}) == 1

@@ -129,8 +129,8 @@ def of_traffic(place: Place) -> list[str]:
 def of_ablation(place: Place) -> list[str]:
     place.put(
         "ablation", open_device=lambda name: Device(torch.device("cpu")), get_ops=lambda *_: reference,
-        read_bandwidth=lambda *_: 1e9, random_model=lambda *_: SimpleNamespace(ops=None), bytes_per_step=lambda *_: 8,
-        state_for=lambda *_: None, _seconds=lambda *_: 2.0,
+        read_bandwidth=lambda *_: 1e9, random_model=lambda *_: SimpleNamespace(ops=reference),
+        bytes_per_step=lambda *_: 8, state_for=lambda *_: None, _seconds=lambda *_: 2.0,
     )  # fmt: skip
     return []
 
