@@ -22,7 +22,7 @@ NO_PATHS = {
     "doctor": {"device", "dtype", "targets", "revision"},
     "voices": {"action", "name", "text"},
 }
-PRECISION = {"weights"}  # 8, 16 or 32 bit
+PRECISION = {"weights", "codec_dtype"}  # 8, 16 or 32 bit
 # What a command needs before it looks at the rest.
 NEEDED = {"train": ["data", "--output", "out"], "convert": ["source", "new", "--to", "original"], "info": ["model"]}
 NEEDED |= {"speak": ["Hello."], "batch": ["in.jsonl", "out"], "voices": ["add", "name", "recording"]}
