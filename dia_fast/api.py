@@ -160,8 +160,8 @@ class Dia(OneProcess):
                 it gave is played.
             hooks: Functions of the caller's that are called in every decode step (docs/research.md).
             codec_dtype: `"fp32"`, the default, computes sound in float32 throughout, never in TF32. `"fp16"` is for
-                serving on a GPU: operands of convolutions in float16, sums and activations in float32, an error some
-                68 dB below the signal.
+                serving on a GPU: operands of convolutions in float16, sums and activations in float32, an error far
+                below the signal and less than bf16 has.
             weights: `"int8"` keeps the matrices in 8 bits, rounded while they load, `"int8-mlp"` those of the MLPs and
                 the heads, `"float"` none; by default what the checkpoint holds (docs/weights.md).
             pack: On a CPU, lay weights in 8 and 16 bits out for the product that this processor is fast with, or for
