@@ -3,6 +3,7 @@
 import builtins
 import os
 import signal
+import sys
 
 # Before torch is imported: the suite runs in several processes, and tiny tensors gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +39,21 @@ def _same_random_numbers() -> Iterator[None]:
 
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(autouse=True)
+def _own_modules() -> Iterator[None]:
+    """Fails a test that leaves `dia` imported, or ours in its place: the next to ask for that name would find it."""
+    before = _original()
+    yield
+    left = _original()
+    for name in left.keys() - before.keys():
+        del sys.modules[name]
+    assert left == before, f"left in sys.modules: {left}; before: {before}"
+
+
+def _original() -> dict[str, Any]:
+    return {name: module for name, module in list(sys.modules.items()) if name.split(".")[0] == "dia"}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -17,12 +17,13 @@ def test_checkouts_that_are_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("dia", "dia.model"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     assert main([str(tmp_path)]) == 2
     (tmp_path / "dia").mkdir()
     (tmp_path / "dia" / "__init__.py").touch()
     (tmp_path / "dia" / "model.py").write_text("class DiaConfig:\n    model_fields = {'decoder_config': 1}\n")
+    for name in ("dia", "dia.model"):  # what is imported is forgotten after the test
+        monkeypatch.setitem(sys.modules, name, sys)
+        del sys.modules[name]
     assert main([str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert "holds dia/model.py" in told and "check 2811af1 out" in told

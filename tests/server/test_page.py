@@ -218,10 +218,11 @@ def test_a_voice_comes_from_a_file_and_goes(page: Any, own: Server, tmp_path: Pa
 def test_the_microphone_records(page: Any) -> None:
     page.click("#add-voice summary")
     page.click("#record")
-    page.get_by_text("Recording…").wait_for()
-    time.sleep(2.5)
+    page.get_by_text("Recording… 3 s").wait_for()
     page.click("#record")
-    page.get_by_text(re.compile(r"Microphone: \d")).wait_for()
+    page.get_by_text("Microphone: ").wait_for()
+    told = page.inner_text("#recorded")
+    assert (heard := re.match(r"Microphone: (\d+\.\d) s\. ", told)) and 2 < float(heard[1]) < 20, told
     page.fill("#ref-text", TEXT)
     assert page.is_enabled("#use")
 

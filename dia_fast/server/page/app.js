@@ -7,6 +7,7 @@ import { Waveform } from "./waveform.js";
 
 const $ = (id) => document.getElementById(id);
 const RECORDING = "*recording"; // no voice of a server has an asterisk in its name
+const LONGEST = 35; // seconds of a recording
 const SLIDERS = [
   ["guidance_scale", "Guidance", 1, 8, 0.1, "how closely to follow the text"],
   ["temperature", "Temperature", 0, 2, 0.05, "higher is livelier, and less reliable"],
@@ -180,7 +181,7 @@ function voiceChosen() {
 async function heard(blob, from) {
   try {
     const found = await decode(blob);
-    if (found.seconds < 2 || found.seconds > 35) throw new Error(`it is ${found.seconds.toFixed(1)} s long; 2 to 35 s work`);
+    if (found.seconds < 2 || found.seconds > LONGEST) throw new Error(`it is ${found.seconds.toFixed(1)} s long; 2 to ${LONGEST} s work`);
     recording = { ...found, blob: wav(found.samples, found.rate) };
     $("recorded").textContent = `${from}: ${found.seconds.toFixed(1)} s. `;
     $("recorded").append(make("button", { type: "button", className: "quiet", textContent: "Listen", onclick: () => {
@@ -213,11 +214,17 @@ async function record() {
     return;
   }
   try {
-    running = await microphone();
+    $("record").disabled = true;
+    $("recorded").textContent = "Waiting for the microphone…";
+    running = await microphone((seconds) => {
+      $("recorded").textContent = `Recording… ${Math.floor(seconds)} s`;
+      if (running && seconds > LONGEST - 1) record();
+    });
     $("record").textContent = "Stop recording";
-    $("recorded").textContent = "Recording…";
   } catch (error) {
     $("recorded").textContent = `${error.message[0].toUpperCase()}${error.message.slice(1)}.`;
+  } finally {
+    $("record").disabled = false;
   }
 }
 

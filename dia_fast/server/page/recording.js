@@ -42,8 +42,8 @@ export async function decode(blob) {
   return { samples: toInt16(mono), rate: sound.sampleRate, seconds: sound.duration };
 }
 
-/** Starts the microphone; the result's `stop()` gives what it heard, as a Blob. */
-export async function microphone() {
+/** Starts the microphone. `heard(seconds)` is told how long it has heard; the result's `stop()` gives that, as a Blob. */
+export async function microphone(heard) {
   if (!navigator.mediaDevices) throw new Error("browsers record on https pages and on localhost only");
   let stream;
   try {
@@ -52,8 +52,13 @@ export async function microphone() {
     throw new Error(error.name === "NotAllowedError" ? "the microphone was not allowed" : "there is no microphone");
   }
   const recorder = new MediaRecorder(stream), parts = [];
-  recorder.ondataavailable = (event) => parts.push(event.data);
-  recorder.start();
+  let first = null;  // a microphone can take seconds to give its first sound
+  recorder.ondataavailable = (event) => {
+    parts.push(event.data);
+    if (event.data.size) first ??= performance.now();
+    if (first !== null && recorder.state === "recording") heard((performance.now() - first) / 1000);
+  };
+  recorder.start(200);
   return {
     stop: () => new Promise((resolve) => {
       recorder.onstop = () => {
