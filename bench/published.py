@@ -28,6 +28,7 @@ PLACE = re.compile(r"(?P<mark><!-- figures: (?P<files>[^>]+) -->\n)(?P<table>(?:
 Result = Mapping[str, Any]
 PREDICTED, COMPILERS = "2026-11-29-predicted", "2026-11-29-compilers"
 H200, ZEN3, AVX512 = "2026-11-28-h200", "2026-11-28-amd-epyc-zen3", "2026-11-29-amd-epyc-avx512-bf16"
+AMX = "2026-11-29-intel-xeon-amx"
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,13 @@ TABLES: dict[str, Lines | Across | Facts] = {
             ("ratio", "{of_the_least:.1f} ({of_the_medians:.1f})"),
             ("GB/s of weights", "{weights_gigabytes_per_second:.1f}"),
             ("machine reads", "26 to 35"),
+        ]
+    ),
+    f"{AMX}/cpu_ratios.json": Lines(
+        [
+            ("instruction set", "{instruction_set}"), ("weights", "{weights}"), ("requests", "{requests}"),
+            ("ms per step", "{wall_ms:.0f}"), ("transformers", "{transformers_wall_ms:.0f}"),
+            ("ratio", "{wall_ratio:.2f}"),
         ]
     ),
     f"{ZEN3}/throughput.json": Across(

@@ -27,6 +27,7 @@ NOT_MEASURED = {
     "| words heard right": "measured by an evaluation that make eval-voice has replaced, as the page says",
     "| | mean KL |": "printed by dia-fast doctor",
 }
+MAY_MISS_BARS = ("codegen", "cpu_ratios")  # they exit with 1 below a bar, which the page then says
 TABLE = re.compile(r"(?P<before>[^\n]*\n)(?P<head>\|[^\n]*\n)(?P<rule>\|[-:| ]+\|)\n")
 
 
@@ -69,7 +70,7 @@ def test_every_file_is_read_and_quoted() -> None:
     for name in there:
         run = read(FOLDER / name)
         # A run of codegen is complete with 1, too: it says that rules are broken, and the page says which.
-        assert run["status"] == 0 or (run["bench"], run["status"]) == ("codegen", 1), name
+        assert run["status"] == (run["bench"] in MAY_MISS_BARS and run["status"] == 1), name
         assert re.match(r"\d{4}-\d\d-\d\d-[a-z0-9-]+/", name), name
 
 
