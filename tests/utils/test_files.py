@@ -169,8 +169,9 @@ def test_there_were_enough_interrupts() -> None:
 
 
 KILLED = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup lets what it starts ignore it
 from dia_fast.utils.files import replacing, replacing_folder
 with {kind}(Path(sys.argv[1]) / "target") as temporary:
     print("writing", flush=True)
