@@ -218,7 +218,7 @@ def test_a_voice_comes_from_a_file_and_goes(page: Any, own: Server, tmp_path: Pa
 def test_the_microphone_records(page: Any) -> None:
     page.click("#add-voice summary")
     page.click("#record")
-    page.get_by_text("Recording… 3 s").wait_for()
+    page.get_by_text(re.compile(r"Recording… ([3-9]|\d\d) s")).wait_for()  # a busy page leaves seconds out
     page.click("#record")
     page.get_by_text("Microphone: ").wait_for()
     told = page.inner_text("#recorded")
