@@ -5,11 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from bench import first_generation
-from bench.first_generation import CASES, CONFIG, main, probabilities
+from bench.first_generation import CASES, CONFIG, is_tie, main, parting, probabilities
 from dia_kernels import reference
 
 
@@ -32,6 +33,23 @@ def test_checkouts_that_are_none(
 def test_batches_are_ragged() -> None:
     assert any(not any(case.prompts) for case in CASES) and any(case.eos_gain for case in CASES)
     assert len({case.scale for case in CASES}) >= 3 and all(len(set(case.texts)) > 1 for case in CASES)
+
+
+def test_the_code_at_which_two_part() -> None:
+    """That of the earliest row of generation, not of the earliest frame: channel 0 is 8 rows ahead of channel 1."""
+    expected = np.arange(27).reshape(3, 9)
+    assert parting(expected, expected) is None and parting(expected, expected[:2]) is None
+    found = expected.copy()
+    found[0, 8], found[2, 0], found[1, 1] = 100, 101, 102
+    assert parting(expected, found) == (2, 2, 0)
+    found[2, 0] = expected[2, 0]
+    assert parting(expected, found) == (1 + CONFIG.delay_pattern[1], 1, 1)
+
+
+@pytest.mark.parametrize(("scale", "weight"), [(0.0, 1.0), (3.0, 7.0), (-2.0, 3.0)])
+def test_ties_are_as_wide_as_rounding(scale: float, weight: float) -> None:
+    for factor, tie in ((1.99, True), (2.01, False)):
+        assert is_tie(torch.tensor([1.0, 1.0 + factor * weight / 1024]), scale, 1 / 1024) is tie
 
 
 @pytest.mark.parametrize("damp", [0.8, 1.0])

