@@ -6,9 +6,9 @@ CHECKOUT: of `nari-labs/dia` at 2811af1, the last commit before the new weights;
 codec and torchaudio, which it imports, are stood in for. Tiny random weights, fp32, on the CPU, greedily: batches of
 texts of different length, with and without audio prompts, with several guidance scales, until there are enough rows.
 Beside the codes it compares the logits of every step, and the probabilities that a code is drawn from for random logits
-and settings. Where the two best logits are closer than rounding tells apart, both choices are right: a text that parts from
-the original's there is counted as a tie, and its rows up to there alone. Exit status 1 if a code differs otherwise, or a
-probability by more than 1e-6.
+and settings. Where the two best logits are closer than rounding tells apart, both choices are right: a text that parts
+from the original's there is counted as a tie, and its rows up to there alone. Exit status 1 if a code differs
+otherwise, or a probability by more than 1e-6.
 """
 
 import argparse
@@ -244,9 +244,8 @@ def probabilities(theirs: Any, count: int) -> float:
 def report(options: argparse.Namespace, results: Results) -> int:
     """Print a line for each batch, and what was compared in all. Raises InputError."""
     theirs = load(options.checkout.resolve())
-    print(
-        f"{'batch':<66} {'rows':>5} {'codes':>6} {'differ':>6} {'ties':>4} {'largest logit':>13} {'error':>8} {'margin':>8}"
-    )
+    columns = f"{'differ':>6} {'ties':>4} {'largest logit':>13} {'error':>8} {'margin':>8}"
+    print(f"{'batch':<66} {'rows':>5} {'codes':>6} {columns}")
     rows = differ = ties = seed = 0
     while rows < options.rows:
         for case in CASES:

@@ -214,7 +214,7 @@ def of_wrappers(place: Place) -> list[str]:
 
 
 def of_first_generation(place: Place) -> list[str]:
-    figures = {"rows": 9, "codes": 5, "differ": 0, "error": 1e-6, "margin": 0.1, "largest": 5.0}
+    figures = {"rows": 9, "codes": 5, "differ": 0, "ties": 0, "error": 1e-6, "margin": 0.1, "largest": 5.0}
     place.put(
         "first_generation", load=lambda *_: None, compare=lambda *_: figures, probabilities=lambda *_: 1e-7
     )  # fmt: skip
