@@ -4,9 +4,11 @@
 operators. They allocate what they return; the decode engine does not use them, since its buffers exist before the step.
 Where Triton can run on the tensors' device the kernels run, elsewhere the torch reference: `implementation(device)`
 tells which. Shapes and formulas are those of `dia_kernels.reference`. Projections take a weight in 8 bits as int8
-values and their float32 `scales`, one for each output feature.
+values and their float32 `scales`, one for each output feature. Scores of attention are multiplied by `scale`, 1.0 in
+Dia; `workspace`, of `attention_workspace`, spares the two decode attentions an allocation and a fill in each call.
 """
 
+import math
 from types import ModuleType
 
 import torch
@@ -30,6 +32,45 @@ def _ops(x: Tensor) -> ModuleType:
 
 def _weight(values: Tensor, scales: Tensor | None) -> Weight:
     return values if scales is None else Int8Weight(values, scales)
+
+
+def attention_workspace(rows: int, heads: int, head_dim: int, max_length: int, device: torch.device | str) -> Tensor:
+    """Return scratch memory for `rope_attention` and `cross_attention`, for calls one after another on one stream.
+
+    Args:
+        rows: Most rows of a call.
+        heads: Query heads.
+        head_dim: Of a head.
+        max_length: Most tokens that a block table has room for: pages of a row times their size.
+        device: Of the tensors.
+
+    Returns:
+        A tensor that only these two read and write; empty where torch computes, which needs none.
+    """
+    if implementation(device) == "torch":
+        return torch.empty(0, 1, device=device)
+    from dia_kernels.triton.paged_attention import packed_workspace
+
+    return packed_workspace(rows, heads, head_dim, max_length, device)
+
+
+def _scratch(q: Tensor, heads: int, k_pages: Tensor, block_table: Tensor, workspace: Tensor | None) -> object:
+    """What the op set wants for a call, made if none was given."""
+    page_size, head_dim = k_pages.shape[2:]
+    if workspace is None:
+        length = block_table.shape[1] * page_size
+        return _ops(q).attention_workspace(q.shape[0], heads, head_dim, length, q.device)
+    if implementation(q.device) == "torch":
+        return None
+    from dia_kernels.triton.paged_attention import unpacked_workspace
+
+    return unpacked_workspace(workspace, head_dim)
+
+
+def _checked(scale: float) -> float:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: {scale}, needs a finite number, such as head_dim ** -0.5")
+    return scale
 
 
 @custom_op("dia_kernels::rms_norm", mutates_args=())
@@ -111,37 +152,70 @@ def _(
     return x.new_empty(x.shape[0], channels, weight.shape[0] // channels, dtype=torch.float32)
 
 
-@custom_op("dia_kernels::rope_attention", mutates_args=("k_pages", "v_pages"))
+@custom_op("dia_kernels::rope_attention", mutates_args=("k_pages", "v_pages", "workspace"))
 def rope_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, positions: Tensor
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    scale: float = 1.0,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """Make one decode step of self-attention over pages, the new k and v written in place."""
-    _, kv_heads, page_size, head_dim = k_pages.shape
+    _, kv_heads, _, head_dim = k_pages.shape
     width = qkv.shape[1] - 2 * kv_heads * head_dim
     out = qkv.new_empty(qkv.shape[0], width)
-    length = block_table.shape[1] * page_size
-    scratch = _ops(qkv).attention_workspace(qkv.shape[0], width // head_dim, head_dim, length, qkv.device)
-    return _ops(qkv).rope_attention(qkv, cos, sin, k_pages, v_pages, block_table, positions, out, scratch)
+    scratch = _scratch(qkv, width // head_dim, k_pages, block_table, workspace)
+    return _ops(qkv).rope_attention(
+        qkv, cos, sin, k_pages, v_pages, block_table, positions, out, scratch, scale=_checked(scale)
+    )
 
 
 @rope_attention.register_fake
 def _(
-    qkv: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, positions: Tensor
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    positions: Tensor,
+    scale: float = 1.0,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * k_pages.shape[1] * k_pages.shape[3])
 
 
-@custom_op("dia_kernels::cross_attention", mutates_args=())
-def cross_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+@custom_op("dia_kernels::cross_attention", mutates_args=("workspace",))
+def cross_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float = 1.0,
+    workspace: Tensor | None = None,
+) -> Tensor:
     """Make one decode step of attention over paged keys and values of given lengths."""
-    head_dim = k_pages.shape[3]
-    length = block_table.shape[1] * k_pages.shape[2]
-    scratch = _ops(q).attention_workspace(q.shape[0], q.shape[1] // head_dim, head_dim, length, q.device)
-    return _ops(q).cross_attention(q, k_pages, v_pages, block_table, lengths, torch.empty_like(q), scratch)
+    scratch = _scratch(q, q.shape[1] // k_pages.shape[3], k_pages, block_table, workspace)
+    return _ops(q).cross_attention(
+        q, k_pages, v_pages, block_table, lengths, torch.empty_like(q), scratch, scale=_checked(scale)
+    )
 
 
 @cross_attention.register_fake
-def _(q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+def _(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float = 1.0,
+    workspace: Tensor | None = None,
+) -> Tensor:
     return torch.empty_like(q)
 
 
@@ -157,13 +231,14 @@ def _(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv_heads: int) -
 
 
 @custom_op("dia_kernels::ragged_attention", mutates_args=())
-def ragged_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool) -> Tensor:
+def ragged_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool, scale: float = 1.0) -> Tensor:
     """Attend within packed ragged sequences: `[tokens, heads, head_dim]` to `[tokens, heads * head_dim]`."""
-    return _ops(q).ragged_attention(q, k, v, starts, q.new_empty(q.shape[0], q.shape[1] * q.shape[2]), causal=causal)
+    out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+    return _ops(q).ragged_attention(q, k, v, starts, out, causal=causal, scale=_checked(scale))
 
 
 @ragged_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, causal: bool, scale: float = 1.0) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
 
 

@@ -48,6 +48,13 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "codebook_logits by int8": (r(2, 32), r(32, seed=1), bytes_(24, 32), EPS, 3, scales(24)),
         "rope_attention": (r(2, (heads + 2 * kv_heads) * dim), cos, sin, *pages, table, _integers([3, -1], device)),
         "cross_attention": (r(2, heads * dim), *pages, table, _integers([5, 16], device)),
+        "rope_attention by scale": (
+            r(2, (heads + 2 * kv_heads) * dim), cos, sin, *pages, table, _integers([3, -1], device), 0.3,
+        ),
+        "cross_attention by scale": (r(2, heads * dim), *pages, table, _integers([5, 16], device), 0.3),
+        "ragged_attention by scale": (
+            r(5, heads, dim), r(5, kv_heads, dim), r(5, kv_heads, dim, seed=1), _integers([0, 2, 5], device), True, 0.3,
+        ),
         "rope": (r(4, (heads + 2 * kv_heads) * dim), cos, sin, _integers([0, 1, 2, 0], device), kv_heads),
         "ragged_attention": (
             r(5, heads, dim), r(5, kv_heads, dim), r(5, kv_heads, dim, seed=1), _integers([0, 2, 5], device), True,
@@ -122,6 +129,57 @@ def test_the_kernels_agree_with_the_reference(name: str, device: torch.device, m
 def _tensors(values: tuple) -> list[Tensor]:
     flat = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
     return [value for value in flat if isinstance(value, Tensor)]
+
+
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
+@pytest.mark.parametrize("op", ["rope_attention", "cross_attention", "ragged_attention"])
+def test_a_scale_is_that_of_q(
+    op: str, implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit for a power of two: no rounding depends on it."""
+    monkeypatch.setattr(library, "implementation", lambda device: implementation)
+    run, (q, *rest) = getattr(library, op), cases(device)[op]
+    plain = run(q, *(value.clone() if isinstance(value, Tensor) else value for value in rest))
+    scaled = run(q, *rest, scale=0.25)
+    quarter = q.clone()
+    quarter[:, : 2 * 16 if op == "rope_attention" else None] *= 0.25  # of q, k and v in a row q alone
+    assert torch.equal(scaled, run(quarter, *rest)) and not torch.equal(scaled, plain)
+    with pytest.raises(ValueError, match="scale: nan, needs a finite number"):
+        run(q, *rest, scale=float("nan"))
+
+
+def test_one_workspace_for_calls_of_any_size(device: torch.device) -> None:
+    """Three splits a row, so that results go through it; its counters are 0 after each call."""
+    dim, kv_heads = 16, 1
+    pages = tuple(random((30, kv_heads, 64, dim), torch.float32, device, seed) for seed in (2, 3))
+    workspace = library.attention_workspace(5, 2, dim, 8 * 64, device)
+
+    def both(rows: int, heads: int, per_row: int, seed: int, workspace: Tensor | None) -> list[Tensor]:
+        q = random((rows, heads * dim), torch.float32, device, seed)
+        qkv = random((rows, (heads + 2 * kv_heads) * dim), torch.float32, device, seed)
+        cos, sin = (random((600, dim // 2), torch.float32, device, 7 + i) for i in range(2))
+        table = torch.randperm(30, generator=torch.Generator().manual_seed(seed))[: rows * per_row]
+        table = table.view(rows, per_row).int().to(device)
+        last = _integers([per_row * 64 - 1 - row for row in range(rows)], device)
+        cached = [part.clone() for part in pages]
+        return [
+            library.cross_attention(q, *pages, table, last, workspace=workspace),
+            library.rope_attention(qkv, cos, sin, *cached, table, last, workspace=workspace),
+        ]
+
+    for sizes in ((5, 2, 6, 0), (1, 2, 8, 1), (3, 1, 6, 2), (5, 2, 3, 3)):
+        for got, want in zip(both(*sizes, workspace), both(*sizes, None), strict=True):
+            assert torch.equal(got, want)
+        assert not workspace.view(-1)[: len(workspace)].any()
+    assert workspace.any(), "nothing went through it"
+    with pytest.raises(ValueError, match="workspace: too small for this call"):
+        both(5, 4, 6, 4, workspace)
+    with pytest.raises(ValueError, match="needs what attention_workspace returns"):
+        both(5, 2, 6, 4, workspace.double())
+    torch.library.opcheck(
+        torch.ops.dia_kernels.cross_attention.default,
+        (*cases(device)["cross_attention"], 1.0, library.attention_workspace(2, 2, dim, 16, device)),
+    )
 
 
 def test_operators_inside_torch_compile(device: torch.device) -> None:

@@ -31,12 +31,12 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     batch, heads, tokens, head_dim = query.shape
     scaling = kwargs.get("scaling")
-    query = query * (head_dim**-0.5 if scaling is None else scaling)
+    scale = head_dim**-0.5 if scaling is None else float(scaling)
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     q, k, v = (part.transpose(1, 2).reshape(batch * tokens, -1, head_dim) for part in (query, key, value))
     starts = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * tokens
-    return library.ragged_attention(q, k, v, starts, causal).view(batch, tokens, heads, head_dim), None
+    return library.ragged_attention(q, k, v, starts, causal, scale).view(batch, tokens, heads, head_dim), None
 
 
 def serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

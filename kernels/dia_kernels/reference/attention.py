@@ -1,4 +1,4 @@
-"""Attention over pages and over packed sequences, with RoPE. The scale is 1.0 throughout (docs/dia.md).
+"""Attention over pages and over packed sequences, with RoPE. The scale of Dia is 1.0 throughout (docs/dia.md).
 
 A page pool is `[pages, kv_heads, page_size, head_dim]`, one for K and one for V; token `t` of a sequence lives in
 page `block_table[sequence, t // page_size]` at offset `t % page_size`.
@@ -45,7 +45,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """q: `[heads, n, head_dim]`, k, v: `[kv_heads, m, head_dim]`, the queries last -> `[heads, n, head_dim]`.
 
     On a CPU in float32: products of 16-bit numbers are several times slower there, and less exact.
@@ -55,10 +55,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not causal or n == 1:
         folded = q.reshape(k.shape[0], groups * n, q.shape[2])
-        return F.scaled_dot_product_attention(folded[None], k[None], v[None], scale=1.0)[0].reshape(q.shape)
+        return F.scaled_dot_product_attention(folded[None], k[None], v[None], scale=scale)[0].reshape(q.shape)
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     mask = None if n == m else torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None, scale=1.0)[0]
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, is_causal=mask is None, scale=scale)[0]
 
 
 def rope_attention(
@@ -72,11 +72,12 @@ def rope_attention(
     out: Tensor,
     workspace: object = None,
     kv_ready: bool = False,
+    scale: float = 1.0,
 ) -> Tensor:
     """Make one decode step of causal self-attention: rotate q and k, store k and v, attend to `0..position`.
 
     q and k are rotated in fp32 and rounded once to their dtype; scores, softmax and the weighted sum are accumulated in
-    fp32. Scale 1.0.
+    fp32.
 
     Args:
         qkv: `[rows, (heads + 2 * kv_heads) * head_dim]`, q first.
@@ -91,6 +92,7 @@ def rope_attention(
         workspace: Result of `attention_workspace`.
         kv_ready: The caller's word that nothing but qkv comes from a launch that may still run when this one begins
             (docs/kernels.md): a kernel may then read the rest early.
+        scale: What scores are multiplied by, in fp32; 1.0 in Dia.
 
     Returns:
         `out`.
@@ -111,7 +113,7 @@ def rope_attention(
     offset = (at % page_size)[active]
     k_pages[page, :, offset] = k[active]
     v_pages[page, :, offset] = v[active]
-    return _attend_each(q.flatten(1), k_pages, v_pages, block_table, lengths, out)
+    return _attend_each(q.flatten(1), k_pages, v_pages, block_table, lengths, out, scale)
 
 
 def cross_attention(
@@ -126,8 +128,9 @@ def cross_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     positions: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Make one decode step of cross-attention over the text, conditional rows only. Scale 1.0.
+    """Make one decode step of cross-attention over the text, conditional rows only.
 
     Args:
         q: `[batch, heads * head_dim]`.
@@ -142,6 +145,7 @@ def cross_attention(
             first generation of Dia does, whose k were rotated when they were stored. None: no RoPE.
         sin: As cos; required with it.
         positions: `[batch]` int32, below 0 for inert rows; required with cos.
+        scale: What scores are multiplied by, in fp32; 1.0 in Dia.
 
     Returns:
         `out`.
@@ -153,11 +157,17 @@ def cross_attention(
     if cos is not None and sin is not None and positions is not None:
         at = positions.long().clamp(min=0)
         q = _rotate(q.view(q.shape[0], -1, k_pages.shape[3]), cos[at], sin[at]).view(q.shape)
-    return _attend_each(q, k_pages, v_pages, block_table, lengths.tolist(), out)
+    return _attend_each(q, k_pages, v_pages, block_table, lengths.tolist(), out, scale)
 
 
 def _attend_each(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: list[int], out: Tensor
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: list[int],
+    out: Tensor,
+    scale: float,
 ) -> Tensor:
     """Row by row, each over the first `lengths[row]` tokens of its pages. q, out: `[rows, heads * head_dim]`.
 
@@ -172,6 +182,8 @@ def _attend_each(
             continue
         wide = torch.empty_like(query, dtype=_wide(q.dtype)).copy_(query)
         scores = torch.bmm(wide, _gather(k_pages, pages, length).transpose(1, 2))
+        if scale != 1.0:
+            scores *= scale
         result.copy_(torch.bmm(scores.softmax(-1), _gather(v_pages, pages, length)))
     return out
 
@@ -228,8 +240,9 @@ def ragged_attention(
     causal: bool,
     block_table: Tensor | None = None,
     kv_lengths: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Attend within several sequences of different lengths, packed one after another, for prefill. Scale 1.0.
+    """Attend within several sequences of different lengths, packed one after another, for prefill.
 
     Args:
         q: `[tokens, heads, head_dim]`, any strides with a contiguous last axis.
@@ -242,6 +255,7 @@ def ragged_attention(
         block_table: `[sequences, max_pages]` int32, for paged keys.
         kv_lengths: `[sequences]` int32, tokens in the cache, those of this call included. A sequence without keys gives
             0.
+        scale: What scores are multiplied by; 1.0 in Dia.
 
     Returns:
         `out`.
@@ -265,6 +279,6 @@ def ragged_attention(
             keys, values = k[begin:end].transpose(0, 1), v[begin:end].transpose(0, 1)
         else:
             keys, values = (_gather(pages, block_table[sequence], m) for pages in (k, v))
-        result = _attend(q[begin:end].transpose(0, 1), keys, values, causal)
+        result = _attend(q[begin:end].transpose(0, 1), keys, values, causal, scale)
         out[begin:end] = result.transpose(0, 1).reshape(n, -1)
     return out

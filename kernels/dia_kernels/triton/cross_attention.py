@@ -1,6 +1,6 @@
 """cross_attention: one decode step of attention to the text over its paged keys and values, in one launch.
 
-    out = softmax(q . k[0 .. length - 1]) . v[0 .. length - 1]                       # scale 1.0
+    out = softmax(scale * q . k[0 .. length - 1]) . v[0 .. length - 1]               # scale 1.0 in Dia
     q   = round(rope(q))                             # where a table is given: the first generation of Dia
 
 One program per (row and kv head, split of the tokens), see `paged`. Reads 2 * kv_heads * head_dim values
@@ -47,6 +47,7 @@ def _cross_attention(
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
@@ -89,7 +90,7 @@ def _cross_attention(
         sin = tl.load(sin_ptr + place, mask=used, other=0.0)
         q = settle(rotated(q, q_paired, cos[None, :], sin[None, :], d[None, :], HEAD_DIM), TARGET)
     k, v = keep_both_in_flight(k, v, TARGET)
-    peak, total, acc = attend(q, k, v, live, tl.full([BLOCK_G], float("-inf"), tl.float32), TARGET)
+    peak, total, acc = attend(q, k, v, live, tl.full([BLOCK_G], float("-inf"), tl.float32), SCALE, TARGET)
     splits = tl.cdiv(length, SPLIT)
     finish(
         peak, total, acc, split, splits, row_head, d, used, out_ptr, partials_ptr, stats_ptr, arrivals_ptr,
@@ -121,6 +122,7 @@ def cross_attention(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.cross_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
 
@@ -135,5 +137,5 @@ def cross_attention(
     if cos is not None or sin is not None or positions is not None:
         _check_rotation(rows, k_pages.shape[3], cos, sin, positions)
     cache = (k_pages, v_pages, block_table, lengths, out)
-    paged.run("cross_attention", _cross_attention, SPLIT, (q, cos, sin, positions), cache, workspace, kv_ready)
+    paged.run("cross_attention", _cross_attention, SPLIT, (q, cos, sin, positions), cache, workspace, kv_ready, scale)
     return out

@@ -1,6 +1,6 @@
 """Attention of one new token per row over a paged K/V cache, split over programs: what both decode attentions share.
 
-    out[row, head] = sum_t softmax_t(q . k[t]) v[t],  t = 0 .. length - 1,  scale 1.0
+    out[row, head] = sum_t softmax_t(SCALE * q . k[t]) v[t],  t = 0 .. length - 1
 
 The tokens of a row are cut into splits of a fixed number of tokens, one program each, and every program serves all
 query heads of one kv head, so K and V are read once. A row of one split is written by its program. Otherwise each split
@@ -40,6 +40,27 @@ def attention_workspace(
         torch.empty(rows * heads * splits * 2, dtype=torch.float32, device=device),
         torch.zeros(rows * heads, dtype=torch.int32, device=device),
     )
+
+
+def packed_workspace(rows: int, heads: int, head_dim: int, max_length: int, device: torch.device | str) -> torch.Tensor:
+    """As `attention_workspace`, in one tensor: `[lines, 1 + splits * (head_dim + 2)]` float32, zeros.
+
+    The counters are its first `lines` values, wherever the rest is cut: a call of another size finds none changed.
+    """
+    splits = triton.cdiv(max_length, smallest_split(head_dim))
+    lines = triton.cdiv(rows * heads, 4) * 4  # what follows the counters then begins at a multiple of 16 bytes
+    return torch.zeros(lines, 1 + splits * (head_dim + 2), dtype=torch.float32, device=device)
+
+
+def unpacked_workspace(packed: torch.Tensor, head_dim: int) -> AttentionWorkspace:
+    """The parts of what `packed_workspace` returned. Raises ValueError."""
+    if packed.ndim != 2 or packed.shape[1] < 1 or packed.dtype != torch.float32 or not packed.is_contiguous():
+        found = f"{packed.dtype} {tuple(packed.shape)}"
+        raise ValueError(f"workspace: {found}, needs what attention_workspace returns")
+    lines, width = packed.shape
+    sums = lines * ((width - 1) // (head_dim + 2)) * head_dim
+    flat = packed.view(-1)
+    return AttentionWorkspace(flat[lines : lines + sums], flat[lines + sums :], flat[:lines].view(torch.int32))
 
 
 def smallest_split(head_dim: int) -> int:
@@ -103,11 +124,12 @@ def run(
     cache: tuple[torch.Tensor, ...],
     workspace: object,
     kv_ready: bool,
+    scale: float,
 ) -> None:
     """Launch a decode attention: one program per row, kv head and split of the longest row the block table can hold.
 
     inputs: the kernel's own tensors; cache: k_pages, v_pages, block_table, lengths or positions, out. kv_ready: whether
-    the cache may be read while launches before this one still run.
+    the cache may be read while launches before this one still run. scale: of the scores.
     """
     k_pages, _, block_table, _, out = cache
     _, kv_heads, page_size, head_dim = k_pages.shape
@@ -144,6 +166,7 @@ def run(
         HEAD_DIM=head_dim,
         BLOCK_G=max(16 if out.dtype.itemsize == 2 else 1, triton.next_power_of_2(group)),
         BLOCK_D=triton.next_power_of_2(head_dim),
+        SCALE=float(scale),
         enable_fp_fusion=True,
         **chosen,
         **options(launch.architecture(out.device), kv_ready),
@@ -232,6 +255,14 @@ def settle(x, TARGET: tl.constexpr):
 
 
 @triton.jit
+def scaled(score, SCALE: tl.constexpr):
+    """`SCALE * score`; nothing is computed for 1.0."""
+    if SCALE != 1.0:
+        score *= SCALE
+    return score
+
+
+@triton.jit
 def scores(q, k, DOT: tl.constexpr):
     """`q @ k.T` in fp32: q `[M, D]`, k `[N, D]`; by matrix units, or row by row where there are none."""
     if DOT:
@@ -266,6 +297,7 @@ def attend(
     v,  # [SPLIT, BLOCK_D]
     live,  # [SPLIT]
     least,  # [BLOCK_G] float32, a score that the row has elsewhere, or -inf if a token is live
+    SCALE: tl.constexpr,
     TARGET: tl.constexpr,
 ):
     """Largest score `[BLOCK_G]`, sum of exp(score - largest) and that sum over v `[BLOCK_G, BLOCK_D]`, all float32.
@@ -275,7 +307,7 @@ def attend(
     all warps of a product behind a product to its rows, here the 16 of the group, so each would hold all of V.
     """
     DOT: tl.constexpr = k.dtype.primitive_bitwidth == 16
-    score = tl.where(live[None, :], scores(q, k, DOT), float("-inf"))
+    score = tl.where(live[None, :], scaled(scores(q, k, DOT), SCALE), float("-inf"))
     peak = tl.maximum(least, tl.max(score, 1))
     weight = tl.exp(score - peak[:, None])
     if DOT and TARGET == "gfx":

@@ -1,6 +1,6 @@
 """ragged_attention: attention of whole sequences, packed one after another, to packed or paged keys and values.
 
-    out[i] = softmax(q[i] . k[t]) v[t] over the keys t that query i sees             # scale 1.0
+    out[i] = softmax(scale * q[i] . k[t]) v[t] over the keys t that query i sees     # scale 1.0 in Dia
 
 One program per (tile of one sequence's queries, query head) goes over the keys with a running softmax, so no score
 leaves the chip. Tiles start at the beginning of their sequence: a sequence's result is the same to the bit in any
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from dia_kernels import launcher as launch
-from dia_kernels.triton.paged_attention import mix, scores
+from dia_kernels.triton.paged_attention import mix, scaled, scores
 
 
 @triton.jit
@@ -48,6 +48,7 @@ def _ragged_attention(
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,  # 0: packed
     CAUSAL: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,7 +93,7 @@ def _ragged_attention(
         mask = live[:, None] & used[None, :]
         k = tl.load(k_ptr + k_at[:, None] + d[None, :], mask=mask, other=0.0)
         v = tl.load(v_ptr + v_at[:, None] + d[None, :], mask=mask, other=0.0)
-        score = scores(q, k, DOT)
+        score = scaled(scores(q, k, DOT), SCALE)
         seen = live[None, :]
         if CAUSAL:
             seen = seen & (t[None, :] <= (keys - queries + m)[:, None])
@@ -189,6 +190,7 @@ def ragged_attention(
     causal: bool,
     block_table: torch.Tensor | None = None,
     kv_lengths: torch.Tensor | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.ragged_attention`; q, and packed k and v, of any strides along tokens and heads.
 
@@ -223,6 +225,7 @@ def ragged_attention(
         HEAD_DIM=head_dim,
         PAGE=0 if block_table is None else k.shape[2],
         CAUSAL=causal,
+        SCALE=float(scale),
         BLOCK_S=triton.next_power_of_2(sequences),
         BLOCK_D=triton.next_power_of_2(head_dim),
         enable_fp_fusion=True,

@@ -1,7 +1,7 @@
 """rope_attention: one decode step of causal self-attention over the paged cache, in one launch.
 
     q, k = round(rope(q)), round(rope(k));  k_pages, v_pages[position] = k, v
-    out  = softmax(q . k[0 .. position]) . v[0 .. position]                          # scale 1.0
+    out  = softmax(scale * q . k[0 .. position]) . v[0 .. position]                  # scale 1.0 in Dia
 
 One program per (row and kv head, split of the tokens), see `paged`. The program whose split holds the position rotates
 the new k, stores it and v, and alone attends to the new token, from its registers: nobody reads the slot being written.
@@ -21,6 +21,7 @@ from dia_kernels.triton.paged_attention import (
     keep_both_in_flight,
     load_tile,
     rotated,
+    scaled,
     settle,
 )
 
@@ -47,6 +48,7 @@ def _rope_attention(
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr,
     SPLIT: tl.constexpr,
     CHUNK: tl.constexpr,
     TARGET: tl.constexpr,
@@ -104,8 +106,8 @@ def _rope_attention(
     tl.store(v_ptr + slot, new_v, mask=new)
 
     new_score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1)
-    new_score = tl.where(owner, new_score, float("-inf"))
-    peak, total, acc = attend(q, k, v, live, new_score, TARGET)
+    new_score = tl.where(owner, scaled(new_score, SCALE), float("-inf"))
+    peak, total, acc = attend(q, k, v, live, new_score, SCALE, TARGET)
     new_weight = tl.exp(new_score - peak)
     total += new_weight
     acc += new_weight[:, None] * new_v.to(tl.float32)[None, :]
@@ -141,6 +143,7 @@ def rope_attention(
     out: torch.Tensor,
     workspace: object = None,
     kv_ready: bool = False,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """As `dia_kernels.reference.rope_attention`; all tensors contiguous, `workspace` from `attention_workspace`.
 
@@ -157,5 +160,5 @@ def rope_attention(
         raise ValueError(f"positions: {positions.dtype} {tuple(positions.shape)}, needs int32 [{rows}]")
     launch.require_contiguous(qkv=qkv, cos=cos, sin=sin, positions=positions)
     cache = (k_pages, v_pages, block_table, positions, out)
-    paged.run("rope_attention", _rope_attention, SPLIT, (qkv, cos, sin), cache, workspace, kv_ready)
+    paged.run("rope_attention", _rope_attention, SPLIT, (qkv, cos, sin), cache, workspace, kv_ready, scale)
     return out
