@@ -13,8 +13,8 @@ import torch
 from bench import device as devices
 from bench.device import Device, Peaks
 from bench.suite import backends
-from bench.suite.cases import all_cases
-from bench.suite.stages import all_stages
+from bench.suite.cases import Case, all_cases
+from bench.suite.stages import Stage, all_stages
 from dia_fast.diagnostics.doctor import Verdict, environment
 from dia_fast.errors import InputError
 from dia_fast.model.device import choose_dtype
@@ -81,15 +81,41 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+def _cases(session: Session) -> list[Case]:
+    requests = (1, 2, 8) if session.device.gpu or not session.quick else (2,)
+    return all_cases(session.dtype, requests, session.quick)
+
+
+def _stages(session: Session) -> list[Stage]:
+    return all_stages(session.device.gpu, session.quick)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parameters are names, which reports can write; the fixtures `case` and `stage` say what they name."""
     session = metafunc.config.stash[KEY]
-    dtype, gpu = session.dtype, session.device.gpu
-    if "case" in metafunc.fixturenames:
-        cases = all_cases(dtype, (1, 2, 8) if gpu or not session.quick else (2,), session.quick)
-        metafunc.parametrize("case", cases, ids=lambda case: case.name)
-    if "stage" in metafunc.fixturenames:
-        metafunc.parametrize("stage", all_stages(gpu, session.quick), ids=lambda stage: stage.name)
+    for kind, found in (("case", _cases), ("stage", _stages)):
+        if kind in metafunc.fixturenames:
+            metafunc.parametrize(kind, [one.name for one in found(session)], indirect=True)
     metafunc.parametrize("backend", session.backends)
+
+
+@pytest.fixture(scope="session")
+def _named(pytestconfig: pytest.Config) -> dict[str, Case | Stage]:
+    session = pytestconfig.stash[KEY]
+    found: list[Case | Stage] = [*_cases(session), *_stages(session)]
+    return {one.name: one for one in found}
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, _named: dict[str, Any]) -> Case:
+    found: Case = _named[request.param]
+    return found
+
+
+@pytest.fixture
+def stage(request: pytest.FixtureRequest, _named: dict[str, Any]) -> Stage:
+    found: Stage = _named[request.param]
+    return found
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -104,7 +130,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _place(item: pytest.Item) -> tuple[str, str]:
     """Of a benchmark in the table: what it measures, and on which backend."""
     parameters: dict[str, Any] = item.callspec.params  # type: ignore[attr-defined]
-    return (parameters.get("case") or parameters["stage"]).name, parameters["backend"]
+    return parameters.get("case") or parameters["stage"], parameters["backend"]
 
 
 @pytest.hookimpl(wrapper=True)

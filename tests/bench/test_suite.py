@@ -1,5 +1,6 @@
 """The benchmark suite without a GPU: the device is replaced by one whose clock counts, everything else is real."""
 
+import csv
 import json
 import math
 import os
@@ -95,6 +96,13 @@ def test_ops_of_ones_own_are_timed_beside_the_shipped_ones(tmp_path: Path) -> No
     assert ("glu", "own") in times and ("glu", "torch") in times and ("rope", "torch") in times
     assert ("rms_norm", "own") not in times and ("rope", "own") not in times
     assert "own, µs" in done.stdout and "the shipped op: --ops names no other one" in done.stdout
+    table_of = [sys.executable, "-m", "pytest_benchmark", "compare", "suite.json", "--csv=times.csv"]
+    subprocess.run(table_of, cwd=tmp_path, check=True, capture_output=True)
+    with (tmp_path / "times.csv").open(encoding="utf-8") as file:
+        written = {(line["param:case"], line["param:backend"]) for line in csv.DictReader(file)}
+    glu = "glu-tokens-64-width-1024"
+    others = {(name, "torch") for name in ("rms_norm-tokens-64-width-128", "rope-tokens-64-width-768")}
+    assert written == {(glu, "own"), (glu, "torch"), *others}
 
 
 def test_a_broken_kernel_is_reported_and_has_no_speed(
