@@ -1,6 +1,6 @@
 """Makes the demo voice from nothing: speech, codec, codes, model, and the folder that the package ships.
 
-    python -m examples.demo_voice.build [FOLDER] [--output FOLDER/voice] [--until STAGE] [--speech OTHER_SPEECH]
+    python -m examples.demo_voice.build [FOLDER] [--output FOLDER/voice] [--until STAGE] [--speech DONE] [--codec DONE]
 
 A stage is made again only if what it depends on has changed; one that was stopped goes on where it was. Each can be run
 apart, as a module of its own. Where torch sees a GPU codec and model are trained there, longer and in much less time.
@@ -45,13 +45,13 @@ def options(values: dict[str, Any]) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def pack(work: Path, output: Path) -> None:
+def pack(work: Path, heard_by: Path, output: Path) -> None:
     """Everything that is shipped, but for the model card: weights in 16 bits, and the words."""
     output.mkdir(parents=True, exist_ok=True)
     for file in (work / "model").iterdir():
         shutil.copyfile(file, output / file.name)
     shutil.rmtree(output / "codec", ignore_errors=True)
-    load_codec(work / "codec", dtype=torch.float16).save_pretrained(output / "codec")
+    load_codec(heard_by, dtype=torch.float16).save_pretrained(output / "codec")
     (output / "vocabulary.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     if size > LARGEST:
@@ -59,9 +59,11 @@ def pack(work: Path, output: Path) -> None:
     print(f"{output}: {size / 1e6:.1f} MB")
 
 
-def stages(work: Path, output: Path, spoken: Path | None = None, turns: int = TURNS) -> list[Stage]:
-    """All stages in order. spoken: a folder of finished speech, in the place of the first two."""
-    where = spoken or work / "speech"
+def stages(
+    work: Path, output: Path, spoken: Path | None = None, turns: int = TURNS, trained: Path | None = None
+) -> list[Stage]:
+    """All stages in order. spoken: a folder of finished speech, in the place of the first two; trained: of a codec."""
+    where, heard_by = spoken or work / "speech", trained or work / "codec"
     codec_plan, plan = codec.Plan(**WHERE["codec"]), train.Plan(**WHERE["model"])
     voice, words = {"seed": SEED, "turns": turns}, [speech.plan(0, SEED), kokoro.VOICES]
     made = [
@@ -70,18 +72,22 @@ def stages(work: Path, output: Path, spoken: Path | None = None, turns: int = TU
         Stage("speech", where / "turns.jsonl", (work / "kokoro",), {**voice, "words": words},
               lambda: python("speech", work / "kokoro", where, *options(voice)), (where,)),
     ]  # fmt: skip
+    training = Stage(
+        "codec", heard_by, (where,), {"plan": asdict(codec_plan), "config": asdict(codec.CONFIG)},
+        lambda: python("codec", where, heard_by, *options(WHERE["codec"])), (work / "codec.state",),
+    )  # fmt: skip
     return [
         *([] if spoken else made),
-        Stage("codec", work / "codec", (where,), {"plan": asdict(codec_plan), "config": asdict(codec.CONFIG)},
-              lambda: python("codec", where, work / "codec", *options(WHERE["codec"])), (work / "codec.state",)),
-        Stage("codes", work / "codes.pt", (where, work / "codec"), {},
-              lambda: python("codes", where, work / "codec", work / "codes.pt"), (work / "codes.part",)),
+        *([] if trained else [training]),
+        Stage("codes", work / "codes.pt", (where, heard_by), {},
+              lambda: python("codes", where, heard_by, work / "codes.pt"), (work / "codes.part",)),
         Stage("untrained", work / "untrained", (), {"config": asdict(model.CONFIG), "seed": SEED},
               lambda: python("model", work / "untrained", *options({"seed": SEED}))),
         Stage("model", work / "model", (work / "codes.pt", work / "untrained"), {"plan": asdict(plan)},
               lambda: python("train", work / "codes.pt", work / "untrained", work / "model",
                              *options(WHERE["model"])), (work / "model.state",)),
-        Stage("voice", output, (work / "model", work / "codec"), {"words": vocabulary()}, lambda: pack(work, output)),
+        Stage("voice", output, (work / "model", heard_by), {"words": vocabulary()},
+              lambda: pack(work, heard_by, output)),
     ]  # fmt: skip
 
 
@@ -91,13 +97,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "examples" / "demo_voice" / "build")
     parser.add_argument("--output", type=Path, help="the folder of the voice (FOLDER/voice)")
     parser.add_argument("--speech", type=Path, help="finished speech, which is not made then")
+    parser.add_argument("--codec", type=Path, help="a finished codec, which is not trained then")
     parser.add_argument("--turns", type=int, default=TURNS, help="of speech that is made (%(default)s)")
     parser.add_argument("--until", help="the last stage that is run")
     given = parser.parse_args()
     work = given.folder.resolve()
-    all_stages = stages(
-        work, (given.output or work / "voice").resolve(), given.speech and given.speech.resolve(), given.turns
-    )
+    spoken, trained = (path and path.resolve() for path in (given.speech, given.codec))
+    all_stages = stages(work, (given.output or work / "voice").resolve(), spoken, given.turns, trained)
     names = [stage.name for stage in all_stages]
     if given.until is not None and given.until not in names:
         sys.exit(f"--until {given.until}: the stages are {', '.join(names)}")

@@ -389,3 +389,6 @@ def test_every_stage_reads_what_earlier_ones_make(tmp_path: Path) -> None:
         json.dumps(stage.settings)
     given = build.stages(tmp_path, tmp_path / "voice", spoken=tmp_path / "mine")
     assert given[0].name == "codec" and given[0].reads == (tmp_path / "mine",)
+    given = build.stages(tmp_path, tmp_path / "voice", spoken=tmp_path / "mine", trained=tmp_path / "theirs")
+    assert given[0].name == "codes" and given[0].reads == (tmp_path / "mine", tmp_path / "theirs")
+    assert given[-1].reads[-1] == tmp_path / "theirs"
