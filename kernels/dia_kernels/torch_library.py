@@ -55,7 +55,7 @@ def attention_workspace(rows: int, heads: int, head_dim: int, max_length: int, d
 
 
 def _scratch(q: Tensor, heads: int, k_pages: Tensor, block_table: Tensor, workspace: Tensor | None) -> object:
-    """What the op set wants for a call, made if none was given."""
+    """Return scratch memory as the op set takes it, made if none was given."""
     page_size, head_dim = k_pages.shape[2:]
     if workspace is None:
         length = block_table.shape[1] * page_size
