@@ -12,6 +12,7 @@ from the one that was spoken alone, if a status 5xx other than 503 and 504 was s
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -45,6 +46,7 @@ TEXTS = (
 FORMATS = ("wav", "pcm", "flac", "mp3")  # not opus: the serial number of an Ogg stream is drawn
 LONG = " ".join(TEXTS) * 3
 HUGE = 30_000_000  # bytes, more than --max-body
+LAST_WORDS = 60  # seconds that schemathesis may take to tell what it has found
 
 
 @dataclass
@@ -292,9 +294,11 @@ async def fuzz(server: Server, seconds: float, record: Record) -> None:
         raise RuntimeError("schemathesis is not installed: pip install schemathesis")
     command = [program, "run", f"http://127.0.0.1:{server.port}/openapi.json", "--checks", "not_a_server_error"]
     command += ["--max-examples", "10000", "--exclude-path-regex", "^/(metrics|docs)$", "--no-color"]
+    # What a shell starts in the background ignores SIGINT, and so would what this starts.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with tempfile.TemporaryDirectory() as folder:  # it leaves a cache in the current one
         running = await asyncio.create_subprocess_exec(
-            *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder
+            *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder, preexec_fn=heeding
         )
         assert running.stdout is not None
         reading = asyncio.ensure_future(running.stdout.read())
@@ -303,7 +307,11 @@ async def fuzz(server: Server, seconds: float, record: Record) -> None:
         except asyncio.TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 running.send_signal(signal.SIGINT)  # it tells what it has found so far
-            await running.wait()
+            try:
+                await asyncio.wait_for(running.wait(), LAST_WORDS)
+            except asyncio.TimeoutError:
+                running.kill()
+                record.faults.append(f"schemathesis did not end within {LAST_WORDS} s of SIGINT")
         told = (await reading).decode()
     for line in told.splitlines():
         # It calls every 5xx a fault; 503 and 504 are answers of a server that is full.

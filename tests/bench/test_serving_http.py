@@ -1,6 +1,7 @@
 """A short form of the load test: the server holds, and the test would notice if it did not."""
 
 import asyncio
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ def test_a_server_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install schemathesis")
     out = tmp_path / "load.json"
     options = ["--streams", "12", "--seconds", "5", "--hostile", "0.5", "--requests", "3", "--schemathesis"]
-    assert serving_http.main([*options, "--json", str(out)]) == 0, capsys.readouterr().out
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for what a shell starts in the background
+    try:
+        assert serving_http.main([*options, "--json", str(out)]) == 0, capsys.readouterr().out
+    finally:
+        signal.signal(signal.SIGINT, before)
     found = {row["case"]["figure"]: row["values"] for row in results.read(out)["results"]}
     assert found["requests"]["finished"] and found["requests"]["hostile"]
     assert "schemathesis" in found["requests"], "it ran, though 5 s may be too short for its first request"
