@@ -48,7 +48,7 @@ def attention_workspace(rows: int, heads: int, head_dim: int, max_length: int, d
         A tensor that only these two read and write; empty where torch computes, which needs none.
     """
     if implementation(device) == "torch":
-        return torch.empty(0, 1, device=device)
+        return torch.empty(0, 1, dtype=torch.float32, device=device)
     from dia_kernels.triton.paged_attention import packed_workspace
 
     return packed_workspace(rows, heads, head_dim, max_length, device)
