@@ -44,12 +44,13 @@ def random_model(
     ops: ModuleType,
     layers: int | None = None,
     weights: str = FLOAT,
+    config: DiaConfig | None = None,
 ) -> DiaModel:
-    """Dia-1.6B with random weights that keep the scale; the code that ends a sentence never wins.
+    """Dia-1.6B, or a model of another config, with random weights that keep the scale; no sentence ends.
 
     layers: of the decoder (all 18). The encoder, which no step calls, has one. weights: of `quantization.WEIGHTS`.
     """
-    config = DiaConfig()
+    config = config or DiaConfig()
     config = replace(
         config,
         encoder=replace(config.encoder, num_hidden_layers=1),
@@ -61,7 +62,7 @@ def random_model(
         values = torch.randn(shape, generator=generator, device=device)
         values = 1 + 0.1 * values if len(shape) == 1 else values * shape[-1] ** -0.5
         if name.endswith(("qkv", "cross_q", "cross_kv")):
-            values *= 128**-0.25  # scores are not scaled; this keeps the softmax from saturating
+            values *= config.decoder.head_dim**-0.25  # scores are not scaled; this keeps the softmax from saturating
         fused[name] = values.to(dtype)
     fused["decoder.head"][config.decoder.eos_token_id] = 0
     return DiaModel(config, ops).load(rounded(fused, config, weights))
@@ -69,16 +70,18 @@ def random_model(
 
 def state_for(model: DiaModel, load: Load) -> DecodeState:
     """Every slot in use, with room for the longest grid and pages filled with noise."""
-    pages = load.rows * -(-CONTEXT // 32)
-    text_pages = load.batch * (MAX_TEXT // 32)
-    sizes = Sizes(load.batch, load.rows > 1, CONTEXT, MAX_TEXT, pages, text_pages)
+    context = min(CONTEXT, model.config.decoder.max_position_embeddings + 1)
+    max_text = min(MAX_TEXT, model.config.encoder.max_position_embeddings)
+    pages = load.rows * -(-context // 32)
+    text_pages = load.batch * -(-max_text // 32)
+    sizes = Sizes(load.batch, load.rows > 1, context, max_text, pages, text_pages)
     state = DecodeState(model.config, model.ops, sizes, model.dtype, model.device)
     for table_idx in range(load.batch):
         state.cross_blocks.grow(table_idx, load.text)
-        state.grow(table_idx, CONTEXT)
+        state.grow(table_idx, context)
     for pool in (state.pool, state.cross_pool):
         for pages_of_layer in (*pool.keys, *pool.values):
-            pages_of_layer.normal_().mul_(128**-0.25)
+            pages_of_layer.normal_().mul_(pages_of_layer.shape[-1] ** -0.25)
     state.text_lengths.fill_(load.text)
     state.end_step.fill_(1 << 20)
     state.guidance_scale.fill_(3.0 if load.rows > 1 else 1.0)

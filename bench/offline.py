@@ -28,6 +28,7 @@ from bench.tools.own_ops import chosen_ops
 from bench.tools.results import Results
 from bench.tune import Config, Launch
 from dia_fast.errors import DiaFastError, InputError
+from dia_fast.model.config import DiaConfig
 from dia_fast.model.quantization import FLOAT
 from dia_kernels import aot
 from dia_kernels.triton import gemv
@@ -45,6 +46,7 @@ class Job:
     table: str
     weights: str = FLOAT
     own: str | None = None
+    config: DiaConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,20 @@ class Judged:
         return self.line.in_flight, -self.line.issue
 
 
-def jobs(options: argparse.Namespace, folder: Path) -> Iterator[Job]:
+def jobs(options: argparse.Namespace, config: DiaConfig, folder: Path) -> Iterator[Job]:
     """Yield the default and every candidate of each launch."""
     done: set[tuple[str, str, Any]] = set()
     numbers = itertools.count()
     for rows in options.rows:
-        for launch in tune.launches(rows, options.dtype, options.only, options.weights):
+        for launch in tune.launches(rows, options.dtype, options.only, options.weights, config):
             if (launch.kind, launch.op, launch.where) in done:
                 continue
             done.add((launch.kind, launch.op, launch.where))
             for use in (None, *tune.candidates(launch, _order(launch, options))):
                 entries = [] if use is None else [(launch, use)]
                 table = tune.write_table(folder / f"{next(numbers)}.json", entries)
-                yield Job(options.target, options.dtype, rows, launch, use, str(table), options.weights, options.ops)
+                known = options.target, options.dtype, rows, launch, use, str(table), options.weights, options.ops
+                yield Job(*known, config)
 
 
 def _order(launch: Launch, options: argparse.Namespace) -> Sequence[tuple[int, int]]:
@@ -95,7 +98,7 @@ def judge(job: Job) -> Judged:
     try:
         with aot.compiling(job.target) as compiled:
             ops = tune.only_op(job.launch.op, job.own)
-            model = steps.one_layer(DTYPES[job.dtype], ops, weights=job.weights)
+            model = steps.one_layer(DTYPES[job.dtype], ops, job.config, job.weights)
             steps.decode(job.rows, DTYPES[job.dtype], model=model)
         found = line(_meant(compiled, job.launch), job.target, job.dtype, job.rows)
     except Exception as error:
@@ -156,13 +159,14 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments:
         if triton.knobs.runtime.interpret:
             raise InputError("TRITON_INTERPRET is set: Triton compiles nothing then; unset it")
         chosen_ops(options.ops)
+        config = tune.model_config(options)
         results = Results(parser, options, arguments)
     except DiaFastError as error:
         print(f"tune: {error}", file=sys.stderr)
         return 2
     judged: list[Judged] = []
     with tempfile.TemporaryDirectory(prefix="dia-fast-") as folder:
-        todo = list(jobs(options, Path(folder)))
+        todo = list(jobs(options, config, Path(folder)))
         with ProcessPoolExecutor(max(options.workers, 1), multiprocessing.get_context("spawn")) as pool:
             for item in pool.map(judge, todo):
                 judged.append(item)

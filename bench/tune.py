@@ -3,6 +3,7 @@
     python -m bench.tune --out table.json [--rows 2 16 64] [--dtype bfloat16] [--weights int8] [--json all.json]
     DIA_KERNELS_TABLE=table.json dia-fast speak ...
     python -m bench.tune --target sm_90 --out candidates.json --only qkv --json judged.json     # no GPU is needed
+    python -m bench.tune --config FOLDER/config.json ...    # for a model of other sizes than Dia-1.6B
 
 Times the whole step, as a CUDA graph, with one launch of it configured otherwise: what a kernel hides behind its
 neighbours counts, what it takes alone does not. Launches are tuned one after another, each on what was best for those
@@ -38,6 +39,8 @@ from bench.tools.own_ops import add_ops_option, chosen_ops
 from bench.tools.results import Results, add_options
 from dia_fast.diagnostics.roofline import work
 from dia_fast.errors import DiaFastError
+from dia_fast.model.config import DiaConfig
+from dia_fast.model.fused_weights import fused_shapes
 from dia_fast.model.quantization import FLOAT, WEIGHTS
 from dia_fast.utils.files import replacing
 from dia_kernels import aot
@@ -46,15 +49,16 @@ from dia_kernels.triton import gemv
 
 Config = dict[str, int]
 
-# Op and shape of each: what a table may name of a launch.
 PROJECTIONS = {
-    "qkv": ("rms_norm_linear", {"features": 3072, "hidden": 2048}),
-    "cross_q": ("rms_norm_linear", {"features": 2048, "hidden": 2048}),
-    "o": ("linear_residual", {"features": 2048, "hidden": 2048}),
-    "gate_up": ("rms_norm_glu", {"features": 16384, "hidden": 2048}),
-    "down": ("linear_residual", {"features": 2048, "hidden": 8192}),
-    "heads": ("codebook_logits", {"features": 9252, "hidden": 2048}),
+    "gate_up": "rms_norm_glu",
+    "down": "linear_residual",
+    "qkv": "rms_norm_linear",
+    "o": "linear_residual",
+    "cross_o": "linear_residual",
+    "cross_q": "rms_norm_linear",
+    "heads": "codebook_logits",
 }
+"""The op of each projection of a step, the ones with the most bytes first."""
 Family = tuple[str, tuple[tuple[str, Any], ...]]  # an op and its shape, without rows: whose rows come out alike
 
 
@@ -86,24 +90,31 @@ class Launch:
         return {"where": dict(self.where), "use": use}
 
 
-def launches(rows: int, dtype: str, only: Sequence[str] | None, weights: str = FLOAT) -> list[Launch]:
-    """Those of a step. weights: of `quantization.WEIGHTS`."""
+def shapes(config: DiaConfig) -> dict[str, dict[str, int]]:
+    """Return what a table may name of each projection: the `features` and `hidden` columns of its weights."""
+    fused = fused_shapes(config)
+    found = {}
+    for name in PROJECTIONS:
+        features, hidden = fused["decoder.head" if name == "heads" else f"decoder.layers.0.{name}"]
+        found[name] = {"features": features, "hidden": hidden}
+    return found
+
+
+def launches(
+    rows: int, dtype: str, only: Sequence[str] | None, weights: str = FLOAT, config: DiaConfig | None = None
+) -> list[Launch]:
+    """Those of a step. weights: of `quantization.WEIGHTS`; config: of the model, by default Dia-1.6B's."""
     attention = ("rope_attention", "cross_attention")
     found = [Launch(op, op, (("dtype", dtype),)) for op in (*attention, "embed_codes")]
     found.append(Launch("sample", "sample", ()))
-    projections = []
-    for name in ("gate_up", "down", "qkv", "o", "cross_q", "heads"):
-        op, shape = PROJECTIONS[name]
-        narrow = {name, f"cross_{name}"} & set(work.IN_8_BITS[weights])
-        bits = 8 if narrow else 8 * DTYPES[dtype].itemsize
-        # The cross projections see conditional rows only.
-        seen = [rows] if name not in ("cross_q", "o") else sorted({rows, max(rows // 2, 1)}, reverse=True)
-        for count in seen if name != "cross_q" else [max(rows // 2, 1)]:
-            label = name if count == rows or name == "cross_q" else f"cross_{name}"
-            projections.append(
-                Launch(label, op, tuple({"rows": count, "dtype": dtype, "weight_bits": bits, **shape}.items()))
-            )
-    found += projections + [Launch(f"{launch.name} ahead", launch.op, launch.where) for launch in projections]
+    projections: dict[tuple[tuple[str, Any], ...], Launch] = {}
+    for name, shape in shapes(config or DiaConfig()).items():
+        bits = 8 if name in work.IN_8_BITS[weights] else 8 * DTYPES[dtype].itemsize
+        count = max(rows // 2, 1) if name.startswith("cross_") else rows  # cross-attention has conditional rows only
+        where = tuple({"rows": count, "dtype": dtype, "weight_bits": bits, **shape}.items())
+        projections.setdefault((("op", PROJECTIONS[name]), *where), Launch(name, PROJECTIONS[name], where))
+    found += projections.values()
+    found += [Launch(f"{launch.name} ahead", launch.op, launch.where) for launch in projections.values()]
     return [launch for launch in found if not only or launch.name in only]
 
 
@@ -159,16 +170,22 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
-def compile_ahead(job: tuple[str, int, str, str, str, str | None]) -> str:
+def model_config(options: argparse.Namespace) -> DiaConfig:
+    """Return the configuration that `--config` names, or Dia-1.6B's. Raises CheckpointError."""
+    return DiaConfig.from_file(options.config) if options.config else DiaConfig()
+
+
+def compile_ahead(job: tuple[str, int, str, str, str, str | None, DiaConfig]) -> str:
     """Compile one op of a step under a table for the GPU at hand, into Triton's cache on disk; return what failed."""
-    table, rows, dtype, op, weights, own = job
+    table, rows, dtype, op, weights, own, config = job
     os.environ["DIA_KERNELS_TABLE"] = table
     from dia_fast.diagnostics import launches as steps
     from dia_kernels import launcher as launch
 
     try:
         with launch.listening(lambda run, kernel, grid, args, meta: kernel.warmup(*args, grid=grid, **meta)):
-            steps.decode(rows, DTYPES[dtype], model=steps.one_layer(DTYPES[dtype], only_op(op, own), weights=weights))
+            model = steps.one_layer(DTYPES[dtype], only_op(op, own), config, weights)
+            steps.decode(rows, DTYPES[dtype], model=model)
     except Exception as error:
         return told(error)
     return ""
@@ -181,12 +198,15 @@ class Tuner:
         from dia_kernels import get_ops, with_ops
 
         self.options, self.folder, self.numbers = options, folder, itertools.count()
+        self.config = model_config(options)
         self.device = open_device(options.device)
         ops = get_ops("triton", self.device.torch)
         if options.ops:
             ops = with_ops(ops, options.ops)
         self.arch = architecture(self.device.torch)
-        self.model = random_model(DTYPES[options.dtype], self.device.torch, ops, options.layers, options.weights)
+        self.model = random_model(
+            DTYPES[options.dtype], self.device.torch, ops, options.layers, options.weights, self.config
+        )
         self.chosen: list[tuple[Launch, Config]] = []
         self.decided: dict[Family, tuple[int, int]] = {}  # SPLIT_K and CHUNKS
         self.trials: list[dict[str, Any]] = []
@@ -194,7 +214,7 @@ class Tuner:
 
     def launches(self, rows: int) -> list[Launch]:
         """Those of a step of so many rows that are tuned."""
-        return launches(rows, self.options.dtype, self.options.only, self.options.weights)
+        return launches(rows, self.options.dtype, self.options.only, self.options.weights, self.config)
 
     def entries(self) -> list[tuple[Launch, Config]]:
         """Return the chosen configs, and behind them the order of each family's sums for all other numbers of rows."""
@@ -228,7 +248,7 @@ class Tuner:
             for launch in self.launches(rows):
                 for use in candidates(launch, self.orders(launch)):
                     use_of = self.table((launch, use)), rows, self.options.dtype, launch.op
-                    jobs.append((*use_of, self.options.weights, self.options.ops))
+                    jobs.append((*use_of, self.options.weights, self.options.ops, self.config))
         start = time.monotonic()
         failed = [said for said in pool.map(compile_ahead, jobs) if said]
         print(f"{len(jobs)} configurations compiled in {time.monotonic() - start:.0f} s, {len(failed)} failed")
@@ -305,6 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="file for the table")
+    parser.add_argument("--config", type=Path, help="config.json of the model to tune for (default: Dia-1.6B's)")
     add_ops_option(parser)
     add_options(parser)
     parser.add_argument("--rows", type=int, nargs="+", default=[2], help="of the step: 1, or twice the requests")
@@ -325,6 +346,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and end")
     parser.add_argument("--target", choices=aot.TARGETS, help="judge candidates by their machine code for that GPU")
     options = parser.parse_args(arguments)
+    known = [one.name for one in launches(64, options.dtype, None)]
+    if unknown := [name for name in options.only or () if name not in known]:
+        parser.error(f"--only: no launch {unknown[0]!r}; there are {', '.join(known)}")
     if options.target:
         from bench import offline
 

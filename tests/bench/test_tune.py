@@ -20,6 +20,7 @@ from bench.captured import CapturedStep, Load
 from bench.device import Device
 from bench.tools import results
 from dia_fast.diagnostics import launches as steps
+from dia_fast.model.config import DecoderConfig, DiaConfig
 from dia_kernels import get_ops
 from dia_kernels import launcher as launch
 from dia_kernels.triton import gemv
@@ -33,7 +34,13 @@ def _no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIA_KERNELS_TABLE", "")
 
 
-def configurations(rows: int, weights: str = "float") -> list[dict[str, Any]]:
+OTHER = DiaConfig(decoder=DecoderConfig(
+    hidden_size=1024, intermediate_size=3072, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+    cross_num_attention_heads=4, cross_num_key_value_heads=4, cross_head_dim=128, num_hidden_layers=1,
+))  # fmt: skip
+
+
+def configurations(rows: int, weights: str = "float", config: DiaConfig | None = None) -> list[dict[str, Any]]:
     """Options of every launch of a step of one layer, in order."""
     seen: list[dict[str, Any]] = []
 
@@ -42,25 +49,29 @@ def configurations(rows: int, weights: str = "float") -> list[dict[str, Any]]:
         seen.append({"kernel": kernel.fn.__name__, **meta, **tile})
 
     with launch.listening(note):
-        steps.decode(rows, torch.bfloat16, model=steps.one_layer(torch.bfloat16, weights=weights))
+        steps.decode(rows, torch.bfloat16, model=steps.one_layer(torch.bfloat16, config=config, weights=weights))
     return seen
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("weights", ["float", "int8", "int8-mlp"])
+@pytest.mark.parametrize(
+    ("weights", "config"),
+    [("float", DiaConfig()), ("int8", DiaConfig()), ("int8-mlp", DiaConfig()), ("float", OTHER), ("int8-mlp", OTHER)],
+    ids=["float", "int8", "int8-mlp", "float, other sizes", "int8-mlp, other sizes"],
+)
 def test_every_launch_of_a_step_is_tuned_by_exactly_one_entry(
-    rows: int, weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, weights: str, config: DiaConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = configurations(rows, weights)
+    before = configurations(rows, weights, config)
     changed = [0] * len(before)
-    for one in tune.launches(rows, "bfloat16", None, weights):
+    for one in tune.launches(rows, "bfloat16", None, weights, config):
         if one.kind:  # the same launches once more
             continue
         for use in tune.candidates(one, [(8, 2)]):
             monkeypatch.setenv(
                 "DIA_KERNELS_TABLE", str(tune.write_table(tmp_path / f"{one.name}{use}.json", [(one, use)]))
             )
-            after = configurations(rows, weights)
+            after = configurations(rows, weights, config)
             differ = [index for index, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]]
             if differ:
                 break
@@ -93,7 +104,7 @@ def test_what_orders_a_sum_is_decided_once_for_all_numbers_of_rows(tuner: tune.T
     assert len(tuner.orders(tune.launches(16, "bfloat16", ["o"])[0])) > 2
     table = tuner.table()
     for name in ("gate_up", "down", "qkv"):
-        op, shape = tune.PROJECTIONS[name]
+        op, shape = tune.PROJECTIONS[name], tune.shapes(DiaConfig())[name]
         found = {
             (config["SPLIT_K"], config["CHUNKS"], config["num_warps"])
             for rows in range(1, 65)
@@ -133,7 +144,7 @@ def tuner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tune.Tune
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda *_: None)
     options = argparse.Namespace(
         device="cpu", dtype="bfloat16", weights="float", layers=None, budget=60.0, rows=[2], only=["gate_up", "down"],
-        context=9, text=9, margin=0.001, ops=None,
+        context=9, text=9, margin=0.001, ops=None, config=None,
     )  # fmt: skip
     yield tune.Tuner(options, tmp_path)
 
@@ -181,15 +192,41 @@ def test_candidates_are_judged_for_a_gpu_that_is_not_there(tmp_path: Path) -> No
     launch.read_table(str(out))
 
 
+def test_candidates_are_those_of_the_model_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(OTHER.to_transformers()))
+    options = argparse.Namespace(
+        config=file, target="sm_90", dtype="bfloat16", rows=[2], only=["cross_q"], weights="float", ops=None
+    )
+    found = list(offline.jobs(options, tune.model_config(options), tmp_path))
+    assert len(found) > 4 and {job.config for job in found} == {OTHER}
+    assert {dict(job.launch.where)["features"] for job in found} == {512}
+    file.write_text("{")
+    assert tune.main(["--config", str(file), "--out", str(tmp_path / "t.json"), "--device", "cpu"]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_an_unknown_launch_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["--target", "sm_90", "--out", str(tmp_path / "t.json"), "--only", "qvk"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "'qvk'" in said and "qkv" in said
+
+
 JUDGE = """
 import sys
 from pathlib import Path
 from bench import offline, tune
+from dia_fast.model.config import DecoderConfig, DiaConfig
 
 [one] = tune.launches(2, "bfloat16", ["qkv"])
 for use in ({"BLOCK_N": 7}, {"NOTHING": 3}, {"BLOCK_N": 8, "DEPTH": 1}):
     table = str(tune.write_table(Path(sys.argv[1]) / f"{len(str(use))}.json", [(one, use)]))
     print(offline._told(offline.judge(offline.Job("sm_90", "bfloat16", 2, one, use, table))))
+other = DiaConfig(decoder=DecoderConfig(cross_num_attention_heads=4, cross_num_key_value_heads=4))
+[small] = tune.launches(2, "bfloat16", ["cross_q"], config=other)
+print(offline._told(offline.judge(offline.Job("sm_90", "bfloat16", 2, small, None, "", config=other))))
 """
 
 
@@ -198,9 +235,10 @@ def test_a_bad_candidate_is_one_line(tmp_path: Path) -> None:
     file.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{JUDGE}")
     run = in_a_process(str(file), str(tmp_path))
     assert run.returncode == 0, run.stderr
-    odd, unknown, thin = run.stdout.splitlines()
+    odd, unknown, thin, small = run.stdout.splitlines()
     assert odd.startswith("2 rows, qkv: BLOCK_N=7: out: ") and unknown.startswith("2 rows, qkv: NOTHING=3: out: ")
     assert "KB of weights in flight per SM, 40.0 needed" in thin
+    assert small.startswith("2 rows, cross_q: default: out: ") and "KB of weights in flight per SM" in small
 
 
 def test_the_best_of_sound_candidates_stands_before_the_default() -> None:
