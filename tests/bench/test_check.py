@@ -204,9 +204,9 @@ def test_update_records_and_says_what_changed(tmp_path: Path, capsys: pytest.Cap
 def test_update_takes_noise_from_repeated_runs(tmp_path: Path) -> None:
     file = tmp_path / "baseline.json"
     left = [100.0, 90.0, 100.0, 107.0, 101.0]
-    options = ["--update", "--only", "ratio", "--baseline", str(file)]
+    options = ["--update", "--only", "memory", "--baseline", str(file)]
     assert check.main(options, lambda *_: changed("first", "moved", left.pop(0))) == 0
-    group = baseline.read(file)["ratio"]
+    group = baseline.read(file)["memory"]
     assert group.values["first"]["moved"] == 100.0
     assert group.kinds["moved"].share == pytest.approx(0.19)  # 2 x 10 is 19 and the amount of 1
     assert group.kinds["moved"].source == "made up; at least twice the largest deviation of 5 runs, 10.0%"
@@ -219,7 +219,29 @@ def test_update_does_not_lose_what_it_cannot_read(tmp_path: Path, capsys: pytest
     assert check.main(["--update", "--only", "traffic", "--baseline", str(file)], lambda *_: SOUND) == 2
     assert "is not JSON" in capsys.readouterr().err and file.read_text() == "{"
     assert check.main(["--update", "--baseline", str(file)], lambda *_: SOUND) == 0
-    assert set(baseline.read(file)) == set(metrics.GROUPS)
+    assert set(baseline.read(file)) == set(metrics.GROUPS) - {"ratio"}
+
+
+@pytest.mark.parametrize("isa", metrics.BARS)
+@pytest.mark.parametrize(("single", "status"), [(9.0, 0), (0.91, 0), (0.89, 1)])
+def test_a_lead_is_judged_by_the_bar_of_the_instruction_set(
+    isa: str, single: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(metrics, "instruction_set", lambda: isa)
+    [bars] = metrics.required().values()
+    leads = (single * metrics.BARS[isa][1] if isa != "other" else single), 40.0
+    values = {f"requests: {count}": {"times transformers": lead} for count, lead in zip((1, 4), leads, strict=True)}
+    status = 0 if isa == "other" else status
+    assert gate(tmp_path, SOUND, replace(bars, values=values), group="ratio") == status
+    said = capsys.readouterr().out
+    assert ("bench/metrics.py" in said) == bool(status) and "--update" not in said
+
+
+def test_bars_are_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "baseline.json"
+    assert check.main(["--update", "--only", "ratio", "--baseline", str(file)], lambda *_: SOUND) == 2
+    assert "bench/metrics.py" in capsys.readouterr().err and not file.exists()
 
 
 def test_the_report_holds_every_figure(tmp_path: Path) -> None:
@@ -266,6 +288,6 @@ def test_the_same_subject_twice_gets_a_number() -> None:
 
 def test_the_committed_baseline_is_whole() -> None:
     recorded = baseline.read(check.BASELINE)
-    assert list(recorded) == list(metrics.GROUPS)
+    assert list(recorded) == [name for name in metrics.GROUPS if name not in metrics.required()]
     for group in recorded.values():
         assert group.values and all(kind.source for kind in group.kinds.values())
