@@ -191,7 +191,7 @@ BARS: dict[str, Mapping[int, float]] = {
     "avx2": {1: 1.7, 4: 3.0},
     "other": {1: 0.0, 4: 0.0},
 }
-"""What `ratio` must reach, less the noise of its kind, by instruction set and requests.
+"""The least `ratio`, before the noise of its kind is taken off, by instruction set and requests.
 
 No run is recorded for it: hosts of the same processor gave 6.6 and 3.5 times transformers for four requests.
 """
