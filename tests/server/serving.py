@@ -109,6 +109,7 @@ class Server:
     @contextmanager
     def given_up(self) -> Iterator[None]:
         """See that what a client gives up in the block is ended, and not spoken to its end."""
+        self.until("active", 0)  # what was spoken before is counted only then
         before = self.metric("audio_seconds_total")
         yield
         self.until("running", 0)
