@@ -98,7 +98,7 @@ def settle(runs: Sequence[Group]) -> Group:
             (abs(run.values[subject][name] - figures[name]), abs(figures[name]))
             for run in runs
             for subject, figures in values.items()
-            if figures.get(name)
+            if figures.get(name) and math.isfinite(figures[name]) and math.isfinite(run.values[subject][name])
         ]
         # What `amount` covers needs no share: of a small figure it would be large, and be allowed to all.
         share = max(((2 * deviation - kind.amount) / median for deviation, median in pairs), default=0.0)

@@ -177,7 +177,10 @@ def test_what_varies_is_measured_again_before_it_is_called_worse(
 ) -> None:
     file = tmp_path / "baseline.json"
     baseline.write(file, {"memory": SOUND})
-    for values, status in (((150.0, 100.0, 101.0), 0), ((150.0, 100.0, 160.0), 1), ((105.0,), 0)):
+    nan = math.nan
+    for values, status in (
+        ((150.0, 100.0, 101.0), 0), ((150.0, 100.0, 160.0), 1), ((105.0,), 0), ((nan, nan, nan), 1),
+    ):  # fmt: skip
         left = list(values)
         found = check.main(
             ["--only", "memory", "--baseline", str(file)], lambda *_, left=left: changed("first", "moved", left.pop(0))
