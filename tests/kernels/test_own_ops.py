@@ -3,14 +3,16 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import dia_fast
-from bench import codegen
+from bench import codegen, occupancy
+from bench.machine_code import MACHINES
+from dia_fast.diagnostics.roofline import work
 from dia_fast.errors import InputError
 from dia_kernels import launcher, reference, with_ops
 from dia_kernels import triton as kernels
@@ -102,6 +104,23 @@ def test_the_tools_take_them(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert codegen.main(["--ops", "examples.own_glu"]) == 0 and seen[0].glu is own_glu.glu
     assert codegen.main([]) == 0 and seen[-1] is kernels
     assert codegen.main(["--ops", "nothing:at_all"]) == 2 and "cannot import" in capsys.readouterr().err
+
+
+def test_a_kernel_of_ones_own_is_found_in_its_place_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(occupancy, "launch", lambda name, item, code, machine: (name, item.kernel))
+    shipped = [f"_{work.KERNELS[name]}" for name in work.LAUNCHES]
+
+    def found(names: list[str]) -> list[Any]:
+        items: Any = [SimpleNamespace(kernel=name) for name in names]
+        return list(occupancy.step_launches(items, [None] * len(names), MACHINES["sm_90"]))  # type: ignore[list-item]
+
+    own = ["_mine" if name == "_rms_norm_linear" else name for name in shipped]
+    assert found(own) == list(zip(work.LAUNCHES, own, strict=True)) and found(shipped)[0][1] == shipped[0]
+    assert found([*own, "_mine"]) == [], "of two launches it cannot be told which is whose"
+    assert list(occupancy.pairs([], MACHINES["sm_90"])) == []
+    for wrong in (shipped[1:], shipped[::-1]):
+        with pytest.raises(ValueError, match="a decode step launches"):
+            found(wrong)
 
 
 def half_a_glu(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
