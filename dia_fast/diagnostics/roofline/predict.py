@@ -195,7 +195,7 @@ def _early(item: Work, front: Work | None, found: Figures, device: Device, worst
         return 0.0
     figure, other = found.find(item.name, item.rows), found.find(front.name, front.rows)
     taken = front.active / (other.resident * device.units)
-    free = 1 - taken if taken <= 1 else 1 / other.resident  # of several waves, one program has ended on each SM
+    free = max(1 - taken, 1 / other.resident)  # of a full SM, one program has ended
     per_unit = floor(free * figure.resident) if worst else free * figure.resident
     programs = min(item.active, per_unit * device.units)
     each = min(figure.in_flight, item.streamed / item.active) if item.features else item.streamed / item.active
