@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dia_fast
-from dia_fast.cli import batch, convert, doctor, info, plan, serve, speak, train, voices
+from dia_fast.cli import batch, convert, doctor, info, plan, process, serve, speak, train, voices
 from dia_fast.cli.paths import check as check_paths
 from dia_fast.cli.process import OutputRefused, drop_output
 from dia_fast.errors import AudioWarning, DiaFastError, NumericError, OutOfMemory, SilentSpeech
@@ -69,24 +69,29 @@ def run(argv: Sequence[str] | None = None) -> int:
             status: int = args.run(args)
             sys.stdout.flush()
             return status
-        except KeyboardInterrupt:
-            return _fail(args, "interrupted", 130)
         except BrokenPipeError:
             # Whoever read our output has gone; nothing is left to tell, and Python must not complain at exit either.
             drop_output()
             return 0
-        except OutputRefused as error:
-            return _fail(args, f"error: cannot write to standard output: {error.strerror or error}", 1)
-        except (NumericError, SilentSpeech, OutOfMemory) as error:
-            return _fail(args, f"error: {in_options(str(error), args)}", 1)
-        except DiaFastError as error:
-            return _fail(args, f"error: {in_options(str(error), args)}", 2)
-        except Exception as error:
-            from dia_fast.utils.out_of_memory import out_of_memory
+        except (KeyboardInterrupt, Exception) as error:
+            return _fail(args, *_told(error, args))
 
-            if (told := out_of_memory(error)) is not None:
-                return _fail(args, f"error: {in_options(str(told), args)}", 1)
-            return _fail(args, f"error: {type(error).__name__}: {error} (--debug shows where)", 1)
+
+def _told(error: BaseException, args: argparse.Namespace) -> tuple[str, int]:
+    """What to say of an error, and the exit status."""
+    if isinstance(error, KeyboardInterrupt) or process.interrupted:
+        return "interrupted", 130
+    if isinstance(error, OutputRefused):
+        return f"error: cannot write to standard output: {error.strerror or error}", 1
+    if isinstance(error, NumericError | SilentSpeech | OutOfMemory):
+        return f"error: {in_options(str(error), args)}", 1
+    if isinstance(error, DiaFastError):
+        return f"error: {in_options(str(error), args)}", 2
+    from dia_fast.utils.out_of_memory import out_of_memory
+
+    if (memory := out_of_memory(error)) is not None:
+        return f"error: {in_options(str(memory), args)}", 1
+    return f"error: {type(error).__name__}: {error} (--debug shows where)", 1
 
 
 # Arguments of the Python interface whose options have other names.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dia_fast.checkpoint.demo import located
+from dia_fast.cli import process
 from dia_fast.cli.paths import path
 from dia_fast.cli.speak import OFFICIAL_MODEL, add_model, add_sampling, params_from, set_threads
 from dia_fast.errors import CheckpointError, InputError
@@ -164,7 +165,12 @@ def _run(batch: "Batch", args: argparse.Namespace) -> int:
     hidden = args.quiet or not sys.stderr.isatty()
     with ItemBar(len(batch.items), batch.before, FRAMES_PER_SECOND, hidden=hidden) as bar:
 
+        def stepped(rows: int) -> None:
+            process.check()  # a step may have swallowed it
+            bar.stepped(rows)
+
         def ended(totals: Totals, entry: dict[str, Any]) -> None:
+            process.check()  # an item may have failed by it
             if entry["status"] == "failed":
                 bar.ended(_failure(entry["line"], entry["id"], entry["error"]))
             else:
@@ -173,7 +179,7 @@ def _run(batch: "Batch", args: argparse.Namespace) -> int:
 
         try:
             if args.ray is None:
-                totals = batch.run(lambda: _load(vars(args)), begun=bar.restart, stepped=bar.stepped, ended=ended)
+                totals = batch.run(lambda: _load(vars(args)), begun=bar.restart, stepped=stepped, ended=ended)
             else:
                 totals = batch.run_on(_on_ray(args, bar), ended=ended)
         except KeyboardInterrupt:

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 closed: set[str] = set()
 """Names of the standard streams that were closed when the process began; what is written to them is dropped."""
+interrupted = False
+"""Whether Ctrl-C was pressed during the command: a library in C may swallow the exception, or turn it into another."""
 
 
 @contextlib.contextmanager
@@ -21,6 +23,8 @@ def prepared() -> Iterator[None]:
     that cannot be written to ends nothing. Ctrl-C during an import ends the process at once: libraries swallow the
     exception, or turn it into others.
     """
+    global interrupted
+    interrupted = False
     _open_streams()
     error, handler = sys.stderr, signal.getsignal(signal.SIGINT)
     main = threading.current_thread() is threading.main_thread()
@@ -41,6 +45,12 @@ def prepared() -> Iterator[None]:
             sys.stdout.flush()
         except (OSError, ValueError):
             drop_output()  # Python would try again, and complain
+
+
+def check() -> None:
+    """Raise KeyboardInterrupt if Ctrl-C was pressed, in case the first one was swallowed."""
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def drop_output() -> None:
@@ -67,6 +77,8 @@ def _open_streams() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    global interrupted
+    interrupted = True
     if _importing(frame):
         abandon = getattr(sys.modules.get("dia_fast.utils.files"), "abandon", None)  # which is being imported, maybe
         if abandon is not None:

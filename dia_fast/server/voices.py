@@ -132,7 +132,7 @@ class Voices:
                     continue
                 try:
                     voice, others = self._read(path)
-                except InputError as error:
+                except (InputError, OSError) as error:  # of several replicas, another may remove it meanwhile
                     logger.error("voice %s cannot be used: %s", path.name, error)
                     continue
                 found[voice.name] = voice

@@ -77,23 +77,28 @@ def open_regular(path: str | os.PathLike[str], limit: int | None = None) -> Bina
         OSError: Not there, not readable, not a regular file, larger than `limit`, or not a path at all; `strerror` says
             which.
     """
+
+    def checked(path: str, flags: int) -> int:
+        descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        try:
+            status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, NOT_REGULAR, path)
+            if limit is not None and status.st_size > limit:
+                told = f"{status.st_size} bytes long, more than the {limit} that are taken"
+                raise OSError(errno.EFBIG, told, path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        # The file owns the descriptor from the first: an interrupt must not close it twice.
+        return open(os.fspath(path), "rb", opener=checked)
     except ValueError as error:  # a null character, a lone surrogate
         raise OSError(errno.EINVAL, f"not a path ({error})") from None
-    try:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "Is a directory", os.fspath(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, NOT_REGULAR, os.fspath(path))
-        if limit is not None and status.st_size > limit:
-            told = f"{status.st_size} bytes long, more than the {limit} that are taken"
-            raise OSError(errno.EFBIG, told, os.fspath(path))
-        return open(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -1,5 +1,6 @@
 """Commands as processes: killed, interrupted, with closed streams, full disks, links, pipes and foreign files."""
 
+import contextlib
 import json
 import os
 import resource
@@ -147,7 +148,8 @@ def test_signals_at_any_moment_leave_nothing_half_written(home: Path, tmp_path: 
         assert any(status for name, _, status, _ in runs if name == door), f"{door} was never hit"
 
 
-# Kills commands at moments in which they write: from the first temporary file on.
+# Kills commands at moments in which they write. They stop themselves when they have made their first temporary folder,
+# so that no processor is too busy for the first kill, with no wait, to come in time.
 KILLING = """
 import io, json, os, shutil, signal, sys, time
 from pathlib import Path
@@ -155,19 +157,26 @@ from dia_fast.cli import main
 import torch, matplotlib.figure, dia_fast.api, dia_fast.jobs.runner, dia_fast.checkpoint.saving, dia_fast.training
 import dia_fast.diagnostics.roofline.plots
 torch.set_num_threads(1)
-folder, runs = Path(sys.argv[1]), []
+folder, runs, mkdir = Path(sys.argv[1]), [], os.mkdir
 def left():
     return [str(path) for path in folder.rglob("*") if ".part" in path.name]
+def stopping(path, *args, **named):
+    mkdir(path, *args, **named)
+    if ".part" in str(path):
+        os.mkdir = mkdir
+        os.kill(os.getpid(), signal.SIGSTOP)
 for door, command in json.loads(sys.argv[2]).items():
-    for number, wait in ((signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 0.05), (signal.SIGINT, 0.05)):
+    for number, wait in ((signal.SIGTERM, 0), (signal.SIGINT, 0.002), (signal.SIGTERM, 0.02), (signal.SIGINT, 0.05)):
         child = os.fork()
         if not child:
-            sys.stdout = io.StringIO()
+            sys.stdout, os.mkdir = io.StringIO(), stopping
             os._exit(main(command))
-        while not left() and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            time.sleep(0.0005)
-        time.sleep(wait)
+        os.waitid(os.P_PID, child, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if wait:
+            os.kill(child, signal.SIGCONT)
+            time.sleep(wait)
         os.kill(child, number)
+        os.kill(child, signal.SIGCONT)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         runs.append((door, int(number), status, left()))
         if (folder / "out").exists():
@@ -347,3 +356,31 @@ def test_a_full_disk_in_training_is_told_by_the_file_that_was_too_large(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "states/step-00000001.pt: File too large" in capfd.readouterr().err
     assert not _visible(tmp_path)
+
+
+@pytest.mark.parametrize("door", ["speak", "batch"])
+def test_an_interrupt_that_a_library_turns_into_another_error_is_one(
+    home: Path, tmp_path: Path, door: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As torch does: its constructors in C take the exception for "no sequence", and raise what follows from that."""
+    save, calls = Audio.save, []
+
+    def swallowing(audio: Audio, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+        save(audio, *args)
+
+    monkeypatch.setattr(Audio, "save", swallowing)
+    model = ["--model", str(home / "model"), "--codec", str(home / "codec"), "--device", "cpu"]
+    short = [*model, "--max-new-tokens", "40"]
+    command = ["speak", TEXT, "-o", str(tmp_path / "a.wav"), *short]
+    if door == "batch":
+        command = ["batch", str(home / "in.jsonl"), str(tmp_path / "out"), *short]
+    assert main(command) == 130 and calls == [1]
+    assert "interrupted" in capsys.readouterr().err
+    if door == "batch":
+        entries = (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
+        assert all(json.loads(line)["status"] == "failed" for line in entries)

@@ -12,6 +12,7 @@ import pytest
 import soundfile
 
 from dia_fast import Dia
+from dia_fast.audio.code_store import CodeStore
 from tests.server.serving import TEXT, Server, serving
 
 pytest.importorskip("fastapi", reason="the extra server is not installed")
@@ -250,3 +251,29 @@ def test_the_voice_goes_on_from_sentence_to_sentence(server: Server) -> None:
     second = b"".join(item for item in heard[heard.index(starts[1]) :] if isinstance(item, bytes))
     alone = server.speak(ANSWER, temperature=1).body
     assert second != alone
+
+
+def test_a_recording_that_goes_while_the_folder_is_read_leaves_the_others(
+    recording: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several replicas over one folder, another may have deleted it."""
+    from dia_fast.server.voices import Voices
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (folder := tmp_path / "voices").mkdir()
+    for name in ("anna", "bert"):
+        (folder / f"{name}.wav").write_bytes(recording)
+        (folder / f"{name}.txt").write_text(TEXT)
+    read = CodeStore.codes
+
+    def going(store: CodeStore, path: Path, *rest: float) -> Any:
+        found = read(store, path, *rest)
+        if path.stem == "anna":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(CodeStore, "codes", going)
+    dia = Dia.from_pretrained("demo")
+    voices = Voices(folder)
+    voices.open(dia.config, dia.codec)
+    assert [voice.name for voice in voices.all() if voice.kind == "recording"] == ["bert"]

@@ -23,7 +23,7 @@ from dia_fast.checkpoint.tensor_io import save_torch
 from dia_fast.errors import CheckpointError, InputError
 from dia_fast.jobs.manifest import Manifest, failed_entry
 from dia_fast.model.fused_weights import fused_shapes
-from dia_fast.utils import ambient
+from dia_fast.utils import ambient, files
 from dia_fast.utils.files import open_regular, read_regular, replacing, replacing_folder, sweep, writable
 from tests.helpers.front import TINY, tree
 
@@ -352,3 +352,16 @@ def test_ctrl_c_in_any_write_of_torch_is_ctrl_c() -> None:
             save_torch({f"{number}": torch.ones(9) for number in range(20)}, file)
         assert file.writes == at
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_file_whose_opening_is_interrupted_is_closed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed twice, its descriptor may be another thread's by then; and the error said so instead of what happened."""
+    (tmp_path / "a").write_bytes(b"text")
+
+    def interrupted(*args: Any, **named: Any) -> None:
+        open(*args, **named).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "open", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        open_regular(tmp_path / "a")
