@@ -26,7 +26,7 @@ FOLDER = Path(__file__).resolve().parent / "published"
 PLACE = re.compile(r"(?P<mark><!-- figures: (?P<files>[^>]+) -->\n)(?P<table>(?:\|[^\n]*\n)+)")
 
 Result = Mapping[str, Any]
-PREDICTED, COMPILERS = "2026-11-29-predicted", "2026-11-29-compilers"
+PREDICTED, COMPILERS = "2026-12-01-predicted", "2026-11-29-compilers"
 H200, ZEN3, AVX512 = "2026-11-28-h200", "2026-11-28-amd-epyc-zen3", "2026-11-29-amd-epyc-avx512-bf16"
 AMX = "2026-11-29-intel-xeon-amx"
 
