@@ -78,7 +78,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 def _told(error: BaseException, args: argparse.Namespace) -> tuple[str, int]:
-    """What to say of an error, and the exit status."""
+    """Return the words for an error, and the exit status."""
     if isinstance(error, KeyboardInterrupt) or process.interrupted:
         return "interrupted", 130
     if isinstance(error, OutputRefused):

@@ -12,7 +12,7 @@ from typing import Any, cast
 closed: set[str] = set()
 """Names of the standard streams that were closed when the process began; what is written to them is dropped."""
 interrupted = False
-"""Whether Ctrl-C was pressed during the command: a library in C may swallow the exception, or turn it into another."""
+"""True once Ctrl-C was pressed during the command: C code may swallow the exception, or turn it into another."""
 
 
 @contextlib.contextmanager
