@@ -8,6 +8,7 @@ from bisect import insort
 from collections import deque
 from functools import partial
 
+import numpy as np
 from torch import Tensor
 
 from dia_fast.engine import batch_rows
@@ -199,7 +200,7 @@ class Engine(OneProcess):
         engine can be used again.
         """
         self._check_process()
-        with self.lock, isolated(), self.device.active():
+        with self.lock, isolated(default_device=False), self.device.active():
             self._guarded_step()
         self._read_left_over()
         with self._turn:
@@ -576,23 +577,28 @@ class Engine(OneProcess):
         """Take pages for the next step of every running sequence, the first in line first; the last one makes way."""
         if self._view is not None and self._steps < self._grow_at:
             return
-        held, size = self.state.blocks.held, self.state.pool.shape.page_size
+        held, size, now = self.state.blocks.held, self.state.pool.shape.page_size, self._steps
+        room = [held(sequence.table_idx) * size for sequence in self._running]
         due = [
             sequence
-            for sequence in self._running
-            if held(sequence.table_idx) * size <= min(self._step_of(sequence), sequence.plan.end)
+            for sequence, steps in zip(self._running, room, strict=True)
+            if steps <= now + sequence.step - sequence.since and steps <= sequence.plan.end
         ]
+        grown: list[tuple[int, int]] = []
         for sequence in sorted(due, key=lambda sequence: sequence.order):
             while sequence.state is State.RUNNING:
                 try:
                     steps = min(self._step_of(sequence), sequence.plan.end) + 1
-                    self.state.grow(sequence.table_idx, steps, sequence.guided)
+                    grown += self.state.grow(sequence.table_idx, steps, sequence.guided, write=False)
                     break
                 except OutOfPages as error:
+                    self.state.blocks.write_grown(grown)  # whoever leaves or makes way may be among them
+                    grown = []
                     if self._launched or self._unreported:
                         self._settle()  # some may have ended by now
                     else:
                         self._make_way(sequence, error)
+        self.state.blocks.write_grown(grown)
         self._peak = max(self._peak, self._bytes(self.state.pool.free, self.state.cross_pool.free))
         self._grow_at = min(
             (held(other.table_idx) * size - other.step + other.since for other in self._running), default=0.0
@@ -654,25 +660,34 @@ class Engine(OneProcess):
 
     def _hear(self, report: Report) -> None:
         """Read a report on the sequences that still run."""
-        config = self.model.config
-        wrong, frame = bool(report.status.any()), max(config.delay_pattern) + 2
-        parts = zip(report.sequences, report.recent, report.step.tolist(), report.finished.tolist(), strict=True)
-        for batch_idx, (sequence, recent, step, finished) in enumerate(parts):
-            if sequence.state is not State.RUNNING:
+        wrong, frame = np.count_nonzero(report.status) > 0, max(self.model.config.delay_pattern) + 2
+        latest, steps, finished = report.latest, report.step.tolist(), report.finished.tolist()
+        running, told = State.RUNNING, self.on_event is not None
+        for batch_idx, sequence in enumerate(report.sequences):
+            if sequence.state is not running:
                 continue
-            if wrong and report.status[batch_idx].any():
-                eos_step = int(report.eos_step[batch_idx])
-                failure = batch_rows.failure(config, eos_step, report.status[batch_idx], sequence.plan)
-                if failure is not None:
-                    self._end(sequence, "failed", failure)
-                    continue
-            before = sequence.received
-            if step > before:
-                sequence.receive(recent, step)
-                if before < sequence.plan.first + frame <= step:
-                    self._emit("first_frame", sequence)
-            if finished:
+            if wrong and self._is_wrong(sequence, report, batch_idx):
+                continue
+            step, before = steps[batch_idx], sequence.received
+            if step == before + 1:  # mostly
+                sequence.codes[before] = latest[batch_idx]  # type: ignore[index]
+                sequence.received = step
+            elif step > before:
+                sequence.receive(report.recent[batch_idx], step)
+            if told and before < sequence.plan.first + frame <= step:
+                self._emit("first_frame", sequence)
+            if finished[batch_idx]:
                 self._finish(sequence, int(report.eos_step[batch_idx]))
+
+    def _is_wrong(self, sequence: Sequence, report: Report, batch_idx: int) -> bool:
+        """End a sequence whose numbers are wrong; tell if it was."""
+        status = report.status[batch_idx]
+        if not status.any():
+            return False
+        failure = batch_rows.failure(self.model.config, int(report.eos_step[batch_idx]), status, sequence.plan)
+        if failure is not None:
+            self._end(sequence, "failed", failure)
+        return failure is not None
 
     # Leaving
 

@@ -204,25 +204,32 @@ class DecodeState:
         self.blocks.share(self.unconditional(table_idx), key, prompt)
         return True
 
-    def grow(self, table_idx: int, steps: int, guided: bool | None = None, *, write: bool = True) -> None:
+    def grow(
+        self, table_idx: int, steps: int, guided: bool | None = None, *, write: bool = True
+    ) -> list[tuple[int, int]]:
         """Make room for the first `steps` steps of a request.
 
         Args:
             guided: There is an unconditional batch row to keep; by default as the state says.
             write: As in `BlockTable.grow`.
 
+        Returns:
+            The table rows that grew, as `BlockTable.write_grown` takes them.
+
         Raises:
             OutOfPages: With nothing taken.
         """
         guided = self.guided if guided is None else guided
-        needs = [(table_row, steps) for table_row in self.table_rows(table_idx, guided)]
-        if self._spare_pages and not guided:
-            needs.append((self.unconditional(table_idx), 1))
-        self.pool.require(sum(self.blocks.missing(*need) for need in needs))
-        for table_row, count in needs:
-            self.blocks.grow(table_row, count, write=write)
-        if write and self._spare_pages and not guided:
-            self.write_spare(table_idx)
+        pages, spare = self.pool.shape.pages(steps), self._spare_pages and not guided
+        needs = [(table_idx, pages)]
+        if guided or spare:
+            needs.append((self.unconditional(table_idx), pages if guided else 1))
+        grown = self.blocks.take(needs)
+        if write:
+            self.blocks.write_grown(grown)
+            if spare:
+                self.write_spare(table_idx)
+        return grown
 
     def write_spare(self, table_idx: int) -> None:
         """Fill the unconditional table row of a request without guidance with its one page."""

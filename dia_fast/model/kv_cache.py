@@ -18,6 +18,7 @@ from dia_fast.errors import OutOfPages
 PAGE_SIZE = 32  # tokens; a power of two from 16 to 64
 NO_TABLE_ROW = -1  # stands for a table row that is not there
 MOST_KEPT = 16  # keys whose pages are kept
+_FEW = 4  # cells of a table that are written one by one, and not sent together
 
 
 @dataclass(frozen=True)
@@ -189,41 +190,64 @@ class BlockTable:
         longest = max(self.held(table_row) for table_row in table_rows)
         return torch.stack([self.table[table_row, :longest] for table_row in table_rows])
 
-    def missing(self, table_row: int, tokens: int) -> int:
-        """Number of pages that a table row lacks to hold `tokens` tokens."""
-        return max(self.pool.shape.pages(tokens) - len(self._held[table_row]), 0)
-
     def grow(self, table_row: int, tokens: int, *, write: bool = True) -> None:
         """Take the pages that a table row lacks for `tokens` tokens.
 
         Args:
-            write: False leaves the row on the device to a later `write_row`. One page is written without anything sent
-                from the host.
+            write: False leaves the row on the device to a later `write_row` or `write_grown`.
 
         Raises:
             OutOfPages: And changes nothing, if too few are free.
         """
-        missing = self.missing(table_row, tokens)
-        if not missing:
-            return
-        held = self._held[table_row]
-        begin, end = len(held), len(held) + missing
-        if end > self.table.shape[1]:
-            raise ValueError(f"tokens: {tokens} do not fit in a row of {self.table.shape[1]} pages")
-        held += self.pool.take(missing)
-        if not write:
-            return
-        pages = None
-        if missing > 1:
-            pages = torch.tensor(held[begin:], dtype=torch.int32, device="cpu").to(self.table.device)
-        tables = [(self.table, table_row)]
-        if self._shown is not self.table and table_row in self._rows:
-            tables.append((self._shown, self._rows[table_row]))
-        for table, row in tables:
-            if pages is None:
-                table[row, begin] = held[begin]
-            else:
-                table[row, begin:end] = pages
+        grown = self.take([(table_row, self.pool.shape.pages(tokens))])
+        if write:
+            self.write_grown(grown)
+
+    def take(self, rows: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Take the pages that table rows lack, for all of them or for none, and write them nowhere.
+
+        Args:
+            rows: Table rows, and how many pages each is to hold.
+
+        Returns:
+            Those that lacked some, and how many each held before: for `write_grown`.
+
+        Raises:
+            OutOfPages: If too few are free.
+        """
+        held = self._held
+        grown = [(table_row, len(held[table_row])) for table_row, pages in rows if pages > len(held[table_row])]
+        if not grown:
+            return grown
+        wanted = dict(rows)
+        most, width = max(wanted[table_row] for table_row, _ in grown), self.table.shape[1]
+        if most > width:
+            raise ValueError(f"rows: {most} pages do not fit in a row of {width}")
+        taken = self.pool.take(sum(wanted[table_row] - before for table_row, before in grown))
+        for table_row, before in grown:
+            count = wanted[table_row] - before
+            held[table_row] += taken[:count]
+            del taken[:count]
+        return grown
+
+    def write_grown(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Write what rows have taken with `write=False`, all of them together.
+
+        A few pages are written without anything sent from the host.
+
+        Args:
+            rows: Table rows, and how many pages each held before.
+        """
+        cells = [
+            (table_row, column, page)
+            for table_row, begin in rows
+            for column, page in enumerate(self._held[table_row][begin:], begin)
+        ]
+        shown = []
+        if self._shown is not self.table:
+            shown = [(row, *cell) for table_row, *cell in cells if (row := self._rows.get(table_row)) is not None]
+        for table, written in ((self.table, cells), (self._shown, shown)):
+            _write(table, written, on_host=table.device.type == "cpu")
 
     def write_row(self, table_row: int, pages: Tensor) -> None:
         """Write a row that grew with `write=False`.
@@ -285,3 +309,14 @@ class BlockTable:
         size, device = self.pool.shape.page_size, self.table.device
         pages = self.table[table_row, : self.pool.shape.pages(tokens), None].to(torch.int64)
         return (pages * size + torch.arange(size, dtype=torch.int64, device=device)).flatten()[first:tokens]
+
+
+def _write(table: Tensor, cells: Sequence[tuple[int, ...]], *, on_host: bool) -> None:
+    """Write cells, `(row, column, value)` each: by numpy where it can, together where they are many."""
+    if on_host or len(cells) <= _FEW:
+        numbers = table.numpy() if on_host else table
+        for row, column, value in cells:
+            numbers[row, column] = value
+        return
+    sent = torch.tensor(cells, dtype=torch.int64, device="cpu").T.contiguous().to(table.device)
+    table[sent[0], sent[1]] = sent[2].to(table.dtype)

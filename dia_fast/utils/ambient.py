@@ -6,15 +6,20 @@ belongs to the process too and cannot be set for a while without others noticing
 """
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from dia_fast.utils import forks
-from dia_fast.utils.out_of_memory import memory_errors
+from dia_fast.utils.out_of_memory import out_of_memory
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _DEVICES = ("cpu", "cuda")
 _lock = threading.Lock()
@@ -24,36 +29,81 @@ _put_back: Callable[[], None] = lambda: None  # noqa: E731
 _here = threading.local()  # blocks that this thread has open
 
 
-@contextlib.contextmanager
-def isolated(*, grad: bool = False) -> Iterator[None]:
+class isolated:
     """Run a block or a function by settings of its own: no autocast, default device CPU, exact matrix products.
 
-    Results are ordinary tensors, never inference tensors. Where memory runs out, OutOfMemory is raised.
+    Results are ordinary tensors, never inference tensors. Where memory runs out, OutOfMemory is raised. A class, since
+    every decode step enters it and a generator costs twice the time.
 
     Args:
         grad: Leave gradients as the caller has them. By default none are recorded.
+        default_device: False leaves the default device as it is. For code in which every allocation names one: to ask
+            for it takes longer than all else here.
     """
-    forks.check_threads()
-    with memory_errors(), _exact_products():
-        if _is_usual():  # in every decode step: spared the price of a stack
-            with contextlib.nullcontext() if grad or not torch.is_grad_enabled() else torch.no_grad():
-                yield
-        else:
-            with _unusual(grad):
-                yield
+
+    def __init__(self, *, grad: bool = False, default_device: bool = True) -> None:
+        self._grad, self._default_device = grad, default_device
+        self._exact = self._gradients = False
+        self._stack: contextlib.ExitStack | None = None
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+            with isolated(grad=self._grad, default_device=self._default_device):
+                return function(*args, **kwargs)
+
+        return inner
+
+    def __enter__(self) -> None:
+        forks.check_threads()
+        try:
+            usual = _is_usual(self._default_device)
+            _begin_exact()
+            self._exact = True
+            if not usual:
+                self._stack = _unusual(self._grad)
+            elif not self._grad and torch.is_grad_enabled():
+                self._gradients = True
+                torch.set_grad_enabled(False)
+        except BaseException:
+            self._put_back()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._put_back()
+        if isinstance(error, MemoryError | RuntimeError):
+            told = out_of_memory(error)
+            if told is not None and told is not error:
+                raise told from error
+
+    def _put_back(self) -> None:
+        try:
+            if self._stack is not None:
+                stack, self._stack = self._stack, None
+                stack.close()
+            if self._gradients:
+                torch.set_grad_enabled(True)
+                self._gradients = False
+        finally:
+            if self._exact:
+                self._exact = False
+                _end_exact()
 
 
-def _is_usual() -> bool:
+def _is_usual(default_device: bool) -> bool:
     """Tell if nothing but gradients may have to be set."""
     return not (
         torch.is_inference_mode_enabled()
-        or any(torch.is_autocast_enabled(device) for device in _DEVICES)
-        or torch.get_default_device().type != "cpu"
+        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda")
+        or (default_device and not getattr(_here, "open", 0) and torch.get_default_device().type != "cpu")
     )
 
 
-@contextlib.contextmanager
-def _unusual(grad: bool) -> Iterator[None]:
+def _unusual(grad: bool) -> contextlib.ExitStack:
+    """Set what is not as usual; closing what is returned puts it back."""
     with contextlib.ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
@@ -66,12 +116,11 @@ def _unusual(grad: bool) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        yield
+        return stack.pop_all()
 
 
-@contextlib.contextmanager
-def _exact_products() -> Iterator[None]:
-    """Float32 matrix products in float32 while any block is open; the last one to end puts the caller's choice back."""
+def _begin_exact() -> None:
+    """Have float32 matrix products in float32 until `_end_exact` was called as often."""
     global _open, _precision
     with _lock:
         if not _open:
@@ -80,14 +129,16 @@ def _exact_products() -> Iterator[None]:
                 torch.set_float32_matmul_precision("highest")
         _open += 1
     _here.open = getattr(_here, "open", 0) + 1
-    try:
-        yield
-    finally:
-        _here.open -= 1
-        with _lock:
-            _open -= 1
-            if not _open and _precision != "highest":
-                torch.set_float32_matmul_precision(_precision)
+
+
+def _end_exact() -> None:
+    """The last one puts the caller's choice back."""
+    global _open
+    _here.open -= 1
+    with _lock:
+        _open -= 1
+        if not _open and _precision != "highest":
+            torch.set_float32_matmul_precision(_precision)
 
 
 @contextlib.contextmanager

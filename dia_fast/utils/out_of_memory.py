@@ -1,8 +1,5 @@
 """Memory that is not there: told by one error at every door, whoever noticed it."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 from dia_fast.errors import OutOfMemory
@@ -35,15 +32,3 @@ def out_of_memory(error: BaseException) -> OutOfMemory | None:
     told = OutOfMemory(f"{where} no memory left{f' ({first})' if first else ''}: {_HELP}")
     told.__cause__ = error
     return told
-
-
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Raise OutOfMemory in the place of whatever else says that memory has run out in the block."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        told = out_of_memory(error)
-        if told is None or told is error:
-            raise
-        raise told from error

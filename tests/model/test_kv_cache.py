@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dia_fast.errors import DiaFastError, OutOfPages
+from dia_fast.model import kv_cache
 from dia_fast.model.kv_cache import MOST_KEPT, BlockTable, PagePool, PageShape
 from tests.helpers.schedules import assert_pages_sound
 
@@ -32,7 +33,7 @@ def test_every_page_is_free_or_held_once(data: st.DataObject) -> None:
             continue
         tokens = data.draw(st.integers(0, 24))
         before = held_pages(blocks, row)
-        if blocks.missing(row, tokens) > pool.free:
+        if max(pool.shape.pages(tokens) - blocks.held(row), 0) > pool.free:
             with pytest.raises(OutOfPages):
                 blocks.grow(row, tokens)
             assert held_pages(blocks, row) == before
@@ -128,9 +129,41 @@ def test_a_page_cannot_be_given_back_twice() -> None:
 
 def test_a_row_cannot_outgrow_its_table() -> None:
     blocks = BlockTable(make_pool(9), 1, 8, CPU)
-    with pytest.raises(ValueError, match="9 do not fit in a row of 2 pages"):
+    with pytest.raises(ValueError, match="3 pages do not fit in a row of 2"):
         blocks.grow(0, 9)
     assert blocks.pool.free == 9
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(0, 99)), max_size=30, unique_by=lambda c: c[:2]
+    ),
+    st.booleans(),
+)
+def test_cells_are_written_alike_one_by_one_and_together(cells: list[tuple[int, int, int]], on_host: bool) -> None:
+    table = torch.full((5, 7), -1, dtype=torch.int32)
+    kv_cache._write(table, cells, on_host=on_host)
+    found = {(row, column): table[row, column].item() for row in range(5) for column in range(7)}
+    assert {place: value for place, value in found.items() if value >= 0} == {cell[:2]: cell[2] for cell in cells}
+
+
+@given(st.data())
+def test_rows_that_grow_together_hold_and_show_what_they_would_alone(data: st.DataObject) -> None:
+    pools, tables, shown = [], [], []
+    for _ in range(2):
+        pools.append(make_pool(40))
+        tables.append(BlockTable(pools[-1], 6, 24, CPU))
+        shown.append(tables[-1].new_table(4, 24, CPU))
+        tables[-1].show(shown[-1], [5, 0, 3, 1])
+    for _ in range(data.draw(st.integers(1, 4))):
+        wanted = data.draw(st.dictionaries(st.integers(0, 5), st.integers(0, 6), min_size=1))
+        tables[0].write_grown(tables[0].take(list(wanted.items())))
+        for row, pages in wanted.items():
+            tables[1].grow(row, 4 * pages)
+    for row in range(6):
+        assert held_pages(tables[0], row) == held_pages(tables[1], row) == tables[0].held_pages(row)
+    for place, row in enumerate((5, 0, 3, 1)):
+        assert shown[0][place, : tables[0].held(row)].tolist() == tables[0].held_pages(row)
 
 
 def test_slots_address_what_the_block_table_says() -> None:
