@@ -60,7 +60,7 @@ class Report(NamedTuple):
 
 
 _Place: TypeAlias = tuple[Callable[[], None], Tensor, list[tuple[Tensor, NDArray[np.int32]]]]
-"""What fills the report for so many requests, the report, and the buffers that it is copied to, as arrays as well."""
+"""A function that fills the report for so many requests, the report, and the buffers that it is copied to."""
 
 
 class Polling:
